@@ -1,0 +1,438 @@
+"""The kernels for CPU, fused with numba: each reads its inputs once, in chunks that stay in cache.
+
+A worker or server *produces* a chunk of D into scratch; a code *consumes* it. The loops run without
+the interpreter lock, and rows of a table are shared out to `torch.get_num_threads()` threads (torchrun
+sets one per rank). No reduction depends on the number of threads or the vector width of the machine:
+sums go to 16 lanes in float64 in a fixed order.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from ..compressors import DENSE, SIGN
+from . import (
+    BYTE,
+    COUNT,
+    DECAY,
+    FACTOR,
+    FLOAT,
+    GAIN,
+    GRAD,
+    GROUP,
+    KIND,
+    LR,
+    MU,
+    NESTEROV,
+    NUMEL,
+    STATE,
+    UNIT,
+    Rule,
+    malformed,
+)
+
+CHUNK = 2048  # coordinates; a multiple of 8, so that a chunk's bits start at a byte
+LANES = 16
+PARALLEL_NUMEL = 1 << 19  # below this, starting threads costs more than it gains
+
+_jit = njit(nogil=True, cache=True, error_model="numpy")
+
+
+def compress(table: Tensor, rule: Rule, g: Tensor, m: Tensor, e: Tensor, x: Tensor, message: Tensor) -> None:
+    _run(_compress, [table], _rule(rule), g, m, e, x, _floats(message, e), message)
+
+
+def commit(table: Tensor, rule: Rule, g: Tensor, m: Tensor, e: Tensor, x: Tensor, message: Tensor) -> None:
+    _run(_commit, [table], _rule(rule), g, m, e, x, _floats(message, e), message)
+
+
+def serve(table: Tensor, reply_table: Tensor, messages: Tensor, e: Tensor, reply: Tensor) -> None:
+    floats = _floats(messages, e)
+    _run(_serve, [table, reply_table], (), floats, messages, e, _floats(reply, e), reply)
+
+
+def settle(table: Tensor, reply_table: Tensor, messages: Tensor, e: Tensor, reply: Tensor) -> None:
+    floats = _floats(messages, e)
+    _run(_settle, [table, reply_table], (), floats, messages, e, _floats(reply, e), reply)
+
+
+def subtract(table: Tensor, message: Tensor, v: Tensor) -> None:
+    _run(_subtract, [table], (), _floats(message, v), message, v)
+
+
+def _floats(message: Tensor, like: Tensor) -> Tensor:
+    return message.view(like.dtype)
+
+
+def _rule(rule: Rule) -> tuple[Any, ...]:
+    hyper = rule.hyper.numpy()
+    return hyper, hyper.dtype.type(rule.step_ahead), rule.feedback
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="saef-kernel")
+
+
+def _run(kernel: Any, tables: list[Tensor], scalars: tuple[Any, ...], *vectors: Tensor) -> None:
+    """Call `kernel` on the tables' rows, in equal shares of coordinates, one per thread."""
+    rows = [table.numpy() for table in tables]
+    arrays = [vector.detach().numpy() for vector in vectors]
+    threads = min(torch.get_num_threads(), len(rows[0]))
+    ends = np.cumsum(rows[0][:, NUMEL])
+    if threads < 2 or ends[-1] < PARALLEL_NUMEL:
+        bad = int(kernel(*rows, *scalars, *arrays))
+    else:
+        cuts = [0, *np.searchsorted(ends, ends[-1] * np.arange(1, threads) / threads).tolist(), len(ends)]
+        shares = [[table[a:b] for table in rows] for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+        found = _pool(threads).map(lambda share: int(kernel(*share, *scalars, *arrays)), shares)
+        bad = max(a + b + 1 if b >= 0 else 0 for a, b in zip(cuts[:-1], found, strict=True)) - 1
+    if bad >= 0:
+        raise malformed(bad)
+
+
+# ---------------------------------------------------------------------------------------------
+# Producing D
+
+
+@_jit
+def _produce(h, s, feedback, store, g, m, e, x, D):  # type: ignore[no-untyped-def]
+    """D <- e + eta u for one chunk; with `store`, m <- m'. Mirrors `saef.feedback` operation by operation."""
+    n = g.size
+    for i in range(n):
+        D[i] = g[i] * h[FACTOR]
+    if h[DECAY] != 0:
+        for i in range(n):
+            D[i] += (x[i] - e[i] * s) * h[DECAY]
+    if m.size:
+        mu, gain, nesterov = h[MU], h[GAIN], h[NESTEROV] != 0
+        if nesterov and store:
+            for i in range(n):
+                m[i] = m[i] * mu + D[i] * gain
+                D[i] += m[i] * mu
+        elif nesterov:
+            for i in range(n):
+                D[i] += (m[i] * mu + D[i] * gain) * mu
+        elif store:
+            for i in range(n):
+                m[i] = m[i] * mu + D[i] * gain
+                D[i] = m[i]
+        else:
+            for i in range(n):
+                D[i] = m[i] * mu + D[i] * gain
+    if feedback:
+        for i in range(n):
+            D[i] = e[i] + D[i] * h[LR]
+
+
+@_jit
+def _collect(row, lo, floats, messages, cursor, D, n):  # type: ignore[no-untyped-def]
+    """D <- mean_k C(D_k) on coordinates [lo, lo + n) of a block; False if a message is malformed."""
+    share = D.dtype.type(1.0 / len(messages))
+    D[:n] = 0
+    for k in range(len(messages)):
+        at = row[FLOAT]
+        if row[KIND] == SIGN:
+            _add_signs(messages[k, row[BYTE] + lo // 8 :], floats[k, at] * share, D[:n])
+        elif row[KIND] == DENSE:
+            for i in range(n):
+                D[i] += floats[k, at + lo + i] * share
+        else:
+            after = _add_kept(row, floats[k], messages[k], cursor[k], lo, n, share, D)
+            if after < 0:
+                return False
+            cursor[k] = after
+    return True
+
+
+@_jit
+def _add_signs(bits, scale, v):  # type: ignore[no-untyped-def]
+    """v += scale * sign, the signs packed 8 a byte, lowest bit first, 1 for +."""
+    whole = v.size // 8
+    for j in range(whole):
+        b = bits[j]
+        for i in range(8):
+            v[8 * j + i] += scale if (b >> np.uint8(i)) & np.uint8(1) else -scale
+    for i in range(v.size - 8 * whole):
+        v[8 * whole + i] += scale if (bits[whole] >> np.uint8(i)) & np.uint8(1) else -scale
+
+
+@_jit
+def _add_kept(row, floats, message, cursor, lo, n, factor, v):  # type: ignore[no-untyped-def]
+    """v[index - lo] += factor * value for the entries from `cursor` on whose index is below lo + n.
+
+    Returns the next cursor, or -1 if an index is not above its predecessor or not inside the block.
+    """
+    width = _index_bytes(row[NUMEL])
+    last = _index(message, row[BYTE], width, cursor - 1) if cursor > 0 else -1
+    while cursor < row[COUNT]:
+        index = _index(message, row[BYTE], width, cursor)
+        if index <= last or index >= row[NUMEL]:
+            return -1
+        if index >= lo + n:
+            break
+        v[index - lo] += floats[row[FLOAT] + cursor] * factor
+        last = index
+        cursor += 1
+    return cursor
+
+
+@_jit
+def _index_bytes(n):  # type: ignore[no-untyped-def]
+    """As saef.compressors.index_bytes."""
+    return 1 + (n > 1 << 8) + (n > 1 << 16) + (n > 1 << 24)
+
+
+@_jit
+def _index(message, start, width, j):  # type: ignore[no-untyped-def]
+    """Index j of a block, little-endian."""
+    value = np.int64(0)
+    for b in range(width):
+        value |= np.int64(message[start + j * width + b]) << (8 * b)
+    return value
+
+
+# ---------------------------------------------------------------------------------------------
+# Consuming D: encoding it
+
+
+@_jit
+def _sum_abs(D, n, lanes):  # type: ignore[no-untyped-def]
+    """lanes[i % LANES] += |D[i]| in float64."""
+    whole = n // LANES * LANES
+    for j in range(0, whole, LANES):
+        for i in range(LANES):
+            lanes[i] += abs(np.float64(D[j + i]))
+    for i in range(whole, n):
+        lanes[i - whole] += abs(np.float64(D[i]))
+
+
+@_jit
+def _pack(D, n, bits):  # type: ignore[no-untyped-def]
+    """Bit i % 8 of bits[i // 8] <- D[i] >= 0."""
+    whole = n // 8
+    for j in range(whole):
+        b = np.uint8(0)
+        for i in range(8):
+            b |= np.uint8(D[8 * j + i] >= 0) << np.uint8(i)
+        bits[j] = b
+    if whole * 8 < n:
+        b = np.uint8(0)
+        for i in range(n - 8 * whole):
+            b |= np.uint8(D[8 * whole + i] >= 0) << np.uint8(i)
+        bits[whole] = b
+
+
+@_jit
+def _offer(D, lo, n, k, value, index, found, bar):  # type: ignore[no-untyped-def]
+    """Put the entries of a chunk that may be among the k largest into the candidates, in order.
+
+    Every entry whose magnitude is above `bar` (or NaN) is a candidate; when the candidates' room is
+    full they are cut to the k largest and the bar rises to the least of them. A later entry equal
+    to it loses to the lower index, so the result is exact. Returns (candidates, bar).
+    """
+    for start in range(0, n, 8):
+        end = min(start + 8, n)
+        below = True
+        for i in range(start, end):
+            below &= abs(D[i]) <= bar
+        if below:
+            continue
+        for i in range(start, end):
+            if not abs(D[i]) <= bar:
+                if found == value.size:
+                    found, bar = _keep_largest(k, value, index, found)
+                    if abs(D[i]) <= bar:
+                        continue
+                value[found] = D[i]
+                index[found] = lo + i
+                found += 1
+    return found, bar
+
+
+@_jit
+def _keep_largest(k, value, index, found):  # type: ignore[no-untyped-def]
+    """Cut candidates (index ascending) to the k of largest magnitude, NaN largest, ties to the lower
+    index, order kept. Returns (k, least magnitude kept)."""
+    magnitude = np.abs(value[:found])
+    bar = np.partition(magnitude, found - k)[found - k]
+    above = 0
+    for i in range(found):
+        above += magnitude[i] > bar or (np.isnan(magnitude[i]) and not np.isnan(bar))
+    ties = k - above
+    kept = 0
+    for i in range(found):
+        a = magnitude[i]
+        larger = a > bar or (np.isnan(a) and not np.isnan(bar))
+        tie = a == bar or (np.isnan(a) and np.isnan(bar))
+        if larger or (tie and ties > 0):
+            ties -= not larger
+            value[kept] = value[i]
+            index[kept] = index[i]
+            kept += 1
+    return kept, bar
+
+
+@_jit
+def _write_kept(row, value, index, found, floats, message):  # type: ignore[no-untyped-def]
+    k = row[COUNT]
+    if found > k:
+        _keep_largest(k, value, index, found)
+    width = _index_bytes(row[NUMEL])
+    for j in range(k):
+        floats[row[FLOAT] + j] = value[j]
+        for b in range(width):
+            message[row[BYTE] + j * width + b] = np.uint8((index[j] >> (8 * b)) & 255)
+
+
+@_jit
+def _write_scale(row, lanes, floats):  # type: ignore[no-untyped-def]
+    total = 0.0
+    for i in range(LANES):
+        total += lanes[i]
+    scale = total / row[NUMEL]
+    if row[UNIT]:
+        scale = 1.0 if np.isfinite(scale) else np.nan
+    floats[row[FLOAT]] = scale
+
+
+@_jit
+def _room(table):  # type: ignore[no-untyped-def]
+    """Candidates to make room for: four times the largest k, so that they are rarely cut."""
+    room = 0
+    for row in table:
+        if row[KIND] != SIGN and row[KIND] != DENSE:
+            room = max(room, min(row[NUMEL], 4 * row[COUNT] + 64))
+    return room
+
+
+# ---------------------------------------------------------------------------------------------
+# The five kernels. Each returns -1, or the first row whose message is malformed.
+
+
+@_jit
+def _compress(table, hyper, s, feedback, g, m, e, x, floats, message):  # type: ignore[no-untyped-def]
+    D, lanes, room = np.empty(CHUNK, e.dtype), np.empty(LANES), _room(table)
+    value, index = np.empty(room, e.dtype), np.empty(room, np.int64)
+    for row in table:
+        found, bar = 0, e.dtype.type(-1)
+        lanes[:] = 0
+        for lo in range(0, row[NUMEL], CHUNK):
+            n = min(CHUNK, row[NUMEL] - lo)
+            a, b = row[GRAD] + lo, row[STATE] + lo
+            mm = m[b : b + n] if m.size else m
+            _produce(hyper[row[GROUP]], s, feedback, False, g[a : a + n], mm, e[b : b + n], x[b : b + n], D)
+            if row[KIND] == SIGN:
+                _sum_abs(D, n, lanes)
+                _pack(D, n, message[row[BYTE] + lo // 8 :])
+            elif row[KIND] == DENSE:
+                floats[row[FLOAT] + lo : row[FLOAT] + lo + n] = D[:n]
+            else:
+                found, bar = _offer(D, lo, n, row[COUNT], value, index, found, bar)
+        if row[KIND] == SIGN:
+            _write_scale(row, lanes, floats)
+        elif row[KIND] != DENSE:
+            _write_kept(row, value, index, found, floats, message)
+    return -1
+
+
+@_jit
+def _serve(table, reply_table, floats, messages, e, reply_floats, reply):  # type: ignore[no-untyped-def]
+    D, lanes, room = np.empty(CHUNK, e.dtype), np.empty(LANES), _room(reply_table)
+    value, index = np.empty(room, e.dtype), np.empty(room, np.int64)
+    cursor = np.empty(len(messages), np.int64)
+    for r in range(len(table)):
+        row, out = table[r], reply_table[r]
+        found, bar = 0, e.dtype.type(-1)
+        lanes[:] = 0
+        cursor[:] = 0
+        for lo in range(0, row[NUMEL], CHUNK):
+            n = min(CHUNK, row[NUMEL] - lo)
+            if not _collect(row, lo, floats, messages, cursor, D, n):
+                return r
+            if e.size:
+                for i in range(n):
+                    D[i] = e[out[STATE] + lo + i] + D[i]
+            if out[KIND] == SIGN:
+                _sum_abs(D, n, lanes)
+                _pack(D, n, reply[out[BYTE] + lo // 8 :])
+            elif out[KIND] == DENSE:
+                reply_floats[out[FLOAT] + lo : out[FLOAT] + lo + n] = D[:n]
+            else:
+                found, bar = _offer(D, lo, n, out[COUNT], value, index, found, bar)
+        if out[KIND] == SIGN:
+            _write_scale(out, lanes, reply_floats)
+        elif out[KIND] != DENSE:
+            _write_kept(out, value, index, found, reply_floats, reply)
+    return -1
+
+
+@_jit
+def _take(row, lo, n, floats, message, cursor, v):  # type: ignore[no-untyped-def]
+    """v[:n] -= C on coordinates [lo, lo + n) of a block; the next cursor, or -1."""
+    if row[KIND] == SIGN:
+        _add_signs(message[row[BYTE] + lo // 8 :], -floats[row[FLOAT]], v[:n])
+    elif row[KIND] == DENSE:
+        for i in range(n):
+            v[i] -= floats[row[FLOAT] + lo + i]
+    else:
+        return _add_kept(row, floats, message, cursor, lo, n, floats.dtype.type(-1), v)
+    return cursor
+
+
+@_jit
+def _commit(table, hyper, s, feedback, g, m, e, x, floats, message):  # type: ignore[no-untyped-def]
+    D = np.empty(CHUNK, e.dtype)
+    for r in range(len(table)):
+        row, cursor = table[r], np.int64(0)
+        for lo in range(0, row[NUMEL], CHUNK):
+            n = min(CHUNK, row[NUMEL] - lo)
+            a, b = row[GRAD] + lo, row[STATE] + lo
+            mm = m[b : b + n] if m.size else m
+            _produce(hyper[row[GROUP]], s, feedback, True, g[a : a + n], mm, e[b : b + n], x[b : b + n], D)
+            if feedback:
+                cursor = _take(row, lo, n, floats, message, cursor, D)
+                if cursor < 0:
+                    return r
+                e[b : b + n] = D[:n]
+    return -1
+
+
+@_jit
+def _settle(table, reply_table, floats, messages, e, reply_floats, reply):  # type: ignore[no-untyped-def]
+    D, cursor = np.empty(CHUNK, e.dtype), np.empty(len(messages), np.int64)
+    for r in range(len(table)):
+        row, out, taken = table[r], reply_table[r], np.int64(0)
+        cursor[:] = 0
+        for lo in range(0, row[NUMEL], CHUNK):
+            n = min(CHUNK, row[NUMEL] - lo)
+            if not _collect(row, lo, floats, messages, cursor, D, n):
+                return r
+            b = out[STATE] + lo
+            for i in range(n):
+                D[i] = e[b + i] + D[i]
+            taken = _take(out, lo, n, reply_floats, reply, taken, D)
+            if taken < 0:
+                return r
+            e[b : b + n] = D[:n]
+    return -1
+
+
+@_jit
+def _subtract(table, floats, message, v):  # type: ignore[no-untyped-def]
+    for r in range(len(table)):
+        row, cursor = table[r], np.int64(0)
+        for lo in range(0, row[NUMEL], CHUNK):
+            n = min(CHUNK, row[NUMEL] - lo)
+            b = row[STATE] + lo
+            cursor = _take(row, lo, n, floats, message, cursor, v[b : b + n])
+            if cursor < 0:
+                return r
+    return -1

@@ -1,0 +1,145 @@
+"""Who serves which block, and where everything lies in the messages of one bucket.
+
+A block has exactly one server rank, whatever bucket it travels in: servers are a function of the
+model and the number of ranks alone, so DDP may rebuild its buckets without moving any server error.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import kernels
+from .codec import Block, Layout, cut, lay_out, scalars
+from .compressors import Compressor
+
+
+class Blocks(NamedTuple):
+    """The blocks of the whole model.
+
+    Attributes:
+        of_parameter: for each parameter tensor its blocks, with `grad` counted from the tensor's start.
+        owner: for each parameter tensor the server rank of each of its blocks.
+        served: coordinates this rank serves (the length of its server error).
+    """
+
+    of_parameter: list[list[Block]]
+    owner: list[list[int]]
+    served: int
+
+
+def partition(
+    numels: Sequence[int],
+    groups: Sequence[int],
+    worker: Compressor,
+    server: Compressor,
+    servers: int,
+    rank: int,
+) -> Blocks:
+    """Cut the parameter tensors into blocks and give each block to the server with the least load.
+
+    Args:
+        numels, groups: size and optimizer group of each parameter tensor, in the order of the flat state.
+        servers: how many ranks serve; 1 if every rank serves everything (replicated).
+        rank: this rank's number among the servers.
+
+    Raises:
+        ValueError: if the two compressors cut a tensor differently.
+    """
+    load = [(0, r) for r in range(servers)]
+    of_parameter, owner, served, offset = [], [], [0] * servers, 0
+    for numel, group in zip(numels, groups, strict=True):
+        up, down = worker.for_tensor(numel), server.for_tensor(numel)
+        sizes = {s for s in (up.block_numel(numel), down.block_numel(numel)) if s is not None}
+        if len(sizes) > 1:
+            raise ValueError(
+                f"compressor {up} and server_compressor {down} cut a tensor of {numel} entries into "
+                "different blocks; a block has one server, so give both the same block size"
+            )
+        mine, owners = [], []
+        for start, n in cut(numel, sizes.pop() if sizes else None):
+            busy, r = heapq.heappop(load)
+            heapq.heappush(load, (busy + n, r))
+            mine.append(Block(up, down, start, offset + start, served[r], n, group))
+            owners.append(r)
+            served[r] += n
+        of_parameter.append(mine)
+        owner.append(owners)
+        offset += numel
+    return Blocks(of_parameter, owner, served[rank])
+
+
+class Plan(NamedTuple):
+    """The messages of one bucket. Server r's part is called its section; sections lie one after the other.
+
+    Attributes:
+        send: this worker's C(D_k), all sections (phase 1, out).
+        send_bytes: length of each server's section in it.
+        receive: this server's section as it comes from every worker (phase 1, in).
+        reply: R of the blocks this server serves (phase 2, out).
+        reply_bytes: length of each server's reply.
+        apply: R of all blocks, the servers' replies one after the other (phase 2, in).
+        heads: (start, scalars) of each server's reply in `apply`, in bytes and scalars.
+    """
+
+    send: Layout
+    send_bytes: list[int]
+    receive: Layout
+    reply: Layout
+    reply_bytes: list[int]
+    apply: Layout
+    heads: list[tuple[int, int]]
+
+    def to(self, device: torch.device) -> Plan:
+        """The same plan with its tables on `device`."""
+        moved = [
+            layout._replace(table=layout.table.to(device))
+            for layout in (self.send, self.receive, self.reply, self.apply)
+        ]
+        return self._replace(send=moved[0], receive=moved[1], reply=moved[2], apply=moved[3])
+
+    def finite(self, replies: Tensor, dtype: torch.dtype) -> Tensor:
+        """0-dim bool tensor: whether every scale and value of the replies is a finite number."""
+        parts = [scalars(Layout(self.apply.table, 0, count), replies[start:], dtype) for start, count in self.heads]
+        return torch.isfinite(torch.cat(parts)).all()
+
+
+def plan_bucket(blocks: Blocks, parameters: Sequence[tuple[int, int]], servers: int, rank: int, itemsize: int) -> Plan:
+    """Lay out the messages for a bucket.
+
+    Args:
+        parameters: (index of the parameter tensor, its offset in the bucket's gradient vector).
+        itemsize: bytes of a scalar on the wire.
+    """
+    sections: list[list[Block]] = [[] for _ in range(servers)]
+    for index, offset in parameters:
+        for block, r in zip(blocks.of_parameter[index], blocks.owner[index], strict=True):
+            sections[r].append(block._replace(grad=offset + block.grad))
+    send = _concatenate(sections, itemsize, server=False)
+    apply = _concatenate(sections, itemsize, server=True)
+    own = sections[rank]
+    starts = [sum(apply[1][:r]) for r in range(servers)]
+    return Plan(
+        send=send[0],
+        send_bytes=send[1],
+        receive=lay_out(own, itemsize, server=False, served=True),
+        reply=lay_out(own, itemsize, server=True, served=True),
+        reply_bytes=apply[1],
+        apply=apply[0],
+        heads=list(zip(starts, apply[2], strict=True)),
+    )
+
+
+def _concatenate(sections: list[list[Block]], itemsize: int, *, server: bool) -> tuple[Layout, list[int], list[int]]:
+    layouts: list[Layout] = []
+    start = 0
+    for section in sections:
+        layouts.append(lay_out(section, itemsize, server=server, served=False, start=start))
+        start += layouts[-1].message_bytes
+    table = torch.cat([layout.table for layout in layouts]).view(-1, kernels.COLUMNS)
+    count = [layout.scalars for layout in layouts]
+    return Layout(table, start, sum(count)), [layout.message_bytes for layout in layouts], count

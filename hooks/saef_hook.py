@@ -1,0 +1,24 @@
+"""The DDP communication hook. (No `from __future__ import annotations`: DDP compares the types.)"""
+
+import torch
+from torch.distributed.distributed_c10d import GradBucket  # type: ignore[attr-defined]
+from torch.futures import Future
+
+from saef import SAEFState
+
+
+def saef_hook(state: SAEFState, bucket: GradBucket) -> Future[torch.Tensor]:
+    """Compress a bucket's gradient and exchange it: `ddp_model.register_comm_hook(state, saef_hook)`.
+
+    One hook for all methods; the state says which. The gradient in `p.grad` stays this worker's own: the
+    optimizer step applies what came back. Reading it is fine, changing it is refused by the step.
+
+    Raises:
+        TypeError: if called without a `GradBucket` (DDP compiled with the python_reducer).
+    """
+    if not isinstance(bucket, GradBucket):
+        raise TypeError(
+            f"saef_hook needs DDP's GradBucket, got {type(bucket).__name__}: under torch.compile leave "
+            'torch._dynamo.config.optimize_ddp at its default instead of "python_reducer"'
+        )
+    return state.exchange(bucket.parameters(), bucket.gradients(), bucket.buffer(), bucket.is_last())

@@ -1,0 +1,110 @@
+"""The training job that the tests run on real ranks, and the same problem for the reference."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+from saef import SAEFState
+from saef.hooks import saef_hook
+
+
+def make_net(dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    """A small network with tensors of many sizes, among them one of a single entry."""
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 7), nn.Tanh(), nn.Linear(7, 1)).to(dtype)
+
+
+def batch(k: int, t: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """Worker k's batch in step t: the same wherever it is asked for, different for each worker."""
+    generator = torch.Generator().manual_seed(1000 * k + t)
+    x = torch.randn(8, 6, generator=generator, dtype=torch.float64)
+    y = torch.sin(x.sum(1, keepdim=True)) + 0.1 * k
+    return x.to(dtype), y.to(dtype)
+
+
+def wild_lrs(steps: int) -> list[float]:
+    """A learning rate that warms up from 0, jumps up and down by 10, is 0 once, and decays."""
+    lrs = [0.05 * min(1.0, t / 10) * (10.0 if t % 17 == 16 else 1.0) * 0.99**t for t in range(steps)]
+    lrs[min(20, steps - 1)] = 0.0
+    return lrs
+
+
+@dataclass
+class Job:
+    """What one run varies. `groups`: options of two param groups (weights, biases), or of one."""
+
+    state: dict[str, Any] = field(default_factory=dict)
+    groups: list[dict[str, Any]] = field(default_factory=lambda: [{}])
+    ddp: dict[str, Any] = field(default_factory=dict)
+    lrs: list[float] = field(default_factory=lambda: wild_lrs(60))
+    dtype: torch.dtype = torch.float64
+    micro_batches: int = 1
+    preset: str | None = None
+
+
+def make_optimizer(net: nn.Module, groups: list[dict[str, Any]]) -> torch.optim.SGD:
+    """SGD with one group, or with the matrices in one and the vectors in another."""
+    if len(groups) == 1:
+        return torch.optim.SGD(net.parameters(), lr=1.0, **groups[0])
+    matrices = [p for p in net.parameters() if p.dim() > 1]
+    vectors = [p for p in net.parameters() if p.dim() <= 1]
+    return torch.optim.SGD([{"params": matrices, **groups[0]}, {"params": vectors, **groups[1]}], lr=1.0)
+
+
+def make_state(model: nn.Module, optimizer: torch.optim.Optimizer, job: Job) -> SAEFState:
+    if job.preset is None:
+        return SAEFState(model, optimizer, **job.state)
+    import saef.hooks
+
+    return getattr(saef.hooks, job.preset)(model, optimizer, **job.state)  # type: ignore[no-any-return]
+
+
+def train(group: dist.ProcessGroup, job: Job) -> dict[str, Any]:
+    """Train with DDP and saef_hook; what the tests look at afterwards."""
+    net = make_net(job.dtype)
+    model = DDP(net, process_group=group, **{"bucket_cap_mb": 0.0005, **job.ddp})
+    optimizer = make_optimizer(net, job.groups)
+    state = make_state(model, optimizer, job)
+    model.register_comm_hook(state, saef_hook)
+    rank, trajectory = dist.get_rank(group), [flat(net)]
+    for t, lr in enumerate(job.lrs):
+        for g, options in zip(optimizer.param_groups, job.groups, strict=True):
+            g["lr"] = lr * options.get("lr", 1.0)
+        optimizer.zero_grad()
+        x, y = batch(rank, t, job.dtype)
+        parts = list(zip(x.chunk(job.micro_batches), y.chunk(job.micro_batches), strict=True))
+        for xs, ys in parts[:-1]:
+            with model.no_sync():
+                (nn.functional.mse_loss(model(xs), ys) / len(parts)).backward()
+        xs, ys = parts[-1]
+        (nn.functional.mse_loss(model(xs), ys) / len(parts)).backward()
+        optimizer.step()
+        trajectory.append(flat(net))
+    return {
+        "x": torch.stack(trajectory),
+        "e": state.e.clone(),
+        "m": state.m.clone(),
+        "e_server": state.e_server.clone(),
+        "metrics": state.metrics(),
+        "strategy": state.strategy,
+        "buckets": len(state._plans),
+    }
+
+
+def flat(net: nn.Module) -> Tensor:
+    return torch.cat([p.detach().reshape(-1).clone() for p in net.parameters()])
+
+
+def gradient(k: int, t: int, parameters: list[Tensor]) -> list[Tensor]:
+    """Worker k's gradient at `parameters`, for the reference."""
+    net = make_net()
+    with torch.no_grad():
+        for p, value in zip(net.parameters(), parameters, strict=True):
+            p.copy_(value)
+    x, y = batch(k, t)
+    nn.functional.mse_loss(net(x), y).backward()
+    return [p.grad for p in net.parameters() if p.grad is not None]
