@@ -1,7 +1,7 @@
 """The DDP communication hook. (No `from __future__ import annotations`: DDP compares the types.)"""
 
 import torch
-from torch.distributed.distributed_c10d import GradBucket  # type: ignore[attr-defined]
+from torch._C._distributed_c10d import GradBucket  # torch.distributed.GradBucket, for type checkers
 from torch.futures import Future
 
 from saef import SAEFState
