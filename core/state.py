@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
+from torch.distributed.algorithms.join import Joinable
 from torch.futures import Future
 
 from . import kernels
@@ -154,6 +155,7 @@ class SAEFState:
         self._at_half = False
         self._plans: dict[tuple[tuple[int, int], ...], Plan] = {}
         self._index = {id(p): i for i, p in enumerate(weights.parameters)}
+        self._sizes = self._group_sizes()
         self._hidden: list[Tensor | None] = []
         self._prepared = _Prepared()
         self._attach(model)
@@ -193,10 +195,17 @@ class SAEFState:
         if isinstance(inner, nn.Module):  # what DDP wraps; users evaluate and save it directly
             inner.register_forward_pre_hook(self._before_inner_forward)
             inner.register_state_dict_pre_hook(lambda *_: self.restore())
+        # GradScaler unscales p.grad without a trace, unless the optimizer claims to do it; then it shows.
+        self.optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
         self.optimizer.register_step_pre_hook(self._before_step)
         self.optimizer.register_step_post_hook(self._after_step)
 
     def _before_forward(self, module: nn.Module, args: Any) -> None:
+        if isinstance(module, Joinable) and module._join_config.enable:
+            raise RuntimeError(
+                "DDP's join() for uneven inputs cannot work with SAEF: a rank without data has no gradient at its own "
+                "x_half. Give all ranks the same number of batches (DistributedSampler does)"
+            )
         if module.training and torch.is_grad_enabled():
             self._begin()
         else:
@@ -241,12 +250,14 @@ class SAEFState:
         Returns:
             A future of `flat`, complete when the servers' replies are there.
         """
+        if flat.layout != torch.strided:
+            raise TypeError("sparse gradients cannot be compressed here; use dense ones (Embedding(sparse=False))")
         indices, plan = self._plan(parameters, gradients, flat)
         if not self._at_half:
             raise RuntimeError(
                 "a gradient arrived that was not computed at x_half: run the forward through the wrapped model, in "
                 "training mode with gradients enabled, and do not evaluate, save or restore between forward and "
-                "backward. DDP's join() and a forward of model.module alone cannot work with SAEF"
+                "backward"
             )
         if any(not seen.isdisjoint(indices) for seen in ({*b.parameters} for b in self._prepared.buckets)):
             self._prepared = _Prepared()  # a second backward before the step; its gradients contain the first's
@@ -320,11 +331,6 @@ class SAEFState:
                     f"a gradient of shape {tuple(p.shape)} belongs to no parameter of this state: the model's "
                     "trainable parameters changed. Wrap the model and create SAEFState again after changing them"
                 )
-            if g.numel() > 1 and g.stride() != self.weights.strides(i):
-                raise RuntimeError(
-                    f"the gradient of {self.weights.names[i]} has strides {g.stride()}, its parameter had "
-                    f"{self.weights.strides(i)}: set the memory format before wrapping the model"
-                )
             where.append((i, int(g.storage_offset() - flat.storage_offset())))
         key = tuple(where)
         if key not in self._plans:  # DDP rebuilds its buckets after the first step
@@ -338,6 +344,8 @@ class SAEFState:
         """Commit, and hide the gradients, so that the optimizer's own arithmetic finds nothing to do."""
         if kwargs.get("closure", args[1] if len(args) > 1 else None) is not None:
             raise TypeError("step(closure) would evaluate the model inside the step; call backward(), then step()")
+        if getattr(optimizer, "found_inf", None) is not None:
+            raise RuntimeError("torch.amp.GradScaler is not supported yet; use bfloat16 autocast, which needs none")
         parameters = self.weights.parameters
         if self._prepared.buckets:
             self._commit(self._check_prepared())
@@ -375,6 +383,8 @@ class SAEFState:
             k.subtract(plan.apply.table, replies, x)  # line 25
         self.steps += 1
         self._prepared = _Prepared()
+        self._at_half = False
+        self.weights.restore()
 
     def _decay(self) -> None:
         """x <- x - eta lambda x, or with the rule's momentum on lambda x (dist-EF appendix A)."""
@@ -397,6 +407,9 @@ class SAEFState:
     def _read_hyper(self) -> list[Hyper]:
         return read_hyper(self.optimizer, outer=self.settings.outer, signum=not self.settings.feedback)
 
+    def _group_sizes(self) -> list[int]:
+        return [len(group["params"]) for group in self.optimizer.param_groups]
+
     def _remember_gradients(self) -> None:
         self._prepared.gradients = self._seen_gradients()
 
@@ -417,14 +430,15 @@ class SAEFState:
         if self._prepared.gradients != self._seen_gradients():
             raise RuntimeError(
                 "gradients were changed between backward() and optimizer.step(), when they had been compressed and "
-                "sent already. To clip, give SAEFState max_grad_norm; instead of torch.amp.GradScaler use bfloat16 "
-                "autocast"
+                "sent already: to clip, give SAEFState max_grad_norm"
             )
-        if self._prepared.hyper != self._read_hyper() or len(self._prepared.hyper) != len(self.optimizer.param_groups):
+        if self._prepared.hyper != self._read_hyper():
             raise RuntimeError(
-                "lr, momentum, weight_decay or the groups changed between backward() and optimizer.step(), but the "
-                "messages contain them already: change them after step(), as schedulers do"
+                "lr, momentum or weight_decay changed between backward() and optimizer.step(), but the messages "
+                "contain them already: change them after step(), as schedulers do"
             )
+        if self._group_sizes() != self._sizes:
+            raise RuntimeError("the optimizer's parameters changed: create SAEFState again after changing them")
         finite = [b.plan.finite(b.replies[0], self.weights.dtype) for b in buckets]
         if not bool(torch.stack(finite).all()):
             first = buckets[[bool(f) for f in finite].index(False)]

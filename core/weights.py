@@ -51,10 +51,6 @@ class Weights:
             views.append(part.view(p.shape) if not dense else part.as_strided(p.shape, p.stride()))
         return views
 
-    def strides(self, i: int) -> tuple[int, ...]:
-        """Strides of parameter i's part of a flat vector."""
-        return self._kept[i].stride()
-
     @torch.no_grad()
     def keep(self) -> None:
         """x <- parameters: whatever was done to them since the last step (loaded, clamped) counts."""
