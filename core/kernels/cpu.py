@@ -17,7 +17,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from ..compressors import DENSE, SIGN
+from ..compressors import DENSE, SIGN, TOPK
 from . import (
     BYTE,
     COUNT,
@@ -258,6 +258,18 @@ def _offer(D, lo, n, k, value, index, found, bar):  # type: ignore[no-untyped-de
 
 
 @_jit
+def _guess_bar(D, n, row):  # type: ignore[no-untyped-def]
+    """A magnitude that about twice as many entries of the block exceed as are kept, judged by its first chunk.
+
+    If it proves too high, so that fewer than k are found, the block is gone through again without a guess.
+    """
+    rank = 2 * row[COUNT] * n // row[NUMEL] + 32
+    if rank >= n:
+        return D.dtype.type(-1)
+    return np.partition(np.abs(D[:n]), n - rank)[n - rank]
+
+
+@_jit
 def _keep_largest(k, value, index, found):  # type: ignore[no-untyped-def]
     """Cut candidates (index ascending) to the k of largest magnitude, NaN largest, ties to the lower
     index, order kept. Returns (k, least magnitude kept)."""
@@ -308,7 +320,7 @@ def _room(table):  # type: ignore[no-untyped-def]
     """Candidates to make room for: four times the largest k, so that they are rarely cut."""
     room = 0
     for row in table:
-        if row[KIND] != SIGN and row[KIND] != DENSE:
+        if row[KIND] == TOPK:
             room = max(room, min(row[NUMEL], 4 * row[COUNT] + 64))
     return room
 
@@ -322,9 +334,9 @@ def _compress(table, hyper, s, feedback, g, m, e, x, floats, message):  # type: 
     D, lanes, room = np.empty(CHUNK, e.dtype), np.empty(LANES), _room(table)
     value, index = np.empty(room, e.dtype), np.empty(room, np.int64)
     for row in table:
-        found, bar = 0, e.dtype.type(-1)
+        found, bar, lo, guess = 0, e.dtype.type(-1), 0, True
         lanes[:] = 0
-        for lo in range(0, row[NUMEL], CHUNK):
+        while lo < row[NUMEL]:
             n = min(CHUNK, row[NUMEL] - lo)
             a, b = row[GRAD] + lo, row[STATE] + lo
             mm = m[b : b + n] if m.size else m
@@ -335,10 +347,15 @@ def _compress(table, hyper, s, feedback, g, m, e, x, floats, message):  # type: 
             elif row[KIND] == DENSE:
                 floats[row[FLOAT] + lo : row[FLOAT] + lo + n] = D[:n]
             else:
+                if lo == 0:
+                    found, bar = 0, _guess_bar(D, n, row) if guess else e.dtype.type(-1)
                 found, bar = _offer(D, lo, n, row[COUNT], value, index, found, bar)
+            lo += n
+            if lo == row[NUMEL] and row[KIND] == TOPK and found < row[COUNT]:
+                lo, guess = 0, False
         if row[KIND] == SIGN:
             _write_scale(row, lanes, floats)
-        elif row[KIND] != DENSE:
+        elif row[KIND] == TOPK:
             _write_kept(row, value, index, found, floats, message)
     return -1
 
@@ -350,11 +367,12 @@ def _serve(table, reply_table, floats, messages, e, reply_floats, reply):  # typ
     cursor = np.empty(len(messages), np.int64)
     for r in range(len(table)):
         row, out = table[r], reply_table[r]
-        found, bar = 0, e.dtype.type(-1)
+        found, bar, lo, guess = 0, e.dtype.type(-1), 0, True
         lanes[:] = 0
-        cursor[:] = 0
-        for lo in range(0, row[NUMEL], CHUNK):
+        while lo < row[NUMEL]:
             n = min(CHUNK, row[NUMEL] - lo)
+            if lo == 0:
+                cursor[:] = 0
             if not _collect(row, lo, floats, messages, cursor, D, n):
                 return r
             if e.size:
@@ -366,10 +384,15 @@ def _serve(table, reply_table, floats, messages, e, reply_floats, reply):  # typ
             elif out[KIND] == DENSE:
                 reply_floats[out[FLOAT] + lo : out[FLOAT] + lo + n] = D[:n]
             else:
+                if lo == 0:
+                    found, bar = 0, _guess_bar(D, n, out) if guess else e.dtype.type(-1)
                 found, bar = _offer(D, lo, n, out[COUNT], value, index, found, bar)
+            lo += n
+            if lo == row[NUMEL] and out[KIND] == TOPK and found < out[COUNT]:
+                lo, guess = 0, False
         if out[KIND] == SIGN:
             _write_scale(out, lanes, reply_floats)
-        elif out[KIND] != DENSE:
+        elif out[KIND] == TOPK:
             _write_kept(out, value, index, found, reply_floats, reply)
     return -1
 
