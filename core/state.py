@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.distributed.algorithms.join import Joinable
 from torch.futures import Future
+from torch.profiler import record_function
 
 from . import kernels
 from .agreement import compare
@@ -279,7 +280,7 @@ class SAEFState:
         if self._prepared.rule is None:
             self._prepared.rule = self._make_rule()
         for bucket in buckets:
-            with self.transport.stream():
+            with self.transport.stream(), record_function("saef: compress"):
                 g = bucket.gradient.to(self.weights.dtype)
                 self._kernels.compress(
                     bucket.plan.send.table, self._prepared.rule, g, self.m, self.e, self.weights.x, bucket.message
@@ -348,7 +349,9 @@ class SAEFState:
             raise RuntimeError("torch.amp.GradScaler is not supported yet; use bfloat16 autocast, which needs none")
         parameters = self.weights.parameters
         if self._prepared.buckets:
-            self._commit(self._check_prepared())
+            rule = self._check_prepared()
+            with record_function("saef: commit"):
+                self._commit(rule)
         elif any(p.grad is not None for p in parameters):
             raise RuntimeError(
                 "optimizer.step() found gradients that were never exchanged: register the hook "

@@ -3,7 +3,7 @@
 A worker or server *produces* a chunk of D into scratch; a code *consumes* it. The loops run without
 the interpreter lock, and rows of a table are shared out to `torch.get_num_threads()` threads (torchrun
 sets one per rank). No reduction depends on the number of threads or the vector width of the machine:
-sums go to 16 lanes in float64 in a fixed order.
+sums are made in float64 in a fixed order.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from . import (
 )
 
 CHUNK = 2048  # coordinates; a multiple of 8, so that a chunk's bits start at a byte
-LANES = 16
 PARALLEL_NUMEL = 1 << 19  # below this, starting threads costs more than it gains
 
+_GATHER = np.uint64(0x0102040810204080)
 _jit = njit(nogil=True, cache=True, error_model="numpy")
 
 
@@ -105,42 +105,42 @@ def _run(kernel: Any, tables: list[Tensor], scalars: tuple[Any, ...], *vectors: 
 @_jit
 def _produce(h, s, feedback, store, g, m, e, x, D):  # type: ignore[no-untyped-def]
     """D <- e + eta u for one chunk; with `store`, m <- m'. Mirrors `saef.feedback` operation by operation."""
-    n = g.size
-    for i in range(n):
-        D[i] = g[i] * h[FACTOR]
+    n, factor = g.size, h[FACTOR]
     if h[DECAY] != 0:
         for i in range(n):
-            D[i] += (x[i] - e[i] * s) * h[DECAY]
-    if m.size:
-        mu, gain, nesterov = h[MU], h[GAIN], h[NESTEROV] != 0
-        if nesterov and store:
-            for i in range(n):
-                m[i] = m[i] * mu + D[i] * gain
-                D[i] += m[i] * mu
-        elif nesterov:
-            for i in range(n):
-                D[i] += (m[i] * mu + D[i] * gain) * mu
-        elif store:
-            for i in range(n):
-                m[i] = m[i] * mu + D[i] * gain
-                D[i] = m[i]
-        else:
-            for i in range(n):
-                D[i] = m[i] * mu + D[i] * gain
+            D[i] = g[i] * factor + (x[i] - e[i] * s) * h[DECAY]
+        g, factor = D, h.dtype.type(1)  # exact
+    mu, gain = h[MU], h[GAIN]
+    if not m.size:
+        for i in range(n):
+            D[i] = g[i] * factor
+    elif h[NESTEROV] != 0:
+        for i in range(n):
+            d = g[i] * factor
+            t = m[i] * mu + d * gain
+            if store:
+                m[i] = t
+            D[i] = d + t * mu
+    else:
+        for i in range(n):
+            t = m[i] * mu + g[i] * factor * gain
+            if store:
+                m[i] = t
+            D[i] = t
     if feedback:
         for i in range(n):
             D[i] = e[i] + D[i] * h[LR]
 
 
 @_jit
-def _collect(row, lo, floats, messages, cursor, D, n):  # type: ignore[no-untyped-def]
+def _collect(row, lo, floats, messages, cursor, D, n, spread):  # type: ignore[no-untyped-def]
     """D <- mean_k C(D_k) on coordinates [lo, lo + n) of a block; False if a message is malformed."""
     share = D.dtype.type(1.0 / len(messages))
     D[:n] = 0
     for k in range(len(messages)):
         at = row[FLOAT]
         if row[KIND] == SIGN:
-            _add_signs(messages[k, row[BYTE] + lo // 8 :], floats[k, at] * share, D[:n])
+            _add_signs(messages[k, row[BYTE] + lo // 8 :], floats[k, at] * share, D[:n], spread)
         elif row[KIND] == DENSE:
             for i in range(n):
                 D[i] += floats[k, at + lo + i] * share
@@ -153,15 +153,17 @@ def _collect(row, lo, floats, messages, cursor, D, n):  # type: ignore[no-untype
 
 
 @_jit
-def _add_signs(bits, scale, v):  # type: ignore[no-untyped-def]
-    """v += scale * sign, the signs packed 8 a byte, lowest bit first, 1 for +."""
-    whole = v.size // 8
-    for j in range(whole):
+def _add_signs(bits, scale, v, spread):  # type: ignore[no-untyped-def]
+    """v += scale * sign, the signs packed 8 a byte, lowest bit first, 1 for +.
+
+    `spread` takes one byte a bit: two simple loops vectorize, one over bits and floats does not.
+    """
+    for j in range((v.size + 7) // 8):
         b = bits[j]
         for i in range(8):
-            v[8 * j + i] += scale if (b >> np.uint8(i)) & np.uint8(1) else -scale
-    for i in range(v.size - 8 * whole):
-        v[8 * whole + i] += scale if (bits[whole] >> np.uint8(i)) & np.uint8(1) else -scale
+            spread[8 * j + i] = (b >> np.uint8(i)) & np.uint8(1)
+    for i in range(v.size):
+        v[i] += scale if spread[i] else -scale
 
 
 @_jit
@@ -204,30 +206,29 @@ def _index(message, start, width, j):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _sum_abs(D, n, lanes):  # type: ignore[no-untyped-def]
-    """lanes[i % LANES] += |D[i]| in float64."""
-    whole = n // LANES * LANES
-    for j in range(0, whole, LANES):
-        for i in range(LANES):
-            lanes[i] += abs(np.float64(D[j + i]))
-    for i in range(whole, n):
-        lanes[i - whole] += abs(np.float64(D[i]))
+def _sum_abs(D, n, half):  # type: ignore[no-untyped-def]
+    """Sum of |D[:n]| in float64, folding the chunk in half again and again: the same order on every machine."""
+    D[n:] = 0
+    width = CHUNK // 2
+    for i in range(width):
+        half[i] = abs(np.float64(D[i])) + abs(np.float64(D[width + i]))
+    while width > 1:
+        width //= 2
+        for i in range(width):
+            half[i] += half[width + i]
+    return half[0]
 
 
 @_jit
-def _pack(D, n, bits):  # type: ignore[no-untyped-def]
-    """Bit i % 8 of bits[i // 8] <- D[i] >= 0."""
-    whole = n // 8
-    for j in range(whole):
-        b = np.uint8(0)
-        for i in range(8):
-            b |= np.uint8(D[8 * j + i] >= 0) << np.uint8(i)
-        bits[j] = b
-    if whole * 8 < n:
-        b = np.uint8(0)
-        for i in range(n - 8 * whole):
-            b |= np.uint8(D[8 * whole + i] >= 0) << np.uint8(i)
-        bits[whole] = b
+def _pack(D, n, bits, spread):  # type: ignore[no-untyped-def]
+    """Bit i % 8 of bits[i // 8] <- D[i] >= 0. D is zero beyond n (`_sum_abs`)."""
+    for i in range(CHUNK):
+        spread[i] = D[i] >= 0
+    for i in range(n, (n + 7) // 8 * 8):
+        spread[i] = 0
+    eight = spread.view(np.uint64)
+    for j in range((n + 7) // 8):
+        bits[j] = np.uint8((eight[j] * _GATHER) >> np.uint64(56))  # byte i's lowest bit to bit i of the top byte
 
 
 @_jit
@@ -305,14 +306,17 @@ def _write_kept(row, value, index, found, floats, message):  # type: ignore[no-u
 
 
 @_jit
-def _write_scale(row, lanes, floats):  # type: ignore[no-untyped-def]
-    total = 0.0
-    for i in range(LANES):
-        total += lanes[i]
+def _write_scale(row, total, floats):  # type: ignore[no-untyped-def]
     scale = total / row[NUMEL]
     if row[UNIT]:
         scale = 1.0 if np.isfinite(scale) else np.nan
     floats[row[FLOAT]] = scale
+
+
+@_jit
+def _scratch(dtype_of):  # type: ignore[no-untyped-def]
+    """D, a chunk of float64 for sums, a chunk of bytes for bits."""
+    return np.empty(CHUNK, dtype_of.dtype), np.empty(CHUNK // 2), np.empty(CHUNK, np.uint8)
 
 
 @_jit
@@ -331,19 +335,19 @@ def _room(table):  # type: ignore[no-untyped-def]
 
 @_jit
 def _compress(table, hyper, s, feedback, g, m, e, x, floats, message):  # type: ignore[no-untyped-def]
-    D, lanes, room = np.empty(CHUNK, e.dtype), np.empty(LANES), _room(table)
+    (D, half, spread), room = _scratch(e), _room(table)
     value, index = np.empty(room, e.dtype), np.empty(room, np.int64)
     for row in table:
         found, bar, lo, guess = 0, e.dtype.type(-1), 0, True
-        lanes[:] = 0
+        total = 0.0
         while lo < row[NUMEL]:
             n = min(CHUNK, row[NUMEL] - lo)
             a, b = row[GRAD] + lo, row[STATE] + lo
             mm = m[b : b + n] if m.size else m
             _produce(hyper[row[GROUP]], s, feedback, False, g[a : a + n], mm, e[b : b + n], x[b : b + n], D)
             if row[KIND] == SIGN:
-                _sum_abs(D, n, lanes)
-                _pack(D, n, message[row[BYTE] + lo // 8 :])
+                total += _sum_abs(D, n, half)
+                _pack(D, n, message[row[BYTE] + lo // 8 :], spread)
             elif row[KIND] == DENSE:
                 floats[row[FLOAT] + lo : row[FLOAT] + lo + n] = D[:n]
             else:
@@ -354,7 +358,7 @@ def _compress(table, hyper, s, feedback, g, m, e, x, floats, message):  # type: 
             if lo == row[NUMEL] and row[KIND] == TOPK and found < row[COUNT]:
                 lo, guess = 0, False
         if row[KIND] == SIGN:
-            _write_scale(row, lanes, floats)
+            _write_scale(row, total, floats)
         elif row[KIND] == TOPK:
             _write_kept(row, value, index, found, floats, message)
     return -1
@@ -362,25 +366,25 @@ def _compress(table, hyper, s, feedback, g, m, e, x, floats, message):  # type: 
 
 @_jit
 def _serve(table, reply_table, floats, messages, e, reply_floats, reply):  # type: ignore[no-untyped-def]
-    D, lanes, room = np.empty(CHUNK, e.dtype), np.empty(LANES), _room(reply_table)
+    (D, half, spread), room = _scratch(e), _room(reply_table)
     value, index = np.empty(room, e.dtype), np.empty(room, np.int64)
     cursor = np.empty(len(messages), np.int64)
     for r in range(len(table)):
         row, out = table[r], reply_table[r]
         found, bar, lo, guess = 0, e.dtype.type(-1), 0, True
-        lanes[:] = 0
+        total = 0.0
         while lo < row[NUMEL]:
             n = min(CHUNK, row[NUMEL] - lo)
             if lo == 0:
                 cursor[:] = 0
-            if not _collect(row, lo, floats, messages, cursor, D, n):
+            if not _collect(row, lo, floats, messages, cursor, D, n, spread):
                 return r
             if e.size:
                 for i in range(n):
                     D[i] = e[out[STATE] + lo + i] + D[i]
             if out[KIND] == SIGN:
-                _sum_abs(D, n, lanes)
-                _pack(D, n, reply[out[BYTE] + lo // 8 :])
+                total += _sum_abs(D, n, half)
+                _pack(D, n, reply[out[BYTE] + lo // 8 :], spread)
             elif out[KIND] == DENSE:
                 reply_floats[out[FLOAT] + lo : out[FLOAT] + lo + n] = D[:n]
             else:
@@ -391,17 +395,17 @@ def _serve(table, reply_table, floats, messages, e, reply_floats, reply):  # typ
             if lo == row[NUMEL] and out[KIND] == TOPK and found < out[COUNT]:
                 lo, guess = 0, False
         if out[KIND] == SIGN:
-            _write_scale(out, lanes, reply_floats)
+            _write_scale(out, total, reply_floats)
         elif out[KIND] == TOPK:
             _write_kept(out, value, index, found, reply_floats, reply)
     return -1
 
 
 @_jit
-def _take(row, lo, n, floats, message, cursor, v):  # type: ignore[no-untyped-def]
+def _take(row, lo, n, floats, message, cursor, v, spread):  # type: ignore[no-untyped-def]
     """v[:n] -= C on coordinates [lo, lo + n) of a block; the next cursor, or -1."""
     if row[KIND] == SIGN:
-        _add_signs(message[row[BYTE] + lo // 8 :], -floats[row[FLOAT]], v[:n])
+        _add_signs(message[row[BYTE] + lo // 8 :], -floats[row[FLOAT]], v[:n], spread)
     elif row[KIND] == DENSE:
         for i in range(n):
             v[i] -= floats[row[FLOAT] + lo + i]
@@ -412,7 +416,7 @@ def _take(row, lo, n, floats, message, cursor, v):  # type: ignore[no-untyped-de
 
 @_jit
 def _commit(table, hyper, s, feedback, g, m, e, x, floats, message):  # type: ignore[no-untyped-def]
-    D = np.empty(CHUNK, e.dtype)
+    D, _, spread = _scratch(e)
     for r in range(len(table)):
         row, cursor = table[r], np.int64(0)
         for lo in range(0, row[NUMEL], CHUNK):
@@ -421,7 +425,7 @@ def _commit(table, hyper, s, feedback, g, m, e, x, floats, message):  # type: ig
             mm = m[b : b + n] if m.size else m
             _produce(hyper[row[GROUP]], s, feedback, True, g[a : a + n], mm, e[b : b + n], x[b : b + n], D)
             if feedback:
-                cursor = _take(row, lo, n, floats, message, cursor, D)
+                cursor = _take(row, lo, n, floats, message, cursor, D, spread)
                 if cursor < 0:
                     return r
                 e[b : b + n] = D[:n]
@@ -430,18 +434,18 @@ def _commit(table, hyper, s, feedback, g, m, e, x, floats, message):  # type: ig
 
 @_jit
 def _settle(table, reply_table, floats, messages, e, reply_floats, reply):  # type: ignore[no-untyped-def]
-    D, cursor = np.empty(CHUNK, e.dtype), np.empty(len(messages), np.int64)
+    (D, _, spread), cursor = _scratch(e), np.empty(len(messages), np.int64)
     for r in range(len(table)):
         row, out, taken = table[r], reply_table[r], np.int64(0)
         cursor[:] = 0
         for lo in range(0, row[NUMEL], CHUNK):
             n = min(CHUNK, row[NUMEL] - lo)
-            if not _collect(row, lo, floats, messages, cursor, D, n):
+            if not _collect(row, lo, floats, messages, cursor, D, n, spread):
                 return r
             b = out[STATE] + lo
             for i in range(n):
                 D[i] = e[b + i] + D[i]
-            taken = _take(out, lo, n, reply_floats, reply, taken, D)
+            taken = _take(out, lo, n, reply_floats, reply, taken, D, spread)
             if taken < 0:
                 return r
             e[b : b + n] = D[:n]
@@ -450,12 +454,13 @@ def _settle(table, reply_table, floats, messages, e, reply_floats, reply):  # ty
 
 @_jit
 def _subtract(table, floats, message, v):  # type: ignore[no-untyped-def]
+    spread = np.empty(CHUNK, np.uint8)
     for r in range(len(table)):
         row, cursor = table[r], np.int64(0)
         for lo in range(0, row[NUMEL], CHUNK):
             n = min(CHUNK, row[NUMEL] - lo)
             b = row[STATE] + lo
-            cursor = _take(row, lo, n, floats, message, cursor, v[b : b + n])
+            cursor = _take(row, lo, n, floats, message, cursor, v[b : b + n], spread)
             if cursor < 0:
                 return r
     return -1
