@@ -142,14 +142,22 @@ def _collect(row, lo, floats, messages, cursor, D, n, spread):  # type: ignore[n
         if row[KIND] == SIGN:
             _add_signs(messages[k, row[BYTE] + lo // 8 :], floats[k, at] * share, D[:n], spread)
         elif row[KIND] == DENSE:
+            values = floats[k, at + lo : at + lo + n]
             for i in range(n):
-                D[i] += floats[k, at + lo + i] * share
+                D[i] += values[i] * share
         else:
             after = _add_kept(row, floats[k], messages[k], cursor[k], lo, n, share, D)
             if after < 0:
                 return False
             cursor[k] = after
     return True
+
+
+@_jit
+def _add(D, v):  # type: ignore[no-untyped-def]
+    """D[:n] <- v + D[:n]. Slices, here and elsewhere: an index that is a sum may be negative for the compiler."""
+    for i in range(v.size):
+        D[i] = v[i] + D[i]
 
 
 @_jit
@@ -380,8 +388,7 @@ def _serve(table, reply_table, floats, messages, e, reply_floats, reply):  # typ
             if not _collect(row, lo, floats, messages, cursor, D, n, spread):
                 return r
             if e.size:
-                for i in range(n):
-                    D[i] = e[out[STATE] + lo + i] + D[i]
+                _add(D, e[out[STATE] + lo : out[STATE] + lo + n])
             if out[KIND] == SIGN:
                 total += _sum_abs(D, n, half)
                 _pack(D, n, reply[out[BYTE] + lo // 8 :], spread)
@@ -407,8 +414,9 @@ def _take(row, lo, n, floats, message, cursor, v, spread):  # type: ignore[no-un
     if row[KIND] == SIGN:
         _add_signs(message[row[BYTE] + lo // 8 :], -floats[row[FLOAT]], v[:n], spread)
     elif row[KIND] == DENSE:
+        values = floats[row[FLOAT] + lo : row[FLOAT] + lo + n]
         for i in range(n):
-            v[i] -= floats[row[FLOAT] + lo + i]
+            v[i] -= values[i]
     else:
         return _add_kept(row, floats, message, cursor, lo, n, floats.dtype.type(-1), v)
     return cursor
@@ -443,8 +451,7 @@ def _settle(table, reply_table, floats, messages, e, reply_floats, reply):  # ty
             if not _collect(row, lo, floats, messages, cursor, D, n, spread):
                 return r
             b = out[STATE] + lo
-            for i in range(n):
-                D[i] = e[b + i] + D[i]
+            _add(D, e[b : b + n])
             taken = _take(out, lo, n, reply_floats, reply, taken, D, spread)
             if taken < 0:
                 return r
