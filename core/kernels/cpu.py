@@ -38,7 +38,7 @@ from . import (
     malformed,
 )
 
-CHUNK = 2048  # coordinates; a multiple of 8, so that a chunk's bits start at a byte
+CHUNK = 4096  # coordinates; a multiple of 8, so that a chunk's bits start at a byte
 PARALLEL_NUMEL = 1 << 19  # below this, starting threads costs more than it gains
 
 _GATHER = np.uint64(0x0102040810204080)
