@@ -24,8 +24,8 @@ def _check_period(period: object) -> None:
 class Averaging:
     """What all protocols answer."""
 
-    def average(self, step: int, e: Tensor, transport: Transport) -> None:
-        """Average the local errors in place.
+    def average(self, step: int, e: Tensor, transport: Transport) -> slice:
+        """Average the local errors in place; returns the coordinates that were changed.
 
         Args:
             step: t, counted from 0.
@@ -47,9 +47,11 @@ class AllReduce(Averaging):
     def __post_init__(self) -> None:
         _check_period(self.period)
 
-    def average(self, step: int, e: Tensor, transport: Transport) -> None:
-        if (step + 1) % self.period == 0:
-            transport.mean(e, "averaging")
+    def average(self, step: int, e: Tensor, transport: Transport) -> slice:
+        if (step + 1) % self.period != 0:
+            return slice(0, 0)
+        transport.mean(e, "averaging")
+        return slice(0, e.numel())
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,9 @@ class Rotating(Averaging):
     def __post_init__(self) -> None:
         _check_period(self.period)
 
-    def average(self, step: int, e: Tensor, transport: Transport) -> None:
+    def average(self, step: int, e: Tensor, transport: Transport) -> slice:
         j, d = step % self.period, e.numel()
-        part = e[d * j // self.period : d * (j + 1) // self.period]
-        if part.numel():
-            transport.mean(part, "averaging")
+        due = slice(d * j // self.period, d * (j + 1) // self.period)
+        if due.stop > due.start:
+            transport.mean(e[due], "averaging")
+        return due

@@ -84,6 +84,8 @@ class Plan(NamedTuple):
         reply_bytes: length of each server's reply.
         apply: R of all blocks, the servers' replies one after the other (phase 2, in).
         heads: (start, scalars) of each server's reply in `apply`, in bytes and scalars.
+        of_parameter: (index, rows of `send`, rows of `apply`) of each parameter tensor of the bucket, the latter
+            with STATE counted from the tensor's start.
     """
 
     send: Layout
@@ -93,6 +95,7 @@ class Plan(NamedTuple):
     reply_bytes: list[int]
     apply: Layout
     heads: list[tuple[int, int]]
+    of_parameter: list[tuple[int, Tensor, Tensor]]
 
     def to(self, device: torch.device) -> Plan:
         """The same plan with its tables on `device`."""
@@ -116,9 +119,11 @@ def plan_bucket(blocks: Blocks, parameters: Sequence[tuple[int, int]], servers: 
         itemsize: bytes of a scalar on the wire.
     """
     sections: list[list[Block]] = [[] for _ in range(servers)]
+    indices: list[list[int]] = [[] for _ in range(servers)]
     for index, offset in parameters:
         for block, r in zip(blocks.of_parameter[index], blocks.owner[index], strict=True):
             sections[r].append(block._replace(grad=offset + block.grad))
+            indices[r].append(index)
     send = _concatenate(sections, itemsize, server=False)
     apply = _concatenate(sections, itemsize, server=True)
     own = sections[rank]
@@ -131,7 +136,18 @@ def plan_bucket(blocks: Blocks, parameters: Sequence[tuple[int, int]], servers: 
         reply_bytes=apply[1],
         apply=apply[0],
         heads=list(zip(starts, apply[2], strict=True)),
+        of_parameter=_of_parameter(blocks, torch.tensor(sum(indices, [])), send[0].table, apply[0].table),
     )
+
+
+def _of_parameter(blocks: Blocks, index: Tensor, send: Tensor, apply: Tensor) -> list[tuple[int, Tensor, Tensor]]:
+    """`index`: the parameter tensor of each row."""
+    parts = []
+    for i in index.unique().tolist():
+        mine, theirs = send[index == i], apply[index == i]
+        theirs[:, kernels.STATE] -= blocks.of_parameter[i][0].state
+        parts.append((i, mine, theirs))
+    return parts
 
 
 def _concatenate(sections: list[list[Block]], itemsize: int, *, server: bool) -> tuple[Layout, list[int], list[int]]:

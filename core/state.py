@@ -39,7 +39,7 @@ from .kernels import FLOAT, GROUP, LR
 from .optimizer import check_optimizer, read_hyper
 from .plan import Plan, partition, plan_bucket
 from .settings import Server, Settings
-from .weights import Weights
+from .weights import create
 
 
 class _Bucket(NamedTuple):
@@ -132,7 +132,7 @@ class SAEFState:
         check_optimizer(optimizer)
         self.optimizer = optimizer
         self._read_hyper()
-        self.weights = weights = Weights(model, optimizer)
+        self.weights = weights = create(model, optimizer, settings.step_ahead)
         self._kernels = kernels.select(weights.device)
         self.transport = TorchTransport(process_group or getattr(model, "process_group", None), weights.device)
         self._compare_ranks()
@@ -144,12 +144,12 @@ class SAEFState:
         self._servers, self._rank = (workers, self.transport.rank) if self.strategy == "sharded" else (1, 0)
         self._blocks = partition(weights.numels, weights.groups, compressor, server, self._servers, self._rank)
 
-        self._none = weights.x.new_empty(0)
-        self.e = torch.zeros_like(weights.x) if settings.feedback else self._none
-        self._errors = weights.views(self.e) if settings.feedback else []
+        self._none = weights.flat.new_empty(0)
+        self.e = torch.zeros_like(weights.flat) if settings.feedback else self._none
+        self._errors = weights.cut(self.e) if settings.feedback else []
         self.m = self.m_decay = self._none  # allocated when a group first has momentum
         dense = all(server.for_tensor(n).kind == DENSE for n in weights.numels)  # then D - C(D) = 0
-        self.e_server = self._none if dense or not settings.feedback else weights.x.new_zeros(self._blocks.served)
+        self.e_server = self._none if dense or not settings.feedback else weights.flat.new_zeros(self._blocks.served)
 
         self.steps = 0
         self._averaged_for = -1  # the step whose averaging has been done
@@ -192,10 +192,12 @@ class SAEFState:
     def _attach(self, model: nn.Module) -> None:
         model.register_forward_pre_hook(self._before_forward)
         model.register_state_dict_pre_hook(lambda *_: self.restore())
+        model.register_load_state_dict_pre_hook(lambda *_: self.restore())
         inner = getattr(model, "module", None)
         if isinstance(inner, nn.Module):  # what DDP wraps; users evaluate and save it directly
             inner.register_forward_pre_hook(self._before_inner_forward)
             inner.register_state_dict_pre_hook(lambda *_: self.restore())
+            inner.register_load_state_dict_pre_hook(lambda *_: self.restore())
         # GradScaler unscales p.grad without a trace, unless the optimizer claims to do it; then it shows.
         self.optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
         self.optimizer.register_step_pre_hook(self._before_step)
@@ -220,19 +222,22 @@ class SAEFState:
         """Average the errors, once a step, and step ahead. Micro-batches stay at x_half."""
         if self._at_half:
             return
-        averaging = self.settings.averaging
-        if averaging is not None and self._averaged_for != self.steps:
-            self._averaged_for = self.steps
-
-            def average() -> Tensor:
-                averaging.average(self.steps, self.e, self.transport)  # Alg. 1, lines 6-8
-                return self.e
-
-            self.transport.submit(average, self.transport.future()).wait()
-        self.weights.keep()
-        if self.settings.step_ahead != 0.0:
-            self.weights.step_ahead(self._errors, self.settings.step_ahead)
+        self.weights.begin(self._errors, self._average())
         self._at_half = True
+
+    def _average(self) -> slice:
+        """Average the errors if this step has not done so (Alg. 1, lines 6-8); the coordinates that changed."""
+        averaging, changed = self.settings.averaging, [slice(0, 0)]
+        if averaging is None or self._averaged_for == self.steps:
+            return changed[0]
+
+        def average() -> Tensor:
+            changed[0] = averaging.average(self.steps, self.e, self.transport)
+            return self.e
+
+        self.transport.submit(average, self.transport.future()).wait()
+        self._averaged_for = self.steps
+        return changed[0]
 
     # -- backward: compress and exchange ------------------------------------------------------
 
@@ -282,8 +287,9 @@ class SAEFState:
         for bucket in buckets:
             with self.transport.stream(), record_function("saef: compress"):
                 g = bucket.gradient.to(self.weights.dtype)
+                v, _ = self.weights.x_half()
                 self._kernels.compress(
-                    bucket.plan.send.table, self._prepared.rule, g, self.m, self.e, self.weights.x, bucket.message
+                    bucket.plan.send.table, self._prepared.rule, g, self.m, self.e, v, bucket.message
                 )
             self.transport.submit(partial(self._exchange, bucket), bucket.done)
 
@@ -307,7 +313,7 @@ class SAEFState:
     def _make_rule(self) -> kernels.Rule:
         """This step's rule: the optimizer's settings and the clipping coefficient."""
         if self.m.numel() == 0 and any(h.momentum for h in self._prepared.hyper):
-            self.m = torch.zeros_like(self.weights.x)
+            self.m = torch.zeros_like(self.weights.flat)
         clip = 1.0
         if self.settings.max_grad_norm is not None:
             norms = [torch.linalg.vector_norm(b.gradient, dtype=self.weights.dtype) for b in self._prepared.buckets]
@@ -316,7 +322,7 @@ class SAEFState:
             clip = min(1.0, self.settings.max_grad_norm / (norm + 1e-6)) if math.isfinite(norm) else math.nan
         rows = [[float(v) for v in h._replace(factor=h.factor * clip)] for h in self._prepared.hyper]
         hyper = torch.tensor(rows, dtype=self.weights.dtype, device=self.weights.device)
-        return kernels.Rule(hyper, self.settings.step_ahead, self.settings.feedback)
+        return kernels.Rule(hyper, self.weights.x_half()[1], self.settings.feedback)
 
     def _empty(self, plan: Plan) -> Tensor:
         return torch.zeros(plan.send.message_bytes, dtype=torch.uint8, device=self.weights.device)
@@ -371,19 +377,18 @@ class SAEFState:
     @torch.no_grad()
     def _commit(self, rule: kernels.Rule) -> None:
         """The one place where a step takes effect."""
-        k, x = self._kernels, self.weights.x
         if self.settings.outer:
             self._decay()
         for b in self._prepared.buckets:
             plan, replies = b.plan, b.replies[0]
-            k.commit(plan.send.table, rule, b.gradient.to(x.dtype), self.m, self.e, x, b.message)
             if self.e_server.numel() and plan.reply.message_bytes:
                 own = replies.narrow(0, sum(plan.reply_bytes[: self._rank]), plan.reply_bytes[self._rank])
-                k.settle(plan.receive.table, plan.reply.table, b.received[0], self.e_server, own)
+                self._kernels.settle(plan.receive.table, plan.reply.table, b.received[0], self.e_server, own)
             if not self.settings.feedback:  # the vote is +-1; x moves by eta
                 table = plan.apply.table
-                replies.view(x.dtype)[table[:, FLOAT]] = rule.hyper[table[:, GROUP], LR]
-            k.subtract(plan.apply.table, replies, x)  # line 25
+                replies.view(self.e.dtype)[table[:, FLOAT]] = rule.hyper[table[:, GROUP], LR]
+            g = b.gradient.to(self.e.dtype)
+            self.weights.commit(plan, rule, g, self.m, self.e, b.message, replies)
         self.steps += 1
         self._prepared = _Prepared()
         self._at_half = False
@@ -391,21 +396,19 @@ class SAEFState:
 
     def _decay(self) -> None:
         """x <- x - eta lambda x, or with the rule's momentum on lambda x (dist-EF appendix A)."""
-        groups = self.optimizer.param_groups
-        if self.m_decay.numel() == 0 and self.settings.feedback:
-            if any(h.momentum and g["weight_decay"] for h, g in zip(self._prepared.hyper, groups, strict=True)):
-                self.m_decay = torch.zeros_like(self.weights.x)
-        for at, n, i in zip(self.weights.offsets, self.weights.numels, self.weights.groups, strict=True):
-            h, decay = self._prepared.hyper[i], groups[i]["weight_decay"]
-            if decay == 0.0 and self.m_decay.numel() == 0:
-                continue
-            x = self.weights.x[at : at + n]
-            u = x * decay
+        groups, hyper = self.optimizer.param_groups, self._prepared.hyper
+        momentum = self.settings.feedback and any(
+            h.momentum and g["weight_decay"] for h, g in zip(hyper, groups, strict=True)
+        )
+        if momentum and self.m_decay.numel() == 0:
+            self.m_decay = torch.zeros_like(self.weights.flat)
+        for x, at, i in zip(self.weights.parts(), self.weights.offsets, self.weights.groups, strict=True):
+            u = x * groups[i]["weight_decay"]
             if self.m_decay.numel():
-                m = self.m_decay[at : at + n]
-                m.mul_(h.momentum).add_(u)  # m~ = mu m~ + lambda x
-                u = u + m * h.momentum if h.nesterov else m
-            x.sub_(u * h.lr)
+                m = self.m_decay[at : at + x.numel()]
+                m.mul_(hyper[i].momentum).add_(u)  # m~ = mu m~ + lambda x
+                u = u + m * hyper[i].momentum if hyper[i].nesterov else m
+            x.sub_(u * hyper[i].lr)
 
     def _read_hyper(self) -> list[Hyper]:
         return read_hyper(self.optimizer, outer=self.settings.outer, signum=not self.settings.feedback)

@@ -1,4 +1,15 @@
-"""The parameters and the kept x: the only place that writes to the model's parameters."""
+"""The parameters and x: the only place that writes to the model's parameters.
+
+Between steps the parameters are x, during one x_half. x_half is derived from x and never the other way
+round: restoring x as x_half + e would round, and replicas would drift apart. So x is kept during a step,
+in one of two ways:
+
+    Copies   x lies in a flat vector, and is copied into the parameters. Any device; for bf16
+             parameters the flat vector is their float32 master.
+    Swaps    x stays in the parameters' own storage; x_half lies in a flat vector, and for the time of a
+             step `p.data` points there. float32 and float64 on CPU, where memory traffic is what a
+             step costs: x_half is written by the kernel that has e and x in cache.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +18,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from . import feedback
+from . import feedback, kernels
+from .kernels import cpu
+from .plan import Plan
+
+SAMPLES = 64  # entries of each parameter by which a change through `.data` is noticed
 
 
 class Weights:
-    """x, flat, beside the parameters that are x between steps and x_half during one.
-
-    x_half is derived from x and never the other way round: restoring x as x_half + e would round, and
-    replicas would drift apart. For bf16 parameters x is their float32 master.
+    """What both ways share. Create with `create`.
 
     Args:
         model: its trainable parameters, shared ones once, in the order of `named_parameters()`.
@@ -22,9 +34,9 @@ class Weights:
 
     Attributes:
         names, parameters, groups: of each trainable parameter: name, tensor, index of its param group.
-        offsets: where each begins in a flat vector. Entries lie there in the parameter's memory order.
+        numels, offsets: size, and where it begins in a flat vector. Entries lie there in the parameter's
+            memory order, as in DDP's buckets.
         dtype: float64 for a float64 model, else float32: of x, errors, momentum and scalars on the wire.
-        x: [d], the kept x.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -36,44 +48,158 @@ class Weights:
         self.numels = [p.numel() for p in self.parameters]
         self.offsets = [sum(self.numels[:i]) for i in range(len(self.numels))]
         self.device = self.parameters[0].device
-        self.x = torch.empty(sum(self.numels), dtype=self.dtype, device=self.device)
-        self._kept = self.views(self.x)
-        with torch.no_grad():
-            for p, kept in zip(self.parameters, self._kept, strict=True):
-                kept.copy_(p)
+        self.flat = torch.empty(sum(self.numels), dtype=self.dtype, device=self.device)
+        self.views = self.cut(self.flat)
 
-    def views(self, flat: Tensor) -> list[Tensor]:
+    def cut(self, flat: Tensor) -> list[Tensor]:
         """The parameters' parts of a flat vector, each in its parameter's shape and strides."""
         views = []
         for p, at, n in zip(self.parameters, self.offsets, self.numels, strict=True):
             part = flat[at : at + n]
-            dense = torch.empty_like(p, device="meta").stride() == p.stride()  # no gaps, no overlaps
-            views.append(part.view(p.shape) if not dense else part.as_strided(p.shape, p.stride()))
+            views.append(part.as_strided(p.shape, p.stride()) if _dense(p) else part.view(p.shape))
         return views
 
-    @torch.no_grad()
-    def keep(self) -> None:
-        """x <- parameters: whatever was done to them since the last step (loaded, clamped) counts."""
-        for p, kept in zip(self.parameters, self._kept, strict=True):
-            if p.dtype == self.dtype:
-                kept.copy_(p)
-            else:  # a bf16 parameter is x rounded: only where it was changed does it replace the master
-                kept.copy_(torch.where(kept.to(p.dtype) == p, kept, p.to(self.dtype)))
+    def x(self) -> Tensor:
+        """x as a flat vector of the state's dtype: [d], possibly a copy."""
+        raise NotImplementedError("Weights is abstract; use create()")
+
+    def x_half(self) -> tuple[Tensor, float]:
+        """(v, s) with x_half = v - s e, v flat: what weight decay needs during a step."""
+        raise NotImplementedError("Weights is abstract; use create()")
+
+    def begin(self, errors: Sequence[Tensor], averaged: slice) -> None:
+        """parameters <- x_half = x - s e (Alg. 1, line 9).
+
+        Args:
+            errors: e, cut like the parameters (empty if there is none, with s = 0).
+            averaged: coordinates of e that were changed since the last commit.
+        """
+        raise NotImplementedError("Weights is abstract; use create()")
+
+    def restore(self) -> None:
+        """parameters <- x."""
+        raise NotImplementedError("Weights is abstract; use create()")
+
+    def parts(self) -> list[Tensor]:
+        """x of each parameter, 1-D in memory order; writing to it changes x."""
+        raise NotImplementedError("Weights is abstract; use create()")
+
+    def commit(
+        self, plan: Plan, rule: kernels.Rule, g: Tensor, m: Tensor, e: Tensor, message: Tensor, replies: Tensor
+    ) -> None:
+        """m <- m', e <- D - C(D), x <- x - R for one bucket (Alg. 1, lines 10, 18, 25)."""
+        raise NotImplementedError("Weights is abstract; use create()")
+
+
+class Copies(Weights):
+    """`flat` is x."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, s: float) -> None:
+        super().__init__(model, optimizer)
+        self.s = s
+        self._kernels = kernels.select(self.device)
+        with torch.no_grad():
+            for p, x in zip(self.parameters, self.views, strict=True):
+                x.copy_(p)
+
+    def x(self) -> Tensor:
+        return self.flat
+
+    def x_half(self) -> tuple[Tensor, float]:
+        return self.flat, self.s
 
     @torch.no_grad()
-    def step_ahead(self, errors: Sequence[Tensor], s: float) -> None:
-        """parameters <- x_half = x - s e (Alg. 1, line 9). `errors`: views of e."""
-        for p, x, e in zip(self.parameters, self._kept, errors, strict=True):
-            if s == 1.0 and p.dtype == self.dtype:
-                torch.sub(x, e, out=p.detach())  # as below, without a temporary
-            else:
-                p.copy_(feedback.step_ahead(x, e, s))
+    def begin(self, errors: Sequence[Tensor], averaged: slice) -> None:
+        for p, x in zip(self.parameters, self.views, strict=True):
+            # Whatever was done to the parameters since the last step (loaded, clamped) counts. A bf16 parameter
+            # is x rounded: only where it was changed does it replace the master.
+            x.copy_(p if p.dtype == self.dtype else torch.where(x.to(p.dtype) == p, x, p.to(self.dtype)))
+        if self.s != 0.0:
+            for p, x, e in zip(self.parameters, self.views, errors, strict=True):
+                p.copy_(feedback.step_ahead(x, e, self.s))
 
     @torch.no_grad()
     def restore(self) -> None:
-        """parameters <- x."""
-        for p, kept in zip(self.parameters, self._kept, strict=True):
-            p.copy_(kept)
+        for p, x in zip(self.parameters, self.views, strict=True):
+            p.copy_(x)
+
+    def parts(self) -> list[Tensor]:
+        return list(self.flat.split(self.numels))
+
+    def commit(
+        self, plan: Plan, rule: kernels.Rule, g: Tensor, m: Tensor, e: Tensor, message: Tensor, replies: Tensor
+    ) -> None:
+        self._kernels.commit(plan.send.table, rule, g, m, e, self.flat, message)
+        self._kernels.subtract(plan.apply.table, replies, self.flat)
+
+
+class Swaps(Weights):
+    """`flat` is x_half, made ready by the commit of the step before."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, s: float) -> None:
+        super().__init__(model, optimizer)
+        self.s = s
+        self._x = [p.data for p in self.parameters]
+        self._ready: list[tuple[int, int, Tensor]] = []  # of each x when `flat` was made from it
+
+    def x(self) -> Tensor:
+        return torch.cat(self.parts())
+
+    def x_half(self) -> tuple[Tensor, float]:
+        return self.flat, 0.0
+
+    @torch.no_grad()
+    def begin(self, errors: Sequence[Tensor], averaged: slice) -> None:
+        self._x = [p.data for p in self.parameters]
+        ready = len(self._ready) == len(self._x) and all(
+            p.data_ptr() == address and p._version == version and torch.equal(_sample(x), sample)
+            for p, x, (address, version, sample) in zip(self.parameters, self._x, self._ready, strict=True)
+        )
+        for i, (p, x, half) in enumerate(zip(self.parameters, self._x, self.views, strict=True)):
+            at, n = self.offsets[i], self.numels[i]
+            if not ready or (at < averaged.stop and averaged.start < at + n):
+                if self.s == 1.0:
+                    torch.sub(x, errors[i], out=half)  # as below, without a temporary
+                else:
+                    half.copy_(feedback.step_ahead(x, errors[i], self.s) if errors else x)
+            p.data = half
+
+    def restore(self) -> None:
+        for p, x in zip(self.parameters, self._x, strict=True):
+            p.data = x
+        self._ready = [
+            (p.data_ptr(), p._version, _sample(x).clone()) for p, x in zip(self.parameters, self._x, strict=True)
+        ]
+
+    def parts(self) -> list[Tensor]:
+        return [x.as_strided((x.numel(),), (1,)) for x in self._x]
+
+    def commit(
+        self, plan: Plan, rule: kernels.Rule, g: Tensor, m: Tensor, e: Tensor, message: Tensor, replies: Tensor
+    ) -> None:
+        parts = self.parts()
+        for i, table, reply_table in plan.of_parameter:
+            cpu.advance(table, reply_table, rule, self.s, g, m, e, parts[i], self.flat, message, replies)
+
+
+def create(model: nn.Module, optimizer: torch.optim.Optimizer, s: float) -> Weights:
+    """Swaps where they are possible and pay, else Copies. `s`: the step-ahead coefficient."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    dtypes = {p.dtype for p in trainable}
+    dense = all(_dense(p) and p.device.type == "cpu" for p in trainable)
+    return Swaps(model, optimizer, s) if dense and len(dtypes) == 1 and dtypes <= FULL else Copies(model, optimizer, s)
+
+
+FULL = {torch.float32, torch.float64}
+
+
+def _sample(x: Tensor) -> Tensor:
+    return x.as_strided((x.numel(),), (1,))[:: max(1, x.numel() // SAMPLES)]
+
+
+def _dense(p: Tensor) -> bool:
+    """No gaps and no overlaps: entries can be taken in memory order."""
+    return torch.empty_like(p, device="meta").stride() == p.stride()
 
 
 def _groups(names: list[str], parameters: list[Tensor], optimizer: torch.optim.Optimizer) -> list[int]:

@@ -244,8 +244,8 @@ def train_16_bit(group: dist.ProcessGroup, kind: str) -> tuple[Tensor, Tensor, l
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert state.weights.x.dtype == state.e.dtype == state.m.dtype == torch.float32
-    return flat(net), state.weights.x, losses
+    assert state.weights.x().dtype == state.e.dtype == state.m.dtype == torch.float32
+    return flat(net), state.weights.x(), losses
 
 
 def test_bfloat16_trains_like_float32(pool: RankPool) -> None:
@@ -285,7 +285,7 @@ def look_at_weights(group: dist.ProcessGroup) -> str:
     for t in range(3):
         train_step(t)
     x = flat(net)
-    assert torch.equal(x, state.weights.x)
+    assert torch.equal(x, state.weights.x())
     data = batch(rank, 9)[0]
     model(data)  # a training forward steps ahead
     assert torch.equal(flat(net), x - state.e) and state.e.abs().max() > 0
@@ -312,7 +312,7 @@ def look_at_weights(group: dist.ProcessGroup) -> str:
     net.eval()(data)  # and before the step
     optimizer.step()
     model.train()
-    assert torch.equal(flat(net), state.weights.x) and state.steps == 4
+    assert torch.equal(flat(net), state.weights.x()) and state.steps == 4
     return "ok"
 
 
@@ -333,12 +333,12 @@ def change_weights(group: dist.ProcessGroup, dtype: torch.dtype) -> str:
         optimizer.step()
 
     step(0)
-    master = state.weights.x.clone()
+    master = state.weights.x().clone()
     for p in net.parameters():
         p.data.clamp_(-0.1, 0.1)
-    clamped = flat(net).to(state.weights.x.dtype)
+    clamped = flat(net).to(state.weights.x().dtype)
     model(batch(0, 0, dtype)[0])
-    kept = state.weights.x
+    kept = state.weights.x()
     untouched = master.to(dtype).to(master.dtype) == clamped
     assert torch.equal(kept, torch.where(untouched, master, clamped))  # the fp32 master survives where it can
     with torch.no_grad():
@@ -370,17 +370,16 @@ def meet_a_nan(group: dist.ProcessGroup, compressor: saef.Compressor, exchange: 
 
     for t in range(3):
         step(t)
-    vectors = state.weights.x, state.e, state.m, state.e_server
-    before = [v.clone() for v in vectors]
+    before = [v.clone() for v in (state.weights.x(), state.e, state.m, state.e_server)]
     for poison in (float("nan"), float("inf")):
         with pytest.raises(FloatingPointError, match="NaN or infinite"):
             step(3, poison if rank == 1 else 0.0)
     assert all(
-        torch.equal(a, b) for a, b in zip(before, (state.weights.x, state.e, state.m, state.e_server), strict=True)
+        torch.equal(a, b) for a, b in zip(before, (state.weights.x(), state.e, state.m, state.e_server), strict=True)
     )
     assert state.steps == 3
     step(4)  # and training goes on
-    assert state.steps == 4 and bool(torch.isfinite(state.weights.x).all())
+    assert state.steps == 4 and bool(torch.isfinite(state.weights.x()).all())
     return "ok"
 
 

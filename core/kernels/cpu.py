@@ -53,6 +53,28 @@ def commit(table: Tensor, rule: Rule, g: Tensor, m: Tensor, e: Tensor, x: Tensor
     _run(_commit, [table], _rule(rule), g, m, e, x, _floats(message, e), message)
 
 
+def advance(
+    table: Tensor,
+    reply_table: Tensor,
+    rule: Rule,
+    ahead: float,
+    g: Tensor,
+    m: Tensor,
+    e: Tensor,
+    x: Tensor,
+    half: Tensor,
+    message: Tensor,
+    replies: Tensor,
+) -> None:
+    """`commit`, `subtract` from x, and half <- x - ahead e for the next step, in one pass over memory.
+
+    reply_table's STATE points into x. During the step x_half is in `half`, which weight decay reads.
+    """
+    settings = (*_rule(rule), e.numpy().dtype.type(ahead))
+    own, other = _floats(message, e), _floats(replies, e)
+    _run(_advance, [table, reply_table], settings, g, m, e, x, half, own, message, other, replies)
+
+
 def serve(table: Tensor, reply_table: Tensor, messages: Tensor, e: Tensor, reply: Tensor) -> None:
     floats = _floats(messages, e)
     _run(_serve, [table, reply_table], (), floats, messages, e, _floats(reply, e), reply)
@@ -105,12 +127,12 @@ def _run(kernel: Any, tables: list[Tensor], scalars: tuple[Any, ...], *vectors: 
 @_jit
 def _produce(h, s, feedback, store, g, m, e, x, D):  # type: ignore[no-untyped-def]
     """D <- e + eta u for one chunk; with `store`, m <- m'. Mirrors `saef.feedback` operation by operation."""
-    n, factor = g.size, h[FACTOR]
+    n, factor, lr, mu, gain = g.size, h[FACTOR], h[LR], h[MU], h[GAIN]
     if h[DECAY] != 0:
+        decay = h[DECAY]
         for i in range(n):
-            D[i] = g[i] * factor + (x[i] - e[i] * s) * h[DECAY]
+            D[i] = g[i] * factor + (x[i] - e[i] * s) * decay
         g, factor = D, h.dtype.type(1)  # exact
-    mu, gain = h[MU], h[GAIN]
     if not m.size:
         for i in range(n):
             D[i] = g[i] * factor
@@ -121,15 +143,23 @@ def _produce(h, s, feedback, store, g, m, e, x, D):  # type: ignore[no-untyped-d
             if store:
                 m[i] = t
             D[i] = d + t * mu
+    elif feedback and store:  # the usual case in one loop: three streams in, two out
+        for i in range(n):
+            t = m[i] * mu + g[i] * factor * gain
+            m[i] = t
+            D[i] = e[i] + t * lr
+    elif feedback:
+        for i in range(n):
+            D[i] = e[i] + (m[i] * mu + g[i] * factor * gain) * lr
     else:
         for i in range(n):
             t = m[i] * mu + g[i] * factor * gain
             if store:
                 m[i] = t
             D[i] = t
-    if feedback:
+    if feedback and (not m.size or h[NESTEROV] != 0):
         for i in range(n):
-            D[i] = e[i] + D[i] * h[LR]
+            D[i] = e[i] + D[i] * lr
 
 
 @_jit
@@ -437,6 +467,32 @@ def _commit(table, hyper, s, feedback, g, m, e, x, floats, message):  # type: ig
                 if cursor < 0:
                     return r
                 e[b : b + n] = D[:n]
+    return -1
+
+
+@_jit
+def _advance(  # type: ignore[no-untyped-def]
+    table, reply_table, hyper, s, feedback, ahead, g, m, e, x, half, floats, message, reply_floats, replies
+):
+    D, _, spread = _scratch(e)
+    for r in range(len(table)):
+        row, out, cursor, taken = table[r], reply_table[r], np.int64(0), np.int64(0)
+        for lo in range(0, row[NUMEL], CHUNK):
+            n = min(CHUNK, row[NUMEL] - lo)
+            a, b, c = row[GRAD] + lo, row[STATE] + lo, out[STATE] + lo
+            mm, xx, hh = m[b : b + n] if m.size else m, x[c : c + n], half[b : b + n]
+            _produce(hyper[row[GROUP]], s, feedback, True, g[a : a + n], mm, e[b : b + n], hh, D)
+            if feedback:
+                cursor = _take(row, lo, n, floats, message, cursor, D, spread)
+                e[b : b + n] = D[:n]
+            taken = _take(out, lo, n, reply_floats, replies, taken, xx, spread)
+            if cursor < 0 or taken < 0:
+                return r
+            if ahead != 0:
+                for i in range(n):
+                    hh[i] = xx[i] - D[i] * ahead
+            else:
+                hh[:] = xx
     return -1
 
 

@@ -1,0 +1,108 @@
+"""The hot loops against one torch.clone of the same vector: float32, one thread, medians of interleaved runs.
+
+    python benchmarks/kernels.py [--numel 25000000] [--rounds 9] [--block 65536|layer]
+"""
+
+import argparse
+import math
+
+import torch
+from machine import describe, interleaved, table
+from torch import Tensor
+
+import saef
+from saef.codec import Block, cut, lay_out
+from saef.compressors import Compressor
+from saef.kernels import Rule, cpu
+
+
+def blocks(numel: int, worker: Compressor, server: Compressor) -> list[Block]:
+    return [
+        Block(worker, server, start, start, start, n, 0) for start, n in cut(numel, worker.block_numel(numel))
+    ]
+
+
+def compress_path(numel: int, compressor: Compressor, rule: Rule, vectors: list[Tensor]) -> object:
+    """Update, correct, scale, select or pack; and the residual: what a worker does with a gradient."""
+    layout = lay_out(blocks(numel, compressor, compressor), 4, server=False, served=False)
+    message = torch.zeros(layout.message_bytes, dtype=torch.uint8)
+    g, m, e, x = vectors
+
+    def run() -> None:
+        cpu.compress(layout.table, rule, g, m, e, x, message)
+        cpu.commit(layout.table, rule, g, m, e, x, message)
+
+    return run
+
+
+def decode_and_sum(numel: int, compressor: Compressor, workers: int) -> object:
+    """mean_k C(D_k) of K messages, written out as floats."""
+    parts = blocks(numel, compressor, saef.Identity())
+    layout = lay_out(parts, 4, server=False, served=False)
+    out = lay_out(parts, 4, server=True, served=False)
+    codec = saef.Codec(compressor, [numel])
+    messages = torch.stack([codec.encode([torch.randn(numel)]) for _ in range(workers)])
+    reply, none = torch.zeros(out.message_bytes, dtype=torch.uint8), torch.empty(0)
+    return lambda: cpu.serve(layout.table, out.table, messages, none, reply)
+
+
+def torch_sign_chain(g: Tensor, m: Tensor, e: Tensor) -> None:
+    """The same as a chain of torch operations: momentum, D, scale, packed bits, residual."""
+    m.mul_(0.9).add_(g)
+    D = e.add(m, alpha=0.1)
+    scale = D.abs().mean()
+    positive = D >= 0
+    padded = torch.nn.functional.pad(positive.to(torch.uint8), (0, -D.numel() % 8))
+    padded.view(-1, 8).mul(1 << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+    e.copy_(D).sub_(torch.where(positive, scale, -scale))
+
+
+def torch_topk_chain(g: Tensor, m: Tensor, e: Tensor, ratio: float) -> None:
+    m.mul_(0.9).add_(g)
+    D = e.add(m, alpha=0.1)
+    kept = D.abs().topk(math.ceil(ratio * D.numel()), sorted=False).indices
+    D[kept].clone()
+    e.copy_(D)[kept] = 0.0
+
+
+def torch_sum_chain(bits: list[Tensor], numel: int) -> Tensor:
+    """K packed messages to the mean of their signs, scaled."""
+    total, shift = torch.zeros(numel), torch.arange(8, dtype=torch.uint8)
+    for packed in bits:
+        signs = ((packed.view(-1, 1) >> shift) & 1).view(-1)[:numel]
+        total.add_(torch.where(signs.bool(), 0.25, -0.25))
+    return total
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--numel", type=int, default=25_000_000)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--block", default="65536", help='"layer" or a number of coordinates')
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    n, block = args.numel, args.block if args.block == "layer" else int(args.block)
+    g, m, e, x = (torch.randn(n) for _ in range(4))
+    rule = Rule(torch.tensor([[0.1, 0.9, 1.0, 0.0, 0.0, 1.0]]), 1.0, True)
+    sign, topk = saef.ScaledSign(block=block), saef.TopK(0.01, block=block)
+    scratch = torch.empty_like(g)
+    bits = [torch.randint(256, (-(-n // 8),), dtype=torch.uint8) for _ in range(4)]
+    work = {
+        "torch.clone": lambda: g.clone(),
+        "copy into existing memory": lambda: scratch.copy_(g),
+        "sign: update, correct, scale, pack, residual": compress_path(n, sign, rule, [g, m, e, x]),
+        "top-1 %: update, correct, select, residual": compress_path(n, topk, rule, [g, m, e, x]),
+        "sign: decode and sum 4 messages": decode_and_sum(n, sign, 4),
+        "top-1 %: decode and sum 4 messages": decode_and_sum(n, topk, 4),
+        "torch operations: sign": lambda: torch_sign_chain(g, m, e),
+        "torch operations: top-1 %": lambda: torch_topk_chain(g, m, e, 0.01),
+        "torch operations: decode and sum 4 signs": lambda: torch_sum_chain(bits, n),
+    }
+    print(describe())
+    print(f"kernels   {n:,} float32, block {block}, 1 thread, {args.rounds} interleaved rounds, ratio to torch.clone\n")
+    print(table(interleaved(work, args.rounds), "torch.clone"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""What every benchmark prints first, and how it measures."""
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median, quantiles
+
+import numba
+import numpy
+import torch
+
+import saef
+
+
+def describe() -> str:
+    """Machine and versions, one line each."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        cpu = names[0] if names else cpu
+    return (
+        f"machine   {cpu}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}\n"
+        f"versions  saef {saef.__version__}, torch {torch.__version__}, numba {numba.__version__}, "
+        f"numpy {numpy.__version__}, Python {platform.python_version()}"
+    )
+
+
+def interleaved(work: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each piece of work, `rounds` times in turn, so that a noisy neighbour hits all alike."""
+    for run in work.values():
+        run()  # compile, allocate
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    for _ in range(rounds):
+        for name, run in work.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def table(seconds: dict[str, list[float]], unit: str) -> str:
+    """Median, quartiles and ratio of medians to `unit`, one line for each piece of work."""
+    lines = [f"{'':44}{'median':>10}{'quartiles':>20}{'ratio':>8}"]
+    for name, values in seconds.items():
+        low, _, high = quantiles(values, n=4)
+        ratio = median(values) / median(seconds[unit])
+        lines.append(f"{name:44}{median(values) * 1e3:7.1f} ms{low * 1e3:10.1f} .. {high * 1e3:.1f} ms{ratio:8.2f}")
+    return "\n".join(lines)
