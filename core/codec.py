@@ -55,13 +55,14 @@ class Layout(NamedTuple):
 
     Attributes:
         table: [B, kernels.COLUMNS] int64, as the kernels read it.
-        message_bytes: length of the message.
+        message_bytes: length of the message; used_bytes: without the padding.
         scalars: number of floating-point scalars at its head.
     """
 
     table: Tensor
     message_bytes: int
     scalars: int
+    used_bytes: int
 
 
 def lay_out(blocks: Sequence[Block], itemsize: int, *, server: bool, served: bool, start: int = 0) -> Layout:
@@ -88,7 +89,7 @@ def lay_out(blocks: Sequence[Block], itemsize: int, *, server: bool, served: boo
         rows.append(row)
     table = torch.tensor(rows, dtype=torch.int64).view(-1, kernels.COLUMNS)
     length = -(-(at_byte - start) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-    return Layout(table, length, sum(scalars))
+    return Layout(table, length, sum(scalars), at_byte - start)
 
 
 def cut(numel: int, block_numel: int | None) -> list[tuple[int, int]]:
@@ -139,6 +140,8 @@ class Codec:
         """One uint8 message with C of every tensor (row-major); raises ValueError on other sizes or dtypes."""
         if [t.numel() for t in tensors] != self.numels or any(t.dtype != self.dtype for t in tensors):
             raise ValueError(f"expected {self.dtype} tensors of {self.numels} entries")
+        if not tensors:
+            return torch.empty(0, dtype=torch.uint8)
         v = torch.cat([t.detach().reshape(-1) for t in tensors])
         message = torch.zeros(self.message_bytes, dtype=torch.uint8, device=v.device)
         rule = kernels.Rule(torch.tensor([[1.0, 0, 1, 0, 0, 1]], dtype=self.dtype), 0.0, False)
@@ -153,16 +156,20 @@ class Codec:
         if message.numel() != self.message_bytes:
             raise ValueError(f"malformed message: expected {self.message_bytes} bytes, got {message.numel()}")
         message = message.clone()  # aligned, whatever it was a slice of
-        if not bool(torch.isfinite(scalars(self.layout, message, self.dtype)).all()):
+        if not bool(torch.isfinite(scalars(self.layout.scalars, message, self.dtype)).all()):
             raise ValueError("malformed message: a scale or value is not finite")
+        padding = message[self.layout.used_bytes :]
+        if bool(padding.any()):
+            raise ValueError("malformed message: its padding is not zero")
         negative = torch.zeros(sum(self.numels), dtype=self.dtype, device=message.device)
         self._kernels(message).subtract(self.layout.table.to(message.device), message, negative)
-        return list((-negative).split(self.numels))
+        kernels.check(message.device)
+        return list((0 - negative).split(self.numels))
 
     def _kernels(self, v: Tensor) -> kernels.Kernels:
         return self.backend or kernels.select(v.device)
 
 
-def scalars(layout: Layout, message: Tensor, dtype: torch.dtype) -> Tensor:
-    """The scales and values at the head of a message, a view."""
-    return message[: layout.scalars * dtype.itemsize].view(dtype)
+def scalars(count: int, message: Tensor, dtype: torch.dtype) -> Tensor:
+    """The `count` scales and values at the head of a message, a view."""
+    return message[: count * dtype.itemsize].view(dtype)

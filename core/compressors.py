@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import ClassVar, Literal
 
 import torch
@@ -157,6 +158,8 @@ class TopK(Compressor):
 
     def __post_init__(self) -> None:
         _check_block(self.block)
+        if isinstance(self.ratio, bool) or not isinstance(self.ratio, Real):
+            raise TypeError(f"ratio must be a number in (0, 1], got {self.ratio!r}; 0.01 sends 1 %")
         if not 0.0 < self.ratio <= 1.0:
             raise ValueError(f"ratio must be in (0, 1], got {self.ratio!r}; 0.01 sends 1 %")
 
@@ -189,6 +192,8 @@ class MinSize(Compressor):
             raise TypeError(f"MinSize wraps a compressor, got {self.inner!r}; write MinSize(4096, TopK(0.01))")
         if not self.inner.feedback:
             raise ValueError(f"{self.inner!r} keeps no error and votes on every tensor; do not wrap it")
+        if isinstance(self.numel, bool) or not isinstance(self.numel, int):
+            raise TypeError(f"numel must be an integer number of entries, got {self.numel!r}")
         if self.numel < 0:
             raise ValueError(f"numel must be at least 0, got {self.numel}")
 

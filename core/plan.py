@@ -107,7 +107,7 @@ class Plan(NamedTuple):
 
     def finite(self, replies: Tensor, dtype: torch.dtype) -> Tensor:
         """0-dim bool tensor: whether every scale and value of the replies is a finite number."""
-        parts = [scalars(Layout(self.apply.table, 0, count), replies[start:], dtype) for start, count in self.heads]
+        parts = [scalars(count, replies[start:], dtype) for start, count in self.heads]
         return torch.isfinite(torch.cat(parts)).all()
 
 
@@ -158,4 +158,4 @@ def _concatenate(sections: list[list[Block]], itemsize: int, *, server: bool) ->
         start += layouts[-1].message_bytes
     table = torch.cat([layout.table for layout in layouts]).view(-1, kernels.COLUMNS)
     count = [layout.scalars for layout in layouts]
-    return Layout(table, start, sum(count)), [layout.message_bytes for layout in layouts], count
+    return Layout(table, start, sum(count), start), [layout.message_bytes for layout in layouts], count

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal
 
 from .averaging import Averaging
@@ -32,7 +33,7 @@ class Settings:
         server = self.server_compressor
         if server is not None and server != "same" and not isinstance(server, Compressor):
             raise TypeError(f'server_compressor must be "same", None (single-way) or a compressor, got {server!r}')
-        if not 0.0 <= self.step_ahead <= 1.0:
+        if not _number(self.step_ahead) or not 0.0 <= self.step_ahead <= 1.0:
             raise ValueError(f"step_ahead must be in [0, 1] (0: EF, 1: SAEF), got {self.step_ahead!r}")
         if self.averaging is not None and not isinstance(self.averaging, Averaging):
             raise TypeError(f"averaging must be e.g. saef.AllReduce(period=20), or None, got {self.averaging!r}")
@@ -42,7 +43,8 @@ class Settings:
         ):
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field} must be one of {allowed}, got {getattr(self, field)!r}")
-        if self.max_grad_norm is not None and not 0.0 < self.max_grad_norm < float("inf"):
+        norm = self.max_grad_norm
+        if norm is not None and (not _number(norm) or not 0.0 < norm < float("inf")):
             raise ValueError(f"max_grad_norm must be a positive number, or None, got {self.max_grad_norm!r}")
         self._check_feedback()
 
@@ -75,3 +77,7 @@ class Settings:
     def outer(self) -> bool:
         """Whether weight decay is applied outside the compressor (dist-EF appendix A)."""
         return self.weight_decay_mode == "outer"
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)

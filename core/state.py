@@ -377,6 +377,7 @@ class SAEFState:
     @torch.no_grad()
     def _commit(self, rule: kernels.Rule) -> None:
         """The one place where a step takes effect."""
+        kernels.check(self.weights.device)
         if self.settings.outer:
             self._decay()
         for b in self._prepared.buckets:

@@ -13,8 +13,8 @@ out by `saef.codec`. All vectors are flat, of the state's dtype (float32 or floa
 `commit` and `settle` compute D again, from the same numbers in the same order, so they get the same
 bits; one more pass over memory costs less than keeping D would (and needs no memory).
 
-The backends agree bit for bit on signs and indices. A scale is a sum in float64 rounded once, so it
-agrees to one unit in the last place.
+The backends agree bit for bit on signs and indices. A scale is a sum in float64 rounded once: in float32
+it agrees to one unit in the last place, in float64 to the rounding of the sum, 2 n 2^-53 relative.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class Kernels(Protocol):
     """What a backend provides; see the module's docstring for the meaning.
 
     Shapes: table [B, COLUMNS] int64; g, e, x flat vectors, m likewise or empty (no momentum);
-    message [bytes] uint8; messages [K, bytes] uint8. All raise ValueError on a message whose indices
-    are out of range or out of order, before anything is written beyond a block.
+    message [bytes] uint8; messages [K, bytes] uint8, bytes > 0. A message whose indices are out of range
+    or out of order raises ValueError, at once or (CUDA) in `check`; nothing is written beyond a block.
     """
 
     def compress(
@@ -87,6 +87,14 @@ def select(device: torch.device) -> Kernels:
     from . import reference
 
     return reference
+
+
+def check(device: torch.device) -> None:
+    """Raise ValueError for a malformed message met since the last call. CUDA only, and waits; others raise at once."""
+    if device.type == "cuda":
+        from . import cuda
+
+        cuda.check(device)
 
 
 def malformed(row: int) -> ValueError:

@@ -115,7 +115,7 @@ def _run(kernel: Any, tables: list[Tensor], scalars: tuple[Any, ...], *vectors: 
         cuts = [0, *np.searchsorted(ends, ends[-1] * np.arange(1, threads) / threads).tolist(), len(ends)]
         shares = [[table[a:b] for table in rows] for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
         found = _pool(threads).map(lambda share: int(kernel(*share, *scalars, *arrays)), shares)
-        bad = max(a + b + 1 if b >= 0 else 0 for a, b in zip(cuts[:-1], found, strict=True)) - 1
+        bad = next((a + b for a, b in zip(cuts[:-1], found, strict=True) if b >= 0), -1)
     if bad >= 0:
         raise malformed(bad)
 
