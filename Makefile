@@ -103,7 +103,7 @@ $(FASHION)/.complete:
 
 bench: env
 	$(PY) benchmarks/kernels.py $(ARGS)
-	$(PY) benchmarks/step.py $(ARGS)
+	$(PY) benchmarks/step.py --trace .cache/step-trace.json $(ARGS)
 
 clean:
 	rm -rf $(VENV) .cache build dist *.egg-info .hypothesis .ruff_cache .mypy_cache .pytest_cache

@@ -84,7 +84,9 @@ def overlap(path: str) -> str:
 
 def trace(trainer: Trainer, path: str) -> None:
     config = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
-    with torch.profiler.profile(experimental_config=config) as profiler:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], experimental_config=config
+    ) as profiler:
         with torch.profiler.record_function("benchmark: backward"):
             trainer.backward()
         trainer.optimizer.step()

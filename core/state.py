@@ -16,10 +16,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,42 +37,9 @@ from .feedback import Hyper
 from .kernels import FLOAT, GROUP, LR
 from .optimizer import check_optimizer, read_hyper
 from .plan import Plan, partition, plan_bucket
+from .prepared import Bucket, Prepared, gradients, group_sizes
 from .settings import Server, Settings
 from .weights import create
-
-
-class _Bucket(NamedTuple):
-    """A bucket on its way from gradient to replies.
-
-    Attributes:
-        parameters: indices into the state's parameters.
-        gradient: this worker's flat gradient; stays as it is until the step is committed.
-        done: a future of `gradient`, complete when `received` and `replies` are there.
-        received, replies: what `saef.exchange.two_way` returned (empty lists until then).
-    """
-
-    parameters: tuple[int, ...]
-    plan: Plan
-    gradient: Tensor
-    message: Tensor
-    done: Future[Tensor]
-    received: list[Tensor]
-    replies: list[Tensor]
-
-
-@dataclass
-class _Prepared:
-    """What a backward has prepared for the optimizer step.
-
-    Attributes:
-        hyper: the optimizer's settings that the messages contain; rule: the same with the clipping.
-        gradients: address and version of each p.grad after the backward.
-    """
-
-    buckets: list[_Bucket] = field(default_factory=list)
-    hyper: list[Hyper] = field(default_factory=list)
-    rule: kernels.Rule | None = None
-    gradients: list[tuple[int, int] | None] = field(default_factory=list)
 
 
 class SAEFState:
@@ -156,9 +122,9 @@ class SAEFState:
         self._at_half = False
         self._plans: dict[tuple[tuple[int, int], ...], Plan] = {}
         self._index = {id(p): i for i, p in enumerate(weights.parameters)}
-        self._sizes = self._group_sizes()
+        self._sizes = group_sizes(optimizer)
         self._hidden: list[Tensor | None] = []
-        self._prepared = _Prepared()
+        self._prepared = Prepared()
         self._attach(model)
 
     def metrics(self) -> dict[str, float]:
@@ -242,13 +208,13 @@ class SAEFState:
     # -- backward: compress and exchange ------------------------------------------------------
 
     def exchange(
-        self, parameters: Sequence[Tensor], gradients: Sequence[Tensor], flat: Tensor, last: bool
+        self, parameters: Sequence[Tensor], views: Sequence[Tensor], flat: Tensor, last: bool
     ) -> Future[Tensor]:
         """Compress one bucket's gradient and exchange it. Every rank calls it for the same buckets in order.
 
         Args:
             parameters: the bucket's parameters.
-            gradients: their gradients, views of `flat`.
+            views: their gradients, views of `flat`.
             flat: this worker's gradient of the bucket, 1-D, not divided by the number of ranks. It must stay
                 as it is until the optimizer step.
             last: whether this is the last bucket of the backward.
@@ -258,18 +224,18 @@ class SAEFState:
         """
         if flat.layout != torch.strided:
             raise TypeError("sparse gradients cannot be compressed here; use dense ones (Embedding(sparse=False))")
-        indices, plan = self._plan(parameters, gradients, flat)
+        indices, plan = self._plan(parameters, views, flat)
         if not self._at_half:
             raise RuntimeError(
                 "a gradient arrived that was not computed at x_half: run the forward through the wrapped model, in "
                 "training mode with gradients enabled, and do not evaluate, save or restore between forward and "
                 "backward"
             )
-        if any(not seen.isdisjoint(indices) for seen in ({*b.parameters} for b in self._prepared.buckets)):
-            self._prepared = _Prepared()  # a second backward before the step; its gradients contain the first's
+        if self._prepared.contains(indices):
+            self._prepared = Prepared()  # a second backward before the step; its gradients contain the first's
         if not self._prepared.buckets:
             self._prepared.hyper = self._read_hyper()
-        bucket = _Bucket(indices, plan, flat, self._empty(plan), self.transport.future(), [], [])
+        bucket = Bucket(indices, plan, flat, self._empty(plan), self.transport.future(), [], [])
         self._prepared.buckets.append(bucket)
         if self.settings.max_grad_norm is None:
             self._send([bucket])
@@ -277,12 +243,12 @@ class SAEFState:
             self._send(self._prepared.buckets)
         if last:  # queued twice, to come after DDP's own callback, which moves the buckets into p.grad
             engine = Variable._execution_engine
-            engine.queue_callback(lambda: engine.queue_callback(self._remember_gradients))
+            engine.queue_callback(lambda: engine.queue_callback(self._remember))
         return bucket.done
 
     @torch.no_grad()
-    def _send(self, buckets: Sequence[_Bucket]) -> None:
-        if self._prepared.rule is None:
+    def _send(self, buckets: Sequence[Bucket]) -> None:
+        if not self._prepared.rule.hyper.numel():
             self._prepared.rule = self._make_rule()
         for bucket in buckets:
             with self.transport.stream(), record_function("saef: compress"):
@@ -294,7 +260,7 @@ class SAEFState:
             self.transport.submit(partial(self._exchange, bucket), bucket.done)
 
     @torch.no_grad()
-    def _exchange(self, bucket: _Bucket) -> Tensor:
+    def _exchange(self, bucket: Bucket) -> Tensor:
         """Both phases; runs in the transport's order."""
         plan = bucket.plan
 
@@ -305,7 +271,10 @@ class SAEFState:
             return reply
 
         sharded = self.strategy == "sharded"
-        received, replies = two_way(self.transport, sharded, bucket.message, plan.send_bytes, plan.reply_bytes, serve)
+        with record_function("saef: exchange"):
+            received, replies = two_way(
+                self.transport, sharded, bucket.message, plan.send_bytes, plan.reply_bytes, serve
+            )
         bucket.received.append(received)
         bucket.replies.append(replies)
         return bucket.gradient
@@ -328,17 +297,17 @@ class SAEFState:
         return torch.zeros(plan.send.message_bytes, dtype=torch.uint8, device=self.weights.device)
 
     def _plan(
-        self, parameters: Sequence[Tensor], gradients: Sequence[Tensor], flat: Tensor
+        self, parameters: Sequence[Tensor], views: Sequence[Tensor], flat: Tensor
     ) -> tuple[tuple[int, ...], Plan]:
         where = []
-        for p, g in zip(parameters, gradients, strict=True):
+        for p, view in zip(parameters, views, strict=True):
             i = self._index.get(id(p))
             if i is None:
                 raise RuntimeError(
                     f"a gradient of shape {tuple(p.shape)} belongs to no parameter of this state: the model's "
                     "trainable parameters changed. Wrap the model and create SAEFState again after changing them"
                 )
-            where.append((i, int(g.storage_offset() - flat.storage_offset())))
+            where.append((i, int(view.storage_offset() - flat.storage_offset())))
         key = tuple(where)
         if key not in self._plans:  # DDP rebuilds its buckets after the first step
             plan = plan_bucket(self._blocks, where, self._servers, self._rank, self.weights.dtype.itemsize)
@@ -355,9 +324,9 @@ class SAEFState:
             raise RuntimeError("torch.amp.GradScaler is not supported yet; use bfloat16 autocast, which needs none")
         parameters = self.weights.parameters
         if self._prepared.buckets:
-            rule = self._check_prepared()
+            self._prepared.check(self.weights, self._read_hyper(), self._sizes, group_sizes(optimizer))
             with record_function("saef: commit"):
-                self._commit(rule)
+                self._commit(self._prepared.rule)
         elif any(p.grad is not None for p in parameters):
             raise RuntimeError(
                 "optimizer.step() found gradients that were never exchanged: register the hook "
@@ -391,7 +360,7 @@ class SAEFState:
             g = b.gradient.to(self.e.dtype)
             self.weights.commit(plan, rule, g, self.m, self.e, b.message, replies)
         self.steps += 1
-        self._prepared = _Prepared()
+        self._prepared = Prepared()
         self._at_half = False
         self.weights.restore()
 
@@ -411,51 +380,11 @@ class SAEFState:
                 u = u + m * hyper[i].momentum if hyper[i].nesterov else m
             x.sub_(u * hyper[i].lr)
 
+    def _remember(self) -> None:
+        self._prepared.gradients = gradients(self.weights.parameters)
+
     def _read_hyper(self) -> list[Hyper]:
         return read_hyper(self.optimizer, outer=self.settings.outer, signum=not self.settings.feedback)
-
-    def _group_sizes(self) -> list[int]:
-        return [len(group["params"]) for group in self.optimizer.param_groups]
-
-    def _remember_gradients(self) -> None:
-        self._prepared.gradients = self._seen_gradients()
-
-    def _seen_gradients(self) -> list[tuple[int, int] | None]:
-        grads = [p.grad for p in self.weights.parameters]
-        return [None if g is None else (g.data_ptr(), g._version) for g in grads]
-
-    def _check_prepared(self) -> kernels.Rule:
-        """The step's rule. Raises unless the exchange is complete, of numbers, and still what the user wants."""
-        buckets, rule = self._prepared.buckets, self._prepared.rule
-        missing = {*range(len(self.weights.names))}.difference(*(b.parameters for b in buckets))
-        if rule is None or missing or not all(b.replies for b in buckets):
-            names = [self.weights.names[i] for i in sorted(missing)][:5]
-            raise RuntimeError(
-                f"the exchange of this step is incomplete (parameters not exchanged: {names}): the backward failed, or "
-                "DDP was told to ignore them. Call optimizer.zero_grad() and run forward and backward again"
-            )
-        if self._prepared.gradients != self._seen_gradients():
-            raise RuntimeError(
-                "gradients were changed between backward() and optimizer.step(), when they had been compressed and "
-                "sent already: to clip, give SAEFState max_grad_norm"
-            )
-        if self._prepared.hyper != self._read_hyper():
-            raise RuntimeError(
-                "lr, momentum or weight_decay changed between backward() and optimizer.step(), but the messages "
-                "contain them already: change them after step(), as schedulers do"
-            )
-        if self._group_sizes() != self._sizes:
-            raise RuntimeError("the optimizer's parameters changed: create SAEFState again after changing them")
-        finite = [b.plan.finite(b.replies[0], self.weights.dtype) for b in buckets]
-        if not bool(torch.stack(finite).all()):
-            first = buckets[[bool(f) for f in finite].index(False)]
-            self._prepared = _Prepared()
-            names = [self.weights.names[i] for i in first.parameters][:5]
-            raise FloatingPointError(
-                f"step {self.steps}: a gradient on some rank is NaN or infinite, among {names}. All ranks refuse the "
-                "step, with their state as before it: lower lr, clip with max_grad_norm, or zero_grad() and go on"
-            )
-        return rule
 
     def _compare_ranks(self) -> None:
         w, s = self.weights, self.settings

@@ -1,0 +1,99 @@
+"""What a backward has prepared for the optimizer step, and whether the step may still take it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.futures import Future
+
+from . import kernels
+from .feedback import Hyper
+from .plan import Plan
+from .weights import Weights
+
+
+class Bucket(NamedTuple):
+    """A bucket on its way from gradient to replies.
+
+    Attributes:
+        parameters: indices into the state's parameters.
+        gradient: this worker's flat gradient; stays as it is until the step is committed.
+        done: a future of `gradient`, complete when `received` and `replies` are there.
+        received, replies: what `saef.exchange.two_way` returned (empty lists until then).
+    """
+
+    parameters: tuple[int, ...]
+    plan: Plan
+    gradient: Tensor
+    message: Tensor
+    done: Future[Tensor]
+    received: list[Tensor]
+    replies: list[Tensor]
+
+
+@dataclass
+class Prepared:
+    """Replaced by a new one when the step is committed or abandoned.
+
+    Attributes:
+        hyper: the optimizer's settings that the messages contain; rule: the same with the clipping, once known.
+        gradients: address and version of each p.grad after the backward.
+    """
+
+    buckets: list[Bucket] = field(default_factory=list)
+    hyper: list[Hyper] = field(default_factory=list)
+    rule: kernels.Rule = kernels.Rule(torch.empty(0), 0.0, True)
+    gradients: list[tuple[int, int] | None] = field(default_factory=list)
+
+    def contains(self, parameters: Sequence[int]) -> bool:
+        """Whether a bucket with any of these parameters is here already."""
+        return any(not seen.isdisjoint(parameters) for seen in ({*b.parameters} for b in self.buckets))
+
+    def check(self, weights: Weights, hyper: list[Hyper], sizes: list[int], sizes_now: list[int]) -> None:
+        """Raise unless the exchange is complete, of numbers, and still what the user wants to apply.
+
+        Args:
+            hyper: the optimizer's settings now.
+            sizes, sizes_now: `group_sizes` when the state was created, and now.
+        """
+        missing = {*range(len(weights.names))}.difference(*(b.parameters for b in self.buckets))
+        if missing or not all(b.replies for b in self.buckets):
+            names = [weights.names[i] for i in sorted(missing)][:5]
+            raise RuntimeError(
+                f"the exchange of this step is incomplete (parameters not exchanged: {names}): the backward failed, or "
+                "DDP was told to ignore them. Call optimizer.zero_grad() and run forward and backward again"
+            )
+        if self.gradients != gradients(weights.parameters):
+            raise RuntimeError(
+                "gradients were changed between backward() and optimizer.step(), when they had been compressed and "
+                "sent already: to clip, give SAEFState max_grad_norm"
+            )
+        if self.hyper != hyper:
+            raise RuntimeError(
+                "lr, momentum or weight_decay changed between backward() and optimizer.step(), but the messages "
+                "contain them already: change them after step(), as schedulers do"
+            )
+        if sizes != sizes_now:
+            raise RuntimeError("the optimizer's parameters changed: create SAEFState again after changing them")
+        finite = [b.plan.finite(b.replies[0], weights.dtype) for b in self.buckets]
+        if not bool(torch.stack(finite).all()):
+            bad = self.buckets[[bool(f) for f in finite].index(False)]
+            raise FloatingPointError(
+                "a gradient on some rank is NaN or infinite, among those of "
+                f"{[weights.names[i] for i in bad.parameters][:5]}. All ranks refuse the step, with their state as "
+                "before it: lower lr, clip with max_grad_norm, or call zero_grad() and go on"
+            )
+
+
+def gradients(parameters: Sequence[Tensor]) -> list[tuple[int, int] | None]:
+    """Address and version of each p.grad: different after any change in place or replacement."""
+    return [None if p.grad is None else (p.grad.data_ptr(), p.grad._version) for p in parameters]
+
+
+def group_sizes(optimizer: torch.optim.Optimizer) -> list[int]:
+    """Number of parameters of each group."""
+    return [len(group["params"]) for group in optimizer.param_groups]
