@@ -119,7 +119,7 @@ def assert_same_message(layout: codec.Layout, dtype: torch.dtype, theirs: Tensor
     table = layout.table
     rows = table[(table[:, KIND] == ScaledSign.kind) & (table[:, UNIT] == 0)]
     scale = torch.zeros(layout.scalars, dtype=torch.bool).index_fill(0, rows[:, FLOAT], True)
-    a, b = codec.scalars(layout, theirs, dtype), codec.scalars(layout, ours, dtype)
+    a, b = codec.scalars(layout.scalars, theirs, dtype), codec.scalars(layout.scalars, ours, dtype)
     assert_same(a[~scale], b[~scale])
     torch.testing.assert_close(a[scale], b[scale], rtol=SCALE_TOLERANCE[dtype], atol=0, equal_nan=True)
 
