@@ -42,12 +42,23 @@ class Transport(Protocol):
     size: int
     sent_bytes: Counter[str]
 
+    @property
+    def failure(self) -> Exception | None:
+        """The first error met in submitted work, after which nothing more is sent."""
+        ...
+
     def future(self) -> Future[Tensor]:
         """A future that tensors of this transport's device can complete."""
         ...
 
-    def submit(self, work: Callable[[], Tensor], future: Future[Tensor]) -> Future[Tensor]:
-        """Run `work`, which may call the collectives, after all that was submitted before; complete `future`."""
+    def submit(
+        self, work: Callable[[], Tensor], future: Future[Tensor], otherwise: Tensor | None = None
+    ) -> Future[Tensor]:
+        """Run `work`, which may call the collectives, after all that was submitted before; complete `future`.
+
+        If it fails, the future gets `otherwise` (DDP would hide the error in one of its own) or, without it,
+        the error; look at `failure`.
+        """
         ...
 
     def stream(self) -> AbstractContextManager[Any]:
@@ -142,9 +153,15 @@ class TorchTransport:
     def future(self) -> Future[Tensor]:
         return Future(devices=[self.device]) if self.device.type == "cuda" else Future()
 
-    def submit(self, work: Callable[[], Tensor], future: Future[Tensor]) -> Future[Tensor]:
+    @property
+    def failure(self) -> Exception | None:
+        return self._worker.failure if self._worker is not None else None
+
+    def submit(
+        self, work: Callable[[], Tensor], future: Future[Tensor], otherwise: Tensor | None = None
+    ) -> Future[Tensor]:
         if self._worker is not None:
-            self._worker.submit(work, future)
+            self._worker.submit(work, future, otherwise)
         else:
             with self.stream():
                 future.set_result(work())
@@ -203,27 +220,27 @@ class _OrderedWorker:
     """
 
     def __init__(self) -> None:
-        self._items: queue.SimpleQueue[tuple[Callable[[], Tensor], Future[Tensor]]] = queue.SimpleQueue()
+        self.failure: Exception | None = None
+        self._items: queue.SimpleQueue[tuple[Callable[[], Tensor], Future[Tensor], Tensor | None]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
-    def submit(self, work: Callable[[], Tensor], future: Future[Tensor]) -> None:
+    def submit(self, work: Callable[[], Tensor], future: Future[Tensor], otherwise: Tensor | None) -> None:
         if self._thread is None:
             self._thread = threading.Thread(target=self._loop, name="saef-exchange", daemon=True)
             self._thread.start()
-        self._items.put((work, future))
+        self._items.put((work, future, otherwise))
 
     def _loop(self) -> None:
-        failure: Exception | None = None
         while True:
-            work, future = self._items.get()
+            work, future, result = self._items.get()
             try:
-                if failure is not None:
-                    raise RuntimeError(f"an earlier exchange failed, restart this job: {failure}") from failure
+                if self.failure is not None:
+                    raise RuntimeError(f"an earlier exchange failed: {self.failure}") from self.failure
                 result = work()
             except Exception as error:  # raised again in the thread that waits
-                failure = failure or error
-                future.set_exception(error)  # type: ignore[arg-type]  # torch's annotation is wrong
-            else:
+                self.failure = self.failure or error
+                if result is None:
+                    future.set_exception(error)  # type: ignore[arg-type]  # torch's annotation is wrong
+            if result is not None:
                 future.set_result(result)
-                del result
-            del work, future  # or the last bucket's tensors would live until the next step
+            del work, future, result  # or the last bucket's tensors would live until the next step

@@ -257,7 +257,7 @@ class SAEFState:
                 self._kernels.compress(
                     bucket.plan.send.table, self._prepared.rule, g, self.m, self.e, v, bucket.message
                 )
-            self.transport.submit(partial(self._exchange, bucket), bucket.done)
+            self.transport.submit(partial(self._exchange, bucket), bucket.done, bucket.gradient)
 
     @torch.no_grad()
     def _exchange(self, bucket: Bucket) -> Tensor:
@@ -324,6 +324,11 @@ class SAEFState:
             raise RuntimeError("torch.amp.GradScaler is not supported yet; use bfloat16 autocast, which needs none")
         parameters = self.weights.parameters
         if self._prepared.buckets:
+            if self.transport.failure is not None:
+                raise RuntimeError(
+                    f"the exchange with the other ranks failed, and this rank's state is as before step {self.steps}. "
+                    f"Restart the job. The cause: {self.transport.failure}"
+                ) from self.transport.failure
             self._prepared.check(self.weights, self._read_hyper(), self._sizes, group_sizes(optimizer))
             with record_function("saef: commit"):
                 self._commit(self._prepared.rule)

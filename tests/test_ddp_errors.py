@@ -3,6 +3,7 @@
 import re
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -122,6 +123,17 @@ def dampening_later(group: dist.ProcessGroup) -> None:
     backward(group, model)
 
 
+def failing_exchange(group: dist.ProcessGroup) -> None:
+    _, model, optimizer, state = wrap(group, Job(state={"exchange": "replicated"}))
+
+    def serve(*_: Any) -> None:
+        raise ValueError("malformed message: as if its bytes had been damaged")
+
+    state._kernels = SimpleNamespace(compress=state._kernels.compress, serve=serve)  # type: ignore[assignment]
+    backward(group, model)
+    optimizer.step()
+
+
 def sparse_gradients(group: dist.ProcessGroup) -> None:
     net = nn.Sequential(nn.EmbeddingBag(10, 4, sparse=True), nn.Linear(4, 1))
     model = DDP(net, process_group=group)
@@ -146,6 +158,7 @@ def sparse_gradients(group: dist.ProcessGroup) -> None:
         (unfreeze, RuntimeError, "parameters changed"),
         (grad_scaler, RuntimeError, "GradScaler"),
         (dampening_later, ValueError, "dampening"),
+        (failing_exchange, RuntimeError, "Restart the job. The cause: malformed message"),
         (sparse_gradients, TypeError, "sparse=False"),
     ],
     ids=lambda v: v.__name__ if callable(v) and not isinstance(v, type) else "",

@@ -1,0 +1,46 @@
+"""The examples as a user starts them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+def run(*command: str, cwd: Path) -> str:
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, *command]
+    done = subprocess.run(words, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "ratio"),
+    [
+        (["--method", "full"], 1.0),
+        (["--method", "saef-sign", "--nesterov"], 10.0),
+        (["--method", "saef-topk", "--averaging", "rotating", "--period", "5", "--ratio", "0.05"], 1.5),
+    ],
+    ids=lambda v: v[1] if isinstance(v, list) else "",
+)
+def test_train_ddp_runs_under_torchrun(tmp_path: Path, flags: list[str], ratio: float) -> None:
+    out = tmp_path / "records.jsonl"
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(EXAMPLES / "train_ddp.py")]
+    run(*command, *flags, "--steps", "22", "--out", str(out), cwd=tmp_path)
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [r["step"] for r in records] == [11, 22]
+    assert records[1]["loss"] < records[0]["loss"] < 2.3  # log(10): better than guessing, and falling
+    assert records[1]["ratio"] >= ratio
+
+
+def test_demo_prints_a_table_and_saves_a_picture(tmp_path: Path) -> None:
+    picture = tmp_path / "demo.png"
+    out = run(str(EXAMPLES / "demo.py"), "--epochs", "1", "--picture", str(picture), cwd=tmp_path)
+    for method in ("full precision", "EF sign", "SAEF sign", "EF top-1 %", "SAEF top-1 %"):
+        assert any(line.startswith(method) for line in out.splitlines())
+    assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
