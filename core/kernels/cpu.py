@@ -405,8 +405,40 @@ def _room(table):  # type: ignore[no-untyped-def]
     return room
 
 
+@_jit
+def _consume(  # type: ignore[no-untyped-def]
+    row, lo, n, guess, D, half, spread, value, index, found, bar, total, floats, message
+):
+    """Code of coordinates [lo, lo + n) of a block, as far as a chunk can tell. Returns (found, bar, total)."""
+    if row[KIND] == SIGN:
+        total += _sum_abs(D, n, half)
+        _pack(D, n, message[row[BYTE] + lo // 8 :], spread)
+    elif row[KIND] == DENSE:
+        floats[row[FLOAT] + lo : row[FLOAT] + lo + n] = D[:n]
+    else:
+        if lo == 0:
+            found, bar = 0, _guess_bar(D, n, row) if guess else D.dtype.type(-1)
+        found, bar = _offer(D, lo, n, row[COUNT], value, index, found, bar)
+    return found, bar, total
+
+
+@_jit
+def _finish(row, value, index, found, total, floats, message):  # type: ignore[no-untyped-def]
+    """What only the whole block tells: its scale, or which entries are kept."""
+    if row[KIND] == SIGN:
+        _write_scale(row, total, floats)
+    elif row[KIND] == TOPK:
+        _write_kept(row, value, index, found, floats, message)
+
+
+@_jit
+def _missed(row, lo, found):  # type: ignore[no-untyped-def]
+    """At the end of a block: too few entries were above the guessed bar."""
+    return lo == row[NUMEL] and row[KIND] == TOPK and found < row[COUNT]
+
+
 # ---------------------------------------------------------------------------------------------
-# The five kernels. Each returns -1, or the first row whose message is malformed.
+# The kernels. Each returns -1, or the first row whose message is malformed.
 
 
 @_jit
@@ -414,8 +446,7 @@ def _compress(table, hyper, s, feedback, g, m, e, x, floats, message):  # type: 
     (D, half, spread), room = _scratch(e), _room(table)
     value, index = np.empty(room, e.dtype), np.empty(room, np.int64)
     for row in table:
-        found, bar, lo, guess = 0, e.dtype.type(-1), 0, True
-        total = 0.0
+        found, bar, total, lo, guess = 0, e.dtype.type(-1), 0.0, 0, True
         while lo < row[NUMEL]:
             n = min(CHUNK, row[NUMEL] - lo)
             a, b = row[GRAD] + lo, row[STATE] + lo
@@ -424,25 +455,15 @@ def _compress(table, hyper, s, feedback, g, m, e, x, floats, message):  # type: 
                 _produce_signs(h, s, g[a : a + n], mm, e[b : b + n], x[b : b + n], half, spread)
                 total += _fold(half)
                 _gather(n, message[row[BYTE] + lo // 8 :], spread)
-                lo += n
-                continue
-            _produce(h, s, feedback, False, g[a : a + n], mm, e[b : b + n], x[b : b + n], D)
-            if row[KIND] == SIGN:
-                total += _sum_abs(D, n, half)
-                _pack(D, n, message[row[BYTE] + lo // 8 :], spread)
-            elif row[KIND] == DENSE:
-                floats[row[FLOAT] + lo : row[FLOAT] + lo + n] = D[:n]
             else:
-                if lo == 0:
-                    found, bar = 0, _guess_bar(D, n, row) if guess else e.dtype.type(-1)
-                found, bar = _offer(D, lo, n, row[COUNT], value, index, found, bar)
+                _produce(h, s, feedback, False, g[a : a + n], mm, e[b : b + n], x[b : b + n], D)
+                found, bar, total = _consume(
+                    row, lo, n, guess, D, half, spread, value, index, found, bar, total, floats, message
+                )
             lo += n
-            if lo == row[NUMEL] and row[KIND] == TOPK and found < row[COUNT]:
+            if _missed(row, lo, found):
                 lo, guess = 0, False
-        if row[KIND] == SIGN:
-            _write_scale(row, total, floats)
-        elif row[KIND] == TOPK:
-            _write_kept(row, value, index, found, floats, message)
+        _finish(row, value, index, found, total, floats, message)
     return -1
 
 
@@ -453,8 +474,7 @@ def _serve(table, reply_table, floats, messages, e, reply_floats, reply):  # typ
     cursor = np.empty(len(messages), np.int64)
     for r in range(len(table)):
         row, out = table[r], reply_table[r]
-        found, bar, lo, guess = 0, e.dtype.type(-1), 0, True
-        total = 0.0
+        found, bar, total, lo, guess = 0, e.dtype.type(-1), 0.0, 0, True
         while lo < row[NUMEL]:
             n = min(CHUNK, row[NUMEL] - lo)
             if lo == 0:
@@ -463,22 +483,13 @@ def _serve(table, reply_table, floats, messages, e, reply_floats, reply):  # typ
                 return r
             if e.size:
                 _add(D, e[out[STATE] + lo : out[STATE] + lo + n])
-            if out[KIND] == SIGN:
-                total += _sum_abs(D, n, half)
-                _pack(D, n, reply[out[BYTE] + lo // 8 :], spread)
-            elif out[KIND] == DENSE:
-                reply_floats[out[FLOAT] + lo : out[FLOAT] + lo + n] = D[:n]
-            else:
-                if lo == 0:
-                    found, bar = 0, _guess_bar(D, n, out) if guess else e.dtype.type(-1)
-                found, bar = _offer(D, lo, n, out[COUNT], value, index, found, bar)
+            found, bar, total = _consume(
+                out, lo, n, guess, D, half, spread, value, index, found, bar, total, reply_floats, reply
+            )
             lo += n
-            if lo == row[NUMEL] and out[KIND] == TOPK and found < out[COUNT]:
+            if _missed(out, lo, found):
                 lo, guess = 0, False
-        if out[KIND] == SIGN:
-            _write_scale(out, total, reply_floats)
-        elif out[KIND] == TOPK:
-            _write_kept(out, value, index, found, reply_floats, reply)
+        _finish(out, value, index, found, total, reply_floats, reply)
     return -1
 
 
