@@ -1,5 +1,8 @@
 """What DDP users do beside the plain loop: each works, in real multi-process runs."""
 
+import copy
+import gc
+import io
 from typing import Any
 
 import pytest
@@ -314,6 +317,71 @@ def look_at_weights(group: dist.ProcessGroup) -> str:
     model.train()
     assert torch.equal(flat(net), state.weights.x()) and state.steps == 4
     return "ok"
+
+
+def test_copies_of_the_model_are_free_of_saef(pool: RankPool) -> None:
+    """deepcopy, AveragedModel and pickling take x; the copy's forward has nothing to do with the state."""
+    assert pool.run(copy_the_model, ranks=2) == ["ok", "ok"]
+
+
+def copy_the_model(group: dist.ProcessGroup) -> str:
+    net, model, optimizer, state = wrap(group, Job(state=SETTINGS, groups=[MOMENTUM]))
+    optimizer.param_groups[0]["lr"] = 0.1
+    average = torch.optim.swa_utils.AveragedModel(net)
+    total = torch.zeros_like(flat(net))
+    for t in range(3):
+        optimizer.zero_grad()
+        x, y = batch(dist.get_rank(group), t)
+        F.mse_loss(model(x), y).backward()
+        optimizer.step()
+        average.update_parameters(net)
+        total += flat(net)
+    close(flat(average.module), total / 3)
+    model(x)  # the state's parameters are at x_half; the copies do not care
+    file = io.BytesIO()
+    torch.save(net, file)
+    file.seek(0)
+    for other in (copy.deepcopy(net), copy.deepcopy(average), torch.load(file, weights_only=False)):
+        before = flat(other)
+        other.train()(x).sum().backward()
+        other.eval()(x)
+        other.state_dict()
+        assert torch.equal(flat(other), before) and state._at_half
+    return "ok"
+
+
+def test_detach_leaves_plain_training_behind(pool: RankPool) -> None:
+    assert pool.run(train_detach_train, ranks=2) == ["ok", "ok"]
+
+
+def train_detach_train(group: dist.ProcessGroup) -> str:
+    net, model, optimizer, state = wrap(group, Job(state=SETTINGS, groups=[{}]))
+    optimizer.param_groups[0]["lr"] = 0.1
+    x, y = batch(dist.get_rank(group), 0)
+    with pytest.raises(ValueError, match="detach"):
+        saef.SAEFState(model, optimizer)
+    F.mse_loss(model(x), y).backward()
+    optimizer.step()
+    model(x)
+    state.detach()
+    before = flat(net)
+    assert torch.equal(before, state.weights.x())
+    optimizer.zero_grad()
+    del model  # DDP's own hooks on the gradients go with it
+    gc.collect()
+    plain = DDP(net, process_group=group)
+    F.mse_loss(plain(x), y).backward()
+    optimizer.step()
+    close(flat(net), before - 0.1 * torch.cat([p.grad.reshape(-1) for p in net.parameters() if p.grad is not None]))
+    optimizer.zero_grad()
+    del plain
+    gc.collect()
+    again = DDP(net, process_group=group)
+    state = saef.SAEFState(again, optimizer, **SETTINGS)
+    again.register_comm_hook(state, saef_hook)
+    F.mse_loss(again(x), y).backward()
+    optimizer.step()
+    return "ok" if state.steps == 1 else "steps"
 
 
 def test_changing_the_parameters_between_steps_counts(pool: RankPool) -> None:
