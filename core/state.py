@@ -205,6 +205,7 @@ class SAEFState:
         if self._at_half:
             return
         self.weights.begin(self._errors, self._average())
+        self.weights.watch()
         self._at_half = True
 
     def _average(self) -> slice:
@@ -339,6 +340,11 @@ class SAEFState:
         if getattr(optimizer, "found_inf", None) is not None:
             raise RuntimeError("torch.amp.GradScaler is not supported yet; use bfloat16 autocast, which needs none")
         parameters = self.weights.parameters
+        if self._at_half and (changed := self.weights.changed()):
+            raise RuntimeError(
+                f"parameters {changed[:5]} were changed between the forward and optimizer.step(), while they were "
+                "x_half, which the step replaces: change them after step()"
+            )
         if self._prepared.buckets:
             if self.transport.failure is not None:
                 raise RuntimeError(

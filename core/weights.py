@@ -50,6 +50,16 @@ class Weights:
         self.device = self.parameters[0].device
         self.flat = torch.empty(sum(self.numels), dtype=self.dtype, device=self.device)
         self.views = self.cut(self.flat)
+        self._versions: list[int] = []
+
+    def watch(self) -> None:
+        """Begin to notice changes of the parameters, which would be lost while they are x_half."""
+        self._versions = [p._version for p in self.parameters]
+
+    def changed(self) -> list[str]:
+        """Names of the parameters that were changed in place since `watch`."""
+        now = [p._version for p in self.parameters]
+        return [n for n, a, b in zip(self.names, self._versions, now, strict=True) if a != b]
 
     def cut(self, flat: Tensor) -> list[Tensor]:
         """The parameters' parts of a flat vector, each in its parameter's shape and strides."""

@@ -54,6 +54,14 @@ def change_lr_after_backward(group: dist.ProcessGroup) -> None:
     optimizer.step()
 
 
+def change_weights_during_the_step(group: dist.ProcessGroup) -> None:
+    net, model, optimizer, _ = wrap(group, PLAIN)
+    backward(group, model)
+    with torch.no_grad():
+        net[0].weight.clamp_(-0.1, 0.1)
+    optimizer.step()
+
+
 def step_twice(group: dist.ProcessGroup) -> None:
     _, model, optimizer, _ = wrap(group, PLAIN)
     backward(group, model)
@@ -149,6 +157,7 @@ def sparse_gradients(group: dist.ProcessGroup) -> None:
         (clip_after_backward, RuntimeError, "max_grad_norm"),
         (clip_bucket_views, RuntimeError, "max_grad_norm"),
         (change_lr_after_backward, RuntimeError, "change them after step"),
+        (change_weights_during_the_step, RuntimeError, r"module\.0\.weight.*change them after step"),
         (step_twice, RuntimeError, "never exchanged"),
         (forget_the_hook, RuntimeError, "register_comm_hook"),
         (only_no_sync, RuntimeError, "outside no_sync"),
