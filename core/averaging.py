@@ -6,6 +6,7 @@ move. A protocol is a frozen description; `average` is called on every rank at t
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -21,9 +22,10 @@ def _check_period(period: object) -> None:
 
 
 @dataclass(frozen=True)
-class Averaging:
+class Averaging(ABC):
     """What all protocols answer."""
 
+    @abstractmethod
     def average(self, step: int, e: Tensor, transport: Transport) -> slice:
         """Average the local errors in place; returns the coordinates that were changed.
 
@@ -32,7 +34,6 @@ class Averaging:
             e: all local errors of this rank, flat, float32 or float64.
             transport: collectives; every rank calls them alike.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define average()")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ The path of one gradient:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -23,13 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
-from torch.distributed.algorithms.join import Joinable
 from torch.futures import Future
 from torch.profiler import record_function
-from torch.utils.hooks import RemovableHandle
 
 from . import kernels
 from .agreement import compare
+from .attachment import Attachment
 from .averaging import Averaging
 from .codec import message_bytes
 from .compressors import DENSE, Compressor, ScaledSign
@@ -126,7 +125,7 @@ class SAEFState:
         self._sizes = group_sizes(optimizer)
         self._hidden: list[Tensor | None] = []
         self._prepared = Prepared()
-        self._attach(model)
+        self._attachment = Attachment(model, optimizer, self._begin, self.restore, self._before_step, self._after_step)
 
     def metrics(self) -> dict[str, float]:
         """Counters since creation, flat, ready for a logger. Bytes are what this rank sent.
@@ -156,49 +155,10 @@ class SAEFState:
 
     # -- forward: step ahead ------------------------------------------------------------------
 
-    def _attach(self, model: nn.Module) -> None:
-        if getattr(self.optimizer, "_saef_attached", False):
-            raise ValueError("this optimizer has a SAEFState already; call detach() on that one first")
-        self.optimizer._saef_attached = True  # type: ignore[attr-defined]
-        # GradScaler unscales p.grad without a trace, unless the optimizer claims to do it; then it shows.
-        self.optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
-        self._handles: list[RemovableHandle] = [
-            model.register_forward_pre_hook(_Hook(self._before_forward)),
-            self.optimizer.register_step_pre_hook(self._before_step),
-            self.optimizer.register_step_post_hook(self._after_step),
-        ]
-        modules = [model]
-        if isinstance(inner := getattr(model, "module", None), nn.Module):
-            modules.append(inner)  # what DDP wraps; users evaluate and save it directly
-            self._handles.append(inner.register_forward_pre_hook(_Hook(self._before_inner_forward)))
-        for module in modules:
-            self._handles.append(module.register_state_dict_pre_hook(_Hook(self._before_access)))
-            self._handles.append(module.register_load_state_dict_pre_hook(_Hook(self._before_access)))
-
     def detach(self) -> None:
         """Put x into the parameters and let go of model and optimizer, which are then as without saef."""
         self.restore()
-        for handle in self._handles:
-            handle.remove()
-        del self.optimizer._saef_attached, self.optimizer._step_supports_amp_scaling  # type: ignore[attr-defined]
-
-    def _before_access(self, *_: Any) -> None:
-        self.restore()
-
-    def _before_forward(self, module: nn.Module, args: Any) -> None:
-        if isinstance(module, Joinable) and module._join_config.enable:
-            raise RuntimeError(
-                "DDP's join() for uneven inputs cannot work with SAEF: a rank without data has no gradient at its own "
-                "x_half. Give all ranks the same number of batches (DistributedSampler does)"
-            )
-        if module.training and torch.is_grad_enabled():
-            self._begin()
-        else:
-            self.restore()
-
-    def _before_inner_forward(self, module: nn.Module, args: Any) -> None:
-        if not (module.training and torch.is_grad_enabled()):
-            self.restore()
+        self._attachment.remove()
 
     def _begin(self) -> None:
         """Average the errors, once a step, and step ahead. Micro-batches stay at x_half."""
@@ -419,17 +379,3 @@ class SAEFState:
         parameters = [(n, tuple(p.shape), p.dtype) for n, p in zip(w.names, w.parameters, strict=True)]
         fields.update(saef=version("saef"), parameters=parameters, groups=w.groups)
         compare(fields, self.transport, w.device)
-
-
-class _Hook:
-    """Calls a method of a state. A copy of the module (deepcopy, pickle) gets one that does nothing."""
-
-    def __init__(self, call: Callable[..., None] | None = None) -> None:
-        self.call = call
-
-    def __call__(self, *args: Any) -> None:
-        if self.call is not None:
-            self.call(*args)
-
-    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
-        return _Hook, ()

@@ -13,6 +13,7 @@ in one of two ways:
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -25,7 +26,7 @@ from .plan import Plan
 SAMPLES = 64  # entries of each parameter by which a change through `.data` is noticed
 
 
-class Weights:
+class Weights(ABC):
     """What both ways share. Create with `create`.
 
     Args:
@@ -69,14 +70,15 @@ class Weights:
             views.append(part.as_strided(p.shape, p.stride()) if _dense(p) else part.view(p.shape))
         return views
 
+    @abstractmethod
     def x(self) -> Tensor:
         """x as a flat vector of the state's dtype: [d], possibly a copy."""
-        raise NotImplementedError("Weights is abstract; use create()")
 
+    @abstractmethod
     def x_half(self) -> tuple[Tensor, float]:
         """(v, s) with x_half = v - s e, v flat: what weight decay needs during a step."""
-        raise NotImplementedError("Weights is abstract; use create()")
 
+    @abstractmethod
     def begin(self, errors: Sequence[Tensor], averaged: slice) -> None:
         """parameters <- x_half = x - s e (Alg. 1, line 9).
 
@@ -84,21 +86,20 @@ class Weights:
             errors: e, cut like the parameters (empty if there is none, with s = 0).
             averaged: coordinates of e that were changed since the last commit.
         """
-        raise NotImplementedError("Weights is abstract; use create()")
 
+    @abstractmethod
     def restore(self) -> None:
         """parameters <- x."""
-        raise NotImplementedError("Weights is abstract; use create()")
 
+    @abstractmethod
     def parts(self) -> list[Tensor]:
         """x of each parameter, 1-D in memory order; writing to it changes x."""
-        raise NotImplementedError("Weights is abstract; use create()")
 
+    @abstractmethod
     def commit(
         self, plan: Plan, rule: kernels.Rule, g: Tensor, m: Tensor, e: Tensor, message: Tensor, replies: Tensor
     ) -> None:
         """m <- m', e <- D - C(D), x <- x - R for one bucket (Alg. 1, lines 10, 18, 25)."""
-        raise NotImplementedError("Weights is abstract; use create()")
 
 
 class Copies(Weights):
