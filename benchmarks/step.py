@@ -4,7 +4,7 @@
 
 Prints medians, quartiles and ratios of the step time, bytes per step, and the memory beyond parameters and
 gradients. --trace writes a Chrome trace of one step, with the ranges "saef: compress", "saef: exchange" and
-"saef: commit", and prints how much of the exchange lay inside the backward.
+"saef: apply", and prints how much of the exchange lay inside the backward.
 """
 
 import argparse

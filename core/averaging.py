@@ -1,7 +1,8 @@
 """Error averaging: protocols that replace e_k by something nearer to mean_k e_k (Alg. 1, lines 6-8).
 
 Every protocol preserves the mean of the errors, so the invariant x~ = x - (e + mean_k e_k) does not
-move. A protocol is a frozen description; `average` is called on every rank at the start of each step.
+move. A protocol is a frozen description. At the start of each step every rank asks which coordinates are
+`due` and, if any are, calls `average` with them; a step that is skipped puts the errors back and asks again.
 """
 
 from __future__ import annotations
@@ -26,14 +27,18 @@ class Averaging(ABC):
     """What all protocols answer."""
 
     @abstractmethod
-    def average(self, step: int, e: Tensor, transport: Transport) -> slice:
-        """Average the local errors in place; returns the coordinates that were changed.
+    def due(self, step: int, numel: int) -> slice:
+        """The coordinates that are averaged at the start of step t, of `numel`; a function of these alone."""
+
+    def average(self, step: int, e: Tensor, transport: Transport) -> None:
+        """Average the local errors that are due, in place: here e_k <- mean_k e_k (Alg. 1, line 7).
 
         Args:
             step: t, counted from 0.
-            e: all local errors of this rank, flat, float32 or float64.
+            e: this rank's local errors on the coordinates that are due, flat, float32 or float64.
             transport: collectives; every rank calls them alike.
         """
+        transport.mean(e, "averaging")
 
 
 @dataclass(frozen=True)
@@ -48,11 +53,8 @@ class AllReduce(Averaging):
     def __post_init__(self) -> None:
         _check_period(self.period)
 
-    def average(self, step: int, e: Tensor, transport: Transport) -> slice:
-        if (step + 1) % self.period != 0:
-            return slice(0, 0)
-        transport.mean(e, "averaging")
-        return slice(0, e.numel())
+    def due(self, step: int, numel: int) -> slice:
+        return slice(0, numel if (step + 1) % self.period == 0 else 0)  # Alg. 1, line 6
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,6 @@ class Rotating(Averaging):
     def __post_init__(self) -> None:
         _check_period(self.period)
 
-    def average(self, step: int, e: Tensor, transport: Transport) -> slice:
-        j, d = step % self.period, e.numel()
-        due = slice(d * j // self.period, d * (j + 1) // self.period)
-        if due.stop > due.start:
-            transport.mean(e[due], "averaging")
-        return due
+    def due(self, step: int, numel: int) -> slice:
+        j = step % self.period
+        return slice(numel * j // self.period, numel * (j + 1) // self.period)

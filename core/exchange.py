@@ -21,13 +21,16 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.futures import Future
 
+T = TypeVar("T")
+
+PURPOSES = ("phase1", "phase2", "averaging", "settings", "checkpoint", "telemetry")  # what bytes are counted as
 LATENCY_BYTES = 1 << 16  # one more collective costs about as much as sending this: 50 us at 10 Gb/s
 
 
@@ -59,6 +62,10 @@ class Transport(Protocol):
         If it fails, the future gets `otherwise` (DDP would hide the error in one of its own) or, without it,
         the error; look at `failure`.
         """
+        ...
+
+    def call(self, work: Callable[[], T]) -> T:
+        """The result of `work`, run after all that was submitted before. Raises `lost(...)` if it fails there."""
         ...
 
     def stream(self) -> AbstractContextManager[Any]:
@@ -115,6 +122,16 @@ def choose(workers: int, message_bytes: int, reply_bytes: int) -> str:
     return "replicated" if replicated <= sharded + LATENCY_BYTES else "sharded"
 
 
+def lost(rank: int, size: int, cause: Exception) -> RuntimeError:
+    """The error for a rank that cannot reach the others any more; raise it from `cause`."""
+    return RuntimeError(
+        f"rank {rank} of {size}: the exchange with the other ranks failed. A rank died, lost its connection, or was "
+        "silent for longer than the process group's timeout: look at what the others printed. The state of this rank "
+        "is as before the step. Restart the job (torchrun --max-restarts does it by itself) and load the last "
+        f"checkpoint. The cause: {cause}"
+    )
+
+
 class TorchTransport:
     """A `Transport` over a torch.distributed process group.
 
@@ -166,6 +183,26 @@ class TorchTransport:
             with self.stream():
                 future.set_result(work())
         return future
+
+    def call(self, work: Callable[[], T]) -> T:
+        result: list[T] = []
+
+        def run() -> Tensor:
+            result.append(work())
+            return torch.empty(0)
+
+        try:
+            if self._worker is not None:
+                self._worker.submit(run, Future(), None).wait()
+            else:
+                with self.stream():
+                    run()
+                if self._side is not None:
+                    torch.cuda.current_stream(self.device).wait_stream(self._side)
+        except Exception as error:
+            cause = self.failure or error
+            raise lost(self.rank, self.size, cause) from cause
+        return result[0]
 
     def all_gather(self, message: Tensor, sizes: Sequence[int], purpose: str) -> Tensor:
         self.sent_bytes[purpose] += message.numel() * (self.size - 1)
@@ -224,11 +261,14 @@ class _OrderedWorker:
         self._items: queue.SimpleQueue[tuple[Callable[[], Tensor], Future[Tensor], Tensor | None]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
-    def submit(self, work: Callable[[], Tensor], future: Future[Tensor], otherwise: Tensor | None) -> None:
+    def submit(
+        self, work: Callable[[], Tensor], future: Future[Tensor], otherwise: Tensor | None
+    ) -> Future[Tensor]:
         if self._thread is None:
             self._thread = threading.Thread(target=self._loop, name="saef-exchange", daemon=True)
             self._thread.start()
         self._items.put((work, future, otherwise))
+        return future
 
     def _loop(self) -> None:
         while True:

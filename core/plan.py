@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -24,12 +25,17 @@ class Blocks(NamedTuple):
     Attributes:
         of_parameter: for each parameter tensor its blocks, with `grad` counted from the tensor's start.
         owner: for each parameter tensor the server rank of each of its blocks.
-        served: coordinates this rank serves (the length of its server error).
+        served: coordinates that each server rank serves (the length of its server error).
     """
 
     of_parameter: list[list[Block]]
     owner: list[list[int]]
-    served: int
+    served: list[int]
+
+    def served_by(self, server: int) -> list[Block]:
+        """The blocks of one server rank."""
+        pairs = zip(chain(*self.of_parameter), chain(*self.owner), strict=True)
+        return [block for block, owner in pairs if owner == server]
 
 
 def partition(
@@ -38,14 +44,12 @@ def partition(
     worker: Compressor,
     server: Compressor,
     servers: int,
-    rank: int,
 ) -> Blocks:
     """Cut the parameter tensors into blocks and give each block to the server with the least load.
 
     Args:
         numels, groups: size and optimizer group of each parameter tensor, in the order of the flat state.
         servers: how many ranks serve; 1 if every rank serves everything (replicated).
-        rank: this rank's number among the servers.
 
     Raises:
         ValueError: if the two compressors cut a tensor differently.
@@ -70,7 +74,7 @@ def partition(
         of_parameter.append(mine)
         owner.append(owners)
         offset += numel
-    return Blocks(of_parameter, owner, served[rank])
+    return Blocks(of_parameter, owner, served)
 
 
 class Plan(NamedTuple):

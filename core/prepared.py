@@ -22,6 +22,7 @@ class Bucket(NamedTuple):
     Attributes:
         parameters: indices into the state's parameters.
         gradient: this worker's flat gradient; stays as it is until the step is committed.
+        views: the parameters' gradients, views of `gradient`.
         done: a future of `gradient`, complete when `received` and `replies` are there.
         received, replies: what `saef.exchange.two_way` returned (empty lists until then).
     """
@@ -29,6 +30,7 @@ class Bucket(NamedTuple):
     parameters: tuple[int, ...]
     plan: Plan
     gradient: Tensor
+    views: Sequence[Tensor]
     message: Tensor
     done: Future[Tensor]
     received: list[Tensor]
@@ -37,7 +39,7 @@ class Bucket(NamedTuple):
 
 @dataclass
 class Prepared:
-    """Replaced by a new one when the step is committed or abandoned.
+    """Replaced by a new one when the step is committed, skipped or abandoned.
 
     Attributes:
         hyper: the optimizer's settings that the messages contain; rule: the same with the clipping, once known.
@@ -53,8 +55,14 @@ class Prepared:
         """Whether a bucket with any of these parameters is here already."""
         return any(not seen.isdisjoint(parameters) for seen in ({*b.parameters} for b in self.buckets))
 
+    def norm(self, dtype: torch.dtype) -> float:
+        """L2 norm of this worker's gradient; summed parameter by parameter, so that buckets do not matter."""
+        views = sorted((i, v) for b in self.buckets for i, v in zip(b.parameters, b.views, strict=True))
+        norms = [torch.linalg.vector_norm(v, dtype=dtype) for _, v in views]
+        return float(torch.linalg.vector_norm(torch.stack(norms)))
+
     def check(self, weights: Weights, hyper: list[Hyper], sizes: list[int], sizes_now: list[int]) -> None:
-        """Raise unless the exchange is complete, of numbers, and still what the user wants to apply.
+        """Raise RuntimeError unless the exchange is complete, and still what the user wants to apply.
 
         Args:
             hyper: the optimizer's settings now.
@@ -74,19 +82,22 @@ class Prepared:
             )
         if self.hyper != hyper:
             raise RuntimeError(
-                "lr, momentum or weight_decay changed between backward() and optimizer.step(), but the messages "
-                "contain them already: change them after step(), as schedulers do"
+                "lr, momentum, weight_decay or the loss scale changed between backward() and optimizer.step(), but the "
+                "messages contain them already: change them after step(), as schedulers do"
             )
         if sizes != sizes_now:
             raise RuntimeError("the optimizer's parameters changed: create SAEFState again after changing them")
-        finite = [b.plan.finite(b.replies[0], weights.dtype) for b in self.buckets]
-        if not bool(torch.stack(finite).all()):
-            bad = self.buckets[[bool(f) for f in finite].index(False)]
-            raise FloatingPointError(
-                "a gradient on some rank is NaN or infinite, among those of "
-                f"{[weights.names[i] for i in bad.parameters][:5]}. All ranks refuse the step, with their state as "
-                "before it: lower lr, clip with max_grad_norm, or call zero_grad() and go on"
-            )
+
+    def not_finite(self, weights: Weights) -> list[str]:
+        """Parameters among whose replies is a NaN or an infinity: some rank's gradient has one, or overflowed.
+
+        The replies are the same on every rank, and so is the answer; nothing more is sent for it.
+        """
+        finite = torch.stack([b.plan.finite(b.replies[0], weights.dtype) for b in self.buckets])
+        if bool(finite.all()):
+            return []
+        bad = sorted(i for b, fine in zip(self.buckets, finite.tolist(), strict=True) if not fine for i in b.parameters)
+        return [weights.names[i] for i in bad]
 
 
 def gradients(parameters: Sequence[Tensor]) -> list[tuple[int, int] | None]:

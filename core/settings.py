@@ -26,6 +26,8 @@ class Settings:
     weight_decay_mode: str
     exchange: str
     max_grad_norm: float | None
+    max_consecutive_skips: int | None
+    audit_every: int | None
 
     def __post_init__(self) -> None:
         if not isinstance(self.compressor, Compressor):
@@ -46,6 +48,13 @@ class Settings:
         norm = self.max_grad_norm
         if norm is not None and (not _number(norm) or not 0.0 < norm < float("inf")):
             raise ValueError(f"max_grad_norm must be a positive number, or None, got {self.max_grad_norm!r}")
+        for field, least, meaning in (
+            ("max_consecutive_skips", 0, "steps in a row that may be skipped"),
+            ("audit_every", 1, "steps between two audits"),
+        ):
+            count = getattr(self, field)
+            if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < least):
+                raise ValueError(f"{field} must be an integer >= {least} ({meaning}), or None, got {count!r}")
         self._check_feedback()
 
     def _check_feedback(self) -> None:

@@ -2,8 +2,9 @@
 
 A step is a transaction. The backward *prepares* it: every bucket's message is computed from the state
 and exchanged, and the state does not change. The optimizer step *commits* it: m, e, the server error
-and x move together, in `_commit` and nowhere else. An exception, a backward without an optimizer step
-or a second backward (accumulation without no_sync) therefore leaves nothing half done.
+and x move together, in `_commit` and nowhere else. Or it *skips* it, on all ranks, if a number is not
+finite. An exception, a backward without an optimizer step or a second backward (accumulation without
+no_sync) therefore leaves nothing half done.
 
 The path of one gradient:
 
@@ -14,32 +15,37 @@ The path of one gradient:
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.autograd import Variable
 from torch.futures import Future
-from torch.profiler import record_function
 
-from . import kernels
-from .agreement import compare
+from . import checkpoint, kernels, telemetry
+from .agreement import checksum, compare
 from .attachment import Attachment
 from .averaging import Averaging
 from .codec import message_bytes
 from .compressors import DENSE, Compressor, ScaledSign
-from .exchange import TorchTransport, choose, two_way
+from .decay import OuterDecay
+from .exchange import TorchTransport, choose, lost, two_way
 from .feedback import Hyper
 from .kernels import FLOAT, GROUP, LR
+from .loss_scale import LossScale
 from .optimizer import check_optimizer, read_hyper
 from .plan import Plan, partition, plan_bucket
 from .prepared import Bucket, Prepared, gradients, group_sizes
 from .settings import Server, Settings
 from .weights import create
+
+logger = logging.getLogger("saef")
 
 
 class SAEFState:
@@ -54,6 +60,9 @@ class SAEFState:
     A forward without gradients or in evaluation mode, and state_dict(), put x back first. A parameter
     that no rank used in a step counts as one with a zero gradient.
 
+    A step in which some rank's gradient has a NaN or an infinity, or overflows, is skipped on all ranks:
+    x, e, m and the server error stay as they were before its forward.
+
     Args:
         model: the module whose parameters are trained (a DistributedDataParallel, usually).
         optimizer: torch.optim.SGD over the model's trainable parameters, any number of groups.
@@ -66,10 +75,16 @@ class SAEFState:
         exchange: "replicated", "sharded", or "auto" (the cost rule `saef.exchange.choose`).
         max_grad_norm: clip this worker's whole gradient to this L2 norm before momentum. It needs all
             gradients first, so the exchange no longer overlaps with the backward.
+        max_consecutive_skips: raise FloatingPointError on all ranks when more steps than this were
+            skipped in a row; 0: at the first; None: never.
+        audit_every: compare a checksum of x, and the optimizer's settings, across the ranks every so many
+            steps; None: only at the first step, and at the first after a checkpoint was loaded.
+        grad_scaler: the torch.amp.GradScaler that scales the loss, for float16. saef divides by the scale
+            before clipping and momentum; call scaler.step(optimizer) and scaler.update() as ever.
         process_group: the ranks that train together; None: the model's (DDP), or the default group.
 
     Attributes:
-        steps: steps committed so far, t.
+        steps: steps committed so far, t. skipped, skipped_in_a_row: steps skipped, in all and just now.
         weights: parameters and kept x. e, m, e_server: flat errors and momentum, of `weights.dtype`;
             e_server holds the blocks that this rank serves.
         strategy: "replicated" or "sharded".
@@ -90,16 +105,35 @@ class SAEFState:
         weight_decay_mode: str = "coupled",
         exchange: str = "auto",
         max_grad_norm: float | None = None,
+        max_consecutive_skips: int | None = 10,
+        audit_every: int | None = None,
+        grad_scaler: GradScaler | None = None,
         process_group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
         self.settings = settings = Settings(
-            compressor, server_compressor, step_ahead, averaging, weight_decay_mode, exchange, max_grad_norm
+            compressor,
+            server_compressor,
+            step_ahead,
+            averaging,
+            weight_decay_mode,
+            exchange,
+            max_grad_norm,
+            max_consecutive_skips,
+            audit_every,
         )
         check_optimizer(optimizer)
         self.optimizer = optimizer
-        self._read_hyper()
+        self._loss_scale = LossScale(grad_scaler)
+        hyper = self._read_optimizer()
         self.weights = weights = create(model, optimizer, settings.step_ahead)
-        self._kernels = kernels.select(weights.device)
+        if not self._loss_scale.used and any(p.dtype == torch.float16 for p in weights.parameters):
+            raise TypeError(f"float16 parameters: {NEED_SCALER}")
+        if getattr(model, "mixed_precision", None) is not None:
+            raise ValueError(
+                "DDP's mixed_precision exchanges the parameters' storage during a step, as saef does: use torch.autocast "
+                "or bfloat16 parameters"
+            )
+        self.kernels = kernels.select(weights.device)
         self.transport = TorchTransport(process_group or getattr(model, "process_group", None), weights.device)
         self._compare_ranks()
 
@@ -107,18 +141,26 @@ class SAEFState:
         up, down = (message_bytes(c, weights.numels, weights.dtype) for c in (compressor, server))
         self.strategy = choose(workers, up, down) if exchange == "auto" else exchange
         # Replicated: every rank serves all blocks, as if it were server 0 of 1.
-        self._servers, self._rank = (workers, self.transport.rank) if self.strategy == "sharded" else (1, 0)
-        self._blocks = partition(weights.numels, weights.groups, compressor, server, self._servers, self._rank)
+        self._servers, self.server_rank = (workers, self.transport.rank) if self.strategy == "sharded" else (1, 0)
+        self.blocks = partition(weights.numels, weights.groups, compressor, server, self._servers)
 
-        self._none = weights.flat.new_empty(0)
-        self.e = torch.zeros_like(weights.flat) if settings.feedback else self._none
+        none = weights.flat.new_empty(0)
+        self.e = torch.zeros_like(weights.flat) if settings.feedback else none
         self._errors = weights.cut(self.e) if settings.feedback else []
-        self.m = self.m_decay = self._none  # allocated when a group first has momentum
         dense = all(server.for_tensor(n).kind == DENSE for n in weights.numels)  # then D - C(D) = 0
-        self.e_server = self._none if dense or not settings.feedback else weights.flat.new_zeros(self._blocks.served)
+        self.serves_with_error = settings.feedback and not dense
+        served = self.blocks.served[self.server_rank] if self.serves_with_error else 0
+        self.e_server = weights.flat.new_zeros(served)
+        self.m, self.decay = none, OuterDecay(weights)
+        self._prepare_momentum(hyper)
 
-        self.steps = 0
+        self.steps = self.skipped = self.skipped_in_a_row = 0
+        self.counted_from = 0  # the step since when bytes are counted
+        self.clock = telemetry.Clock()
+        self.committed: list[tuple[Tensor, Tensor]] = []  # tables and messages of the last step, until the next
         self._averaged_for = -1  # the step whose averaging has been done
+        self._not_averaged: tuple[slice, Tensor] | None = None  # e before that, where it was due
+        self.compared_at: int | None = None  # the step when the ranks were last compared
         self._at_half = False
         self._plans: dict[tuple[tuple[int, int], ...], Plan] = {}
         self._index = {id(p): i for i, p in enumerate(weights.parameters)}
@@ -127,25 +169,7 @@ class SAEFState:
         self._prepared = Prepared()
         self._attachment = Attachment(model, optimizer, self._begin, self.restore, self._before_step, self._after_step)
 
-    def metrics(self) -> dict[str, float]:
-        """Counters since creation, flat, ready for a logger. Bytes are what this rank sent.
-
-        steps; bytes_sent and its parts bytes_sent_{phase1,phase2,averaging,settings}; bytes_per_step
-        (without settings); bytes_per_step_uncompressed (a ring all-reduce of the gradients, as plain
-        DDP does); compression_ratio between these two.
-        """
-        sent, size = self.transport.sent_bytes, self.transport.size
-        parts = {f"bytes_sent_{p}": float(sent[p]) for p in ("phase1", "phase2", "averaging", "settings")}
-        full = 2 * (size - 1) / size * sum(p.numel() * p.element_size() for p in self.weights.parameters)
-        per_step = (sum(sent.values()) - sent["settings"]) / self.steps if self.steps else 0.0
-        return {
-            "steps": float(self.steps),
-            "bytes_sent": float(sum(sent.values())),
-            **parts,
-            "bytes_per_step": per_step,
-            "bytes_per_step_uncompressed": full,
-            "compression_ratio": full / per_step if per_step else 1.0,
-        }
+    # -- what users call ----------------------------------------------------------------------
 
     def restore(self) -> None:
         """Put x into the parameters if they are at x_half. The next training forward steps ahead again."""
@@ -153,34 +177,142 @@ class SAEFState:
             self._at_half = False
             self.weights.restore()
 
-    # -- forward: step ahead ------------------------------------------------------------------
-
     def detach(self) -> None:
         """Put x into the parameters and let go of model and optimizer, which are then as without saef."""
         self.restore()
         self._attachment.remove()
 
+    def state_dict(self) -> dict[str, Any]:
+        """What this rank holds, as it was before the step under way: copies, plain tensors and numbers.
+
+        Loaded by the same rank of as many ranks with load_state_dict, training goes on bit for bit. The
+        layout is in `saef.checkpoint`. Each rank saves its own, or all together to
+        torch.distributed.checkpoint, where an SAEFState can stand for its state_dict.
+        """
+        return checkpoint.rank_form(self)
+
+    def consolidated_state_dict(self) -> dict[str, Any]:
+        """The state of all ranks together, the same on each: errors and momenta as their means, all server errors.
+
+        Loaded with load_state_dict by any number of ranks with any `exchange`; x~ and the mean momentum are
+        kept to rounding. A collective call: two dense all-reduces and an all-gather.
+        """
+        return checkpoint.consolidated_form(self)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over a state of either form: weights, errors, momenta, counters, and torch's random state (rank form).
+
+        Every rank must load one of the same step; the next forward compares. A step under way is dropped. What
+        belongs to model (buffers), optimizer and scheduler is theirs to save; load them before or after.
+
+        Raises:
+            ValueError: if it is of another model, other compressors, a newer format, another rank or (rank form)
+                another number of ranks, naming the difference; nothing has changed then.
+        """
+        checkpoint.load(self, state_dict)
+
+    def x_tilde(self) -> Tensor:
+        """x~ = x - (e + mean_k e_k), flat, of the state's dtype; the same bits on every rank. Collective."""
+        self.restore()
+        self.weights.absorb()
+        mean = self.errors_before_step()
+
+        def total() -> Tensor:
+            if mean.numel():
+                self.transport.mean(mean, "checkpoint")
+            server = checkpoint.server_errors(self, "checkpoint")
+            return mean + server if server.numel() else mean
+
+        error = self.transport.call(total)
+        return self.weights.x() - error if error.numel() else self.weights.x().clone()
+
+    def flush(self) -> None:
+        """x <- x~ = x - (e + mean_k e_k), errors <- 0: nothing is owed any more. Collective; drops a step under way.
+
+        For exporting x~, or going on without saef or with another compressor. Momentum stays.
+        """
+        x_tilde = self.x_tilde()
+        self.abandon()
+        self.weights.write(self.weights.cut(x_tilde))
+        self.e.zero_()
+        self.e_server.zero_()
+
+    def metrics(self) -> dict[str, float]:
+        """Counters, flat, ready for a logger. Not collective.
+
+        steps, steps_skipped, steps_skipped_in_a_row; bytes_sent by this rank and its parts
+        bytes_sent_{phase1,phase2,averaging,settings,checkpoint,telemetry}; bytes_per_step (its first three);
+        bytes_per_step_uncompressed (a ring all-reduce of the gradients, as plain DDP does); compression_ratio
+        between these two; seconds_{compress,exchange,apply} since the state was created (on CUDA: of launching).
+        """
+        return telemetry.metrics(self)
+
+    def summary(self) -> str:
+        """metrics() and the norm of e_k in one line."""
+        return telemetry.summary(self)
+
+    def log_summary(self, level: int = logging.INFO) -> None:
+        """Log summary() to the logger "saef", on rank 0."""
+        if self.transport.rank == 0:
+            logger.log(level, self.summary())
+
+    def diagnose(self) -> dict[str, float]:
+        """Measure the errors and the compressor, flat, ready for a logger. Collective: a dense all-reduce of e.
+
+        With e_k this rank's error, e' their mean, e the servers' error, s the step ahead:
+
+            error_norm, error_norm_rms       ||e_k||; root of mean_k ||e_k||^2
+            mean_error_norm                  ||e'||
+            server_error_norm                ||e||
+            mismatch_eq9                     ||e + e'||^2, SAEF eq. (9) without L^2 and sigma^2; also ||x - x~||^2
+            mismatch_eq10                    mean_k ||e + e' - s e_k||^2, eq. (10) likewise
+            mean_gradient_mismatch           ||e + e' - s e'||: how far from x~ the mean gradient is taken
+            stationary_distance              mean_k ||e_k - e'||^2 (MixML section 6)
+            delta/LAYER                      Assumption 4: 1 - ||D - C(D)||^2 / ||D||^2 of each layer's last
+                                             message, mean over ranks; between optimizer.step() and the next forward
+
+        Empty for methods without error feedback.
+        """
+        return telemetry.diagnose(self)
+
+    # -- forward: step ahead ------------------------------------------------------------------
+
     def _begin(self) -> None:
         """Average the errors, once a step, and step ahead. Micro-batches stay at x_half."""
         if self._at_half:
             return
+        self.weights.absorb()
+        self._audit()
+        self.committed = []
         self.weights.begin(self._errors, self._average())
         self.weights.watch()
         self._at_half = True
 
     def _average(self) -> slice:
         """Average the errors if this step has not done so (Alg. 1, lines 6-8); the coordinates that changed."""
-        averaging, changed = self.settings.averaging, [slice(0, 0)]
-        if averaging is None or self._averaged_for == self.steps:
-            return changed[0]
+        averaging, t = self.settings.averaging, self.steps
+        if averaging is None or self._averaged_for == t:
+            return slice(0, 0)
+        due = averaging.due(t, self.e.numel())
+        part = self.e[due]
+        if part.numel():
+            before = part.clone()
+            try:
+                self.transport.call(lambda: averaging.average(t, part, self.transport))
+            except RuntimeError:
+                part.copy_(before)
+                raise
+            self._not_averaged = (due, before)
+        self._averaged_for = t
+        return due
 
-        def average() -> Tensor:
-            changed[0] = averaging.average(self.steps, self.e, self.transport)
-            return self.e
-
-        self.transport.submit(average, self.transport.future()).wait()
-        self._averaged_for = self.steps
-        return changed[0]
+    def errors_before_step(self) -> Tensor:
+        """A copy of e_k as it was before the step that is under way averaged it."""
+        e = self.e.clone()
+        if self._not_averaged is not None:
+            due, before = self._not_averaged
+            e[due] = before
+        return e
 
     # -- backward: compress and exchange ------------------------------------------------------
 
@@ -201,6 +333,8 @@ class SAEFState:
         """
         if flat.layout != torch.strided:
             raise TypeError("sparse gradients cannot be compressed here; use dense ones (Embedding(sparse=False))")
+        if flat.dtype == torch.float16 and not self._loss_scale.used:
+            raise TypeError(f"float16 gradients: {NEED_SCALER}")
         indices, plan = self._plan(parameters, views, flat)
         if not self._at_half:
             raise RuntimeError(
@@ -212,7 +346,8 @@ class SAEFState:
             self._prepared = Prepared()  # a second backward before the step; its gradients contain the first's
         if not self._prepared.buckets:
             self._prepared.hyper = self._read_hyper()
-        bucket = Bucket(indices, plan, flat, self._empty(plan), self.transport.future(), [], [])
+        message = torch.zeros(plan.send.message_bytes, dtype=torch.uint8, device=self.weights.device)
+        bucket = Bucket(indices, plan, flat, views, message, self.transport.future(), [], [])
         self._prepared.buckets.append(bucket)
         if self.settings.max_grad_norm is None:
             self._send([bucket])
@@ -228,50 +363,44 @@ class SAEFState:
         if not self._prepared.rule.hyper.numel():
             self._prepared.rule = self._make_rule()
         for bucket in buckets:
-            with self.transport.stream(), record_function("saef: compress"):
+            with self.transport.stream(), self.clock.span("compress"):
                 g = bucket.gradient.to(self.weights.dtype)
                 v, _ = self.weights.x_half()
-                self._kernels.compress(
-                    bucket.plan.send.table, self._prepared.rule, g, self.m, self.e, v, bucket.message
-                )
+                self.kernels.compress(bucket.plan.send.table, self._prepared.rule, g, self.m, self.e, v, bucket.message)
             self.transport.submit(partial(self._exchange, bucket), bucket.done, bucket.gradient)
 
     @torch.no_grad()
     def _exchange(self, bucket: Bucket) -> Tensor:
         """Both phases; runs in the transport's order."""
-        plan = bucket.plan
+        plan, sharded = bucket.plan, self.strategy == "sharded"
 
         def serve(messages: Tensor) -> Tensor:
             reply = messages.new_zeros(plan.reply.message_bytes)
             if reply.numel():  # a server may have no block in a small bucket
-                self._kernels.serve(plan.receive.table, plan.reply.table, messages, self.e_server, reply)
+                self.kernels.serve(plan.receive.table, plan.reply.table, messages, self.e_server, reply)
             return reply
 
-        sharded = self.strategy == "sharded"
-        with record_function("saef: exchange"):
+        with self.clock.span("exchange"):
             received, replies = two_way(
                 self.transport, sharded, bucket.message, plan.send_bytes, plan.reply_bytes, serve
             )
+            if sharded:
+                self.kernels.inspect(plan.apply.table, replies)
         bucket.received.append(received)
         bucket.replies.append(replies)
         return bucket.gradient
 
     def _make_rule(self) -> kernels.Rule:
-        """This step's rule: the optimizer's settings and the clipping coefficient."""
-        if self.m.numel() == 0 and any(h.momentum for h in self._prepared.hyper):
-            self.m = torch.zeros_like(self.weights.flat)
-        clip = 1.0
+        """This step's rule: the optimizer's settings, the loss scale and the clipping coefficient."""
+        self._prepare_momentum(self._prepared.hyper)
+        clip, dtype = 1.0, self.weights.dtype
         if self.settings.max_grad_norm is not None:
-            norms = [torch.linalg.vector_norm(b.gradient, dtype=self.weights.dtype) for b in self._prepared.buckets]
-            norm = float(torch.linalg.vector_norm(torch.stack(norms)))
+            norm = self._prepared.norm(dtype) * self._loss_scale.inverse()
             # A norm that is not finite must show, not turn the gradient into zeros.
             clip = min(1.0, self.settings.max_grad_norm / (norm + 1e-6)) if math.isfinite(norm) else math.nan
         rows = [[float(v) for v in h._replace(factor=h.factor * clip)] for h in self._prepared.hyper]
-        hyper = torch.tensor(rows, dtype=self.weights.dtype, device=self.weights.device)
+        hyper = torch.tensor(rows, dtype=dtype, device=self.weights.device)
         return kernels.Rule(hyper, self.weights.x_half()[1], self.settings.feedback)
-
-    def _empty(self, plan: Plan) -> Tensor:
-        return torch.zeros(plan.send.message_bytes, dtype=torch.uint8, device=self.weights.device)
 
     def _plan(
         self, parameters: Sequence[Tensor], views: Sequence[Tensor], flat: Tensor
@@ -287,18 +416,17 @@ class SAEFState:
             where.append((i, int(view.storage_offset() - flat.storage_offset())))
         key = tuple(where)
         if key not in self._plans:  # DDP rebuilds its buckets after the first step
-            plan = plan_bucket(self._blocks, where, self._servers, self._rank, self.weights.dtype.itemsize)
+            plan = plan_bucket(self.blocks, where, self._servers, self.server_rank, self.weights.dtype.itemsize)
             self._plans[key] = plan.to(self.weights.device)
         return tuple(i for i, _ in where), self._plans[key]
 
-    # -- optimizer step: commit ---------------------------------------------------------------
+    # -- optimizer step: commit, or skip ------------------------------------------------------
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        """Commit, and hide the gradients, so that the optimizer's own arithmetic finds nothing to do."""
+        """Commit or skip, and hide the gradients, so that the optimizer's own arithmetic finds nothing to do."""
         if kwargs.get("closure", args[1] if len(args) > 1 else None) is not None:
             raise TypeError("step(closure) would evaluate the model inside the step; call backward(), then step()")
-        if getattr(optimizer, "found_inf", None) is not None:
-            raise RuntimeError("torch.amp.GradScaler is not supported yet; use bfloat16 autocast, which needs none")
+        self._loss_scale.check(optimizer)
         parameters = self.weights.parameters
         if self._at_half and (changed := self.weights.changed()):
             raise RuntimeError(
@@ -306,14 +434,17 @@ class SAEFState:
                 "x_half, which the step replaces: change them after step()"
             )
         if self._prepared.buckets:
-            if self.transport.failure is not None:
-                raise RuntimeError(
-                    f"the exchange with the other ranks failed, and this rank's state is as before step {self.steps}. "
-                    f"Restart the job. The cause: {self.transport.failure}"
-                ) from self.transport.failure
+            cause = self.transport.failure
+            if cause is not None:
+                raise lost(self.transport.rank, self.transport.size, cause) from cause
             self._prepared.check(self.weights, self._read_hyper(), self._sizes, group_sizes(optimizer))
-            with record_function("saef: commit"):
-                self._commit(self._prepared.rule)
+            bad = self._prepared.not_finite(self.weights)
+            self._loss_scale.decide(bool(bad))
+            if bad:
+                self._skip(bad)
+            else:
+                with self.clock.span("apply"):
+                    self._commit(self._prepared.rule)
         elif any(p.grad is not None for p in parameters):
             raise RuntimeError(
                 "optimizer.step() found gradients that were never exchanged: register the hook "
@@ -335,47 +466,105 @@ class SAEFState:
         """The one place where a step takes effect."""
         kernels.check(self.weights.device)
         if self.settings.outer:
-            self._decay()
+            self.decay.apply(self.optimizer.param_groups, self._prepared.hyper)
         for b in self._prepared.buckets:
             plan, replies = b.plan, b.replies[0]
             if self.e_server.numel() and plan.reply.message_bytes:
-                own = replies.narrow(0, sum(plan.reply_bytes[: self._rank]), plan.reply_bytes[self._rank])
-                self._kernels.settle(plan.receive.table, plan.reply.table, b.received[0], self.e_server, own)
+                at = self.server_rank
+                own = replies.narrow(0, sum(plan.reply_bytes[:at]), plan.reply_bytes[at])
+                self.kernels.settle(plan.receive.table, plan.reply.table, b.received[0], self.e_server, own)
             if not self.settings.feedback:  # the vote is +-1; x moves by eta
                 table = plan.apply.table
                 replies.view(self.e.dtype)[table[:, FLOAT]] = rule.hyper[table[:, GROUP], LR]
             g = b.gradient.to(self.e.dtype)
             self.weights.commit(plan, rule, g, self.m, self.e, b.message, replies)
         self.steps += 1
-        self._prepared = Prepared()
+        self.skipped_in_a_row = 0
+        self.committed = [(b.plan.send.table, b.message) for b in self._prepared.buckets]
+        self._prepared, self._not_averaged = Prepared(), None
         self._at_half = False
         self.weights.restore()
 
-    def _decay(self) -> None:
-        """x <- x - eta lambda x, or with the rule's momentum on lambda x (dist-EF appendix A)."""
-        groups, hyper = self.optimizer.param_groups, self._prepared.hyper
-        momentum = self.settings.feedback and any(
-            h.momentum and g["weight_decay"] for h, g in zip(hyper, groups, strict=True)
+    def _skip(self, names: list[str]) -> None:
+        """The step has not happened: only these counters know of it. All ranks come here together."""
+        self.abandon()
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        what = (
+            f"a gradient on some rank is NaN or infinite, or overflowed, among those of {names[:5]}: all ranks skip "
+            f"step {self.steps}, with their state as before it"
         )
-        if momentum and self.m_decay.numel() == 0:
-            self.m_decay = torch.zeros_like(self.weights.flat)
-        for x, at, i in zip(self.weights.parts(), self.weights.offsets, self.weights.groups, strict=True):
-            u = x * groups[i]["weight_decay"]
-            if self.m_decay.numel():
-                m = self.m_decay[at : at + x.numel()]
-                m.mul_(hyper[i].momentum).add_(u)  # m~ = mu m~ + lambda x
-                u = u + m * hyper[i].momentum if hyper[i].nesterov else m
-            x.sub_(u * hyper[i].lr)
+        limit = self.settings.max_consecutive_skips
+        if limit is not None and self.skipped_in_a_row > limit:
+            raise FloatingPointError(
+                f"{what}. {self.skipped_in_a_row} in a row, more than max_consecutive_skips={limit}: lower lr, clip "
+                "with max_grad_norm, or look for the bad input"
+            )
+        if self.transport.rank == 0:
+            logger.warning("%s (%d in a row)", what, self.skipped_in_a_row)
+
+    def abandon(self) -> None:
+        """Drop the step that is under way: the parameters are x, and the errors as before it."""
+        if self._prepared.rule.hyper.numel():  # its buckets were sent
+            for bucket in self._prepared.buckets:
+                bucket.done.wait()
+        self._prepared = Prepared()
+        self.restore()
+        if self._not_averaged is not None:
+            due, before = self._not_averaged
+            self.e[due] = before
+        self._not_averaged, self._averaged_for, self.committed = None, -1, []
+
+    # -- shared -------------------------------------------------------------------------------
 
     def _remember(self) -> None:
+        """At the end of a backward."""
         self._prepared.gradients = gradients(self.weights.parameters)
+        self._loss_scale.claim(self.optimizer)
+
+    def _read_optimizer(self) -> list[Hyper]:
+        return read_hyper(self.optimizer, outer=self.settings.outer, signum=not self.settings.feedback)
 
     def _read_hyper(self) -> list[Hyper]:
-        return read_hyper(self.optimizer, outer=self.settings.outer, signum=not self.settings.feedback)
+        """The optimizer's settings for this step, gradients divided by the loss scale."""
+        inverse = self._loss_scale.inverse()
+        return [h._replace(factor=h.factor * inverse) for h in self._read_optimizer()]
+
+    def _prepare_momentum(self, hyper: Sequence[Hyper]) -> None:
+        """Make room for m and m~ when a group first has momentum."""
+        if self.m.numel() == 0 and any(h.momentum for h in hyper):
+            self.m = torch.zeros_like(self.weights.flat)
+        if self.settings.outer and self.settings.feedback:
+            self.decay.prepare(self.optimizer.param_groups, hyper)
 
     def _compare_ranks(self) -> None:
         w, s = self.weights, self.settings
         fields = {field: getattr(s, field) for field in s.__dataclass_fields__}
         parameters = [(n, tuple(p.shape), p.dtype) for n, p in zip(w.names, w.parameters, strict=True)]
-        fields.update(saef=version("saef"), parameters=parameters, groups=w.groups)
+        fields.update(saef=version("saef"), torch=torch.__version__, world_size=self.transport.size)
+        fields.update(parameters=parameters, groups=w.groups, grad_scaler=self._loss_scale.used)
         compare(fields, self.transport, w.device)
+
+    def _audit(self) -> None:
+        """Compare what must be equal in a step: at the first after creation or loading, and every `audit_every`."""
+        every, t, last = self.settings.audit_every, self.steps, self.compared_at
+        if last is not None and (every is None or t % every != 0 or last == t):
+            return
+        fields = {
+            "steps": t,
+            "optimizer": self._read_optimizer(),
+            "loss scale": self._loss_scale.value(),
+            "checksum of the weights x": checksum(self.weights.parts()),
+        }
+        heading = (
+            f"the ranks differ at step {t}: all must start from the same weights or checkpoint, give the optimizer the "
+            "same settings and change parameters alike; if they did, they have diverged: load the last checkpoint"
+        )
+        compare(fields, self.transport, self.weights.device, heading)
+        self.compared_at = t
+
+
+NEED_SCALER = (
+    "float16 needs loss scaling: create SAEFState(..., grad_scaler=torch.amp.GradScaler(...)) and use the scaler as "
+    "ever, or use bfloat16 or float32"
+)

@@ -34,7 +34,8 @@ class Weights(ABC):
         optimizer: every trainable parameter must be in exactly one of its groups.
 
     Attributes:
-        names, parameters, groups: of each trainable parameter: name, tensor, index of its param group.
+        names, parameters, groups: of each trainable parameter: name (without what DDP and torch.compile put
+            before it), tensor, index of its param group.
         numels, offsets: size, and where it begins in a flat vector. Entries lie there in the parameter's
             memory order, as in DDP's buckets.
         dtype: float64 for a float64 model, else float32: of x, errors, momentum and scalars on the wire.
@@ -42,7 +43,7 @@ class Weights(ABC):
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        self.names = [name for name, _ in named]
+        self.names = _plain([name for name, _ in named])
         self.parameters: list[Tensor] = [p for _, p in named]
         self.groups = _groups(self.names, self.parameters, optimizer)
         self.dtype = _master_dtype(self.names, self.parameters)
@@ -71,8 +72,16 @@ class Weights(ABC):
         return views
 
     @abstractmethod
+    def absorb(self) -> None:
+        """x <- parameters, which are at x: whatever was done to them since the last step (loaded, clamped) counts."""
+
+    @abstractmethod
     def x(self) -> Tensor:
         """x as a flat vector of the state's dtype: [d], possibly a copy."""
+
+    @abstractmethod
+    def write(self, x: Sequence[Tensor]) -> None:
+        """x <- `x`, a tensor of any dtype for each parameter, of its shape; the parameters, which are at x, follow."""
 
     @abstractmethod
     def x_half(self) -> tuple[Tensor, float]:
@@ -80,7 +89,7 @@ class Weights(ABC):
 
     @abstractmethod
     def begin(self, errors: Sequence[Tensor], averaged: slice) -> None:
-        """parameters <- x_half = x - s e (Alg. 1, line 9).
+        """parameters <- x_half = x - s e (Alg. 1, line 9); after `absorb`.
 
         Args:
             errors: e, cut like the parameters (empty if there is none, with s = 0).
@@ -120,11 +129,19 @@ class Copies(Weights):
         return self.flat, self.s
 
     @torch.no_grad()
-    def begin(self, errors: Sequence[Tensor], averaged: slice) -> None:
+    def absorb(self) -> None:
         for p, x in zip(self.parameters, self.views, strict=True):
-            # Whatever was done to the parameters since the last step (loaded, clamped) counts. A bf16 parameter
-            # is x rounded: only where it was changed does it replace the master.
+            # A bf16 parameter is x rounded: only where it was changed does it replace the master.
             x.copy_(p if p.dtype == self.dtype else torch.where(x.to(p.dtype) == p, x, p.to(self.dtype)))
+
+    @torch.no_grad()
+    def write(self, x: Sequence[Tensor]) -> None:
+        for mine, value in zip(self.views, x, strict=True):
+            mine.copy_(value)
+        self.restore()
+
+    @torch.no_grad()
+    def begin(self, errors: Sequence[Tensor], averaged: slice) -> None:
         if self.s != 0.0:
             for p, x, e in zip(self.parameters, self.views, errors, strict=True):
                 p.copy_(feedback.step_ahead(x, e, self.s))
@@ -159,9 +176,17 @@ class Swaps(Weights):
     def x_half(self) -> tuple[Tensor, float]:
         return self.flat, 0.0
 
+    def absorb(self) -> None:
+        self._x = [p.data for p in self.parameters]
+
+    @torch.no_grad()
+    def write(self, x: Sequence[Tensor]) -> None:
+        for mine, value in zip(self._x, x, strict=True):
+            mine.copy_(value)
+        self._ready = []
+
     @torch.no_grad()
     def begin(self, errors: Sequence[Tensor], averaged: slice) -> None:
-        self._x = [p.data for p in self.parameters]
         ready = len(self._ready) == len(self._x) and all(
             p.data_ptr() == address and p._version == version and torch.equal(_sample(x), sample)
             for p, x, (address, version, sample) in zip(self.parameters, self._x, self._ready, strict=True)
@@ -204,6 +229,12 @@ def create(model: nn.Module, optimizer: torch.optim.Optimizer, s: float) -> Weig
 FULL = {torch.float32, torch.float64}
 
 
+def _plain(names: list[str]) -> list[str]:
+    """The names in the module that was wrapped, so that a checkpoint fits with and without the wrappers."""
+    names = [name.replace("_orig_mod.", "") for name in names]
+    return [name.removeprefix("module.") for name in names] if all(n.startswith("module.") for n in names) else names
+
+
 def _sample(x: Tensor) -> Tensor:
     return x.as_strided((x.numel(),), (1,))[:: max(1, x.numel() // SAMPLES)]
 
@@ -241,12 +272,11 @@ def _groups(names: list[str], parameters: list[Tensor], optimizer: torch.optim.O
 
 def _master_dtype(names: list[str], parameters: list[Tensor]) -> torch.dtype:
     dtypes = {p.dtype for p in parameters}
-    if torch.float16 in dtypes:
-        raise TypeError("float16 parameters need loss scaling, which is not supported; use bfloat16 or float32")
-    if not dtypes <= {torch.float32, torch.float64, torch.bfloat16} or (torch.float64 in dtypes and len(dtypes) > 1):
+    known = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
+    if not dtypes <= known or (torch.float64 in dtypes and len(dtypes) > 1):
         raise TypeError(
-            f"parameters must be float32 and bfloat16, or all float64, got {sorted(map(str, dtypes))}: convert the "
-            "model"
+            "parameters must be float32, bfloat16 and float16, or all float64, got "
+            f"{sorted(map(str, dtypes))}: convert the model"
         )
     if len({p.device for p in parameters}) > 1 or any(p.is_sparse for p in parameters):
         found = {name: str(p.device) for name, p in zip(names, parameters, strict=True)}

@@ -415,42 +415,6 @@ def change_weights(group: dist.ProcessGroup, dtype: torch.dtype) -> str:
     return "ok" if state.steps == 1 else "steps"
 
 
-def test_a_bad_number_on_one_rank_stops_the_step_on_all(pool: RankPool) -> None:
-    for compressor in (saef.ScaledSign(block=7), saef.TopK(0.1), saef.Identity(), saef.MajorityVote()):
-        for exchange in ("replicated", "sharded"):
-            answers = pool.run(meet_a_nan, compressor, exchange)
-            assert answers == ["ok"] * 4
-
-
-def meet_a_nan(group: dist.ProcessGroup, compressor: saef.Compressor, exchange: str) -> str:
-    job = Job(state={"compressor": compressor, "exchange": exchange}, groups=[MOMENTUM], dtype=torch.float32)
-    if not compressor.feedback:
-        job.state |= {"step_ahead": 0.0, "weight_decay_mode": "outer"}
-    net, model, optimizer, state = wrap(group, job)
-    optimizer.param_groups[0]["lr"] = 0.05
-    rank = dist.get_rank(group)
-
-    def step(t: int, poison: float = 0.0) -> None:
-        optimizer.zero_grad()
-        x, y = batch(rank, t, torch.float32)
-        (F.mse_loss(model(x), y) * (1.0 + poison)).backward()
-        optimizer.step()
-
-    for t in range(3):
-        step(t)
-    before = [v.clone() for v in (state.weights.x(), state.e, state.m, state.e_server)]
-    for poison in (float("nan"), float("inf")):
-        with pytest.raises(FloatingPointError, match="NaN or infinite"):
-            step(3, poison if rank == 1 else 0.0)
-    assert all(
-        torch.equal(a, b) for a, b in zip(before, (state.weights.x(), state.e, state.m, state.e_server), strict=True)
-    )
-    assert state.steps == 3
-    step(4)  # and training goes on
-    assert state.steps == 4 and bool(torch.isfinite(state.weights.x()).all())
-    return "ok"
-
-
 def test_a_sub_group_trains_while_the_others_do_something_else(pool: RankPool) -> None:
     """Two of four ranks; the process group is DDP's. (All two-rank tests run in a sub-group, too.)"""
     first, second = pool.run(train, Job(state=SETTINGS, groups=[MOMENTUM]), ranks=2)

@@ -652,12 +652,12 @@ def test_sharded_and_replicated_servers_give_the_same_bits(C, K, dtype):
     gradients = torch.randn(2, K, d, dtype=dtype, generator=gen)
     found = []
     for servers in (1, K):
-        blocks = [partition(numels, [0] * 5, C, C, servers, r) for r in range(servers)]
+        blocks = partition(numels, [0] * 5, C, C, servers)
         x, m, e = torch.ones(d, dtype=dtype), torch.zeros(K, d, dtype=dtype), torch.zeros(K, d, dtype=dtype)
-        e_server = [torch.zeros(b.served, dtype=dtype) for b in blocks]
+        e_server = [torch.zeros(served, dtype=dtype) for served in blocks.served]
         for step in range(2):
             for bucket in buckets:
-                plans = [plan_bucket(b, bucket, servers, r, dtype.itemsize) for r, b in enumerate(blocks)]
+                plans = [plan_bucket(blocks, bucket, servers, r, dtype.itemsize) for r in range(servers)]
                 send, replies, sent = plans[0].send, [], []
                 for k in range(K):
                     g = torch.cat([gradients[step, k, offsets[i] :][: numels[i]] for i, _ in bucket])
@@ -675,8 +675,8 @@ def test_sharded_and_replicated_servers_give_the_same_bits(C, K, dtype):
                 assert [reply.numel() for reply in replies] == plans[0].reply_bytes
                 cpu.subtract(plans[0].apply.table, torch.cat(replies), x)
         left = torch.full((d,), math.nan, dtype=dtype)  # the server errors, each where it belongs
-        for parameter, owners in zip(blocks[0].of_parameter, blocks[0].owner, strict=True):
-            for b, r in zip(parameter, owners, strict=True):
+        for r in range(servers):
+            for b in blocks.served_by(r):
                 left[b.state : b.state + b.numel] = e_server[r][b.served : b.served + b.numel]
         found.append((x, e, m, left))
     assert all(torch.equal(a, b) and not a.isnan().any() for a, b in zip(*found, strict=True))

@@ -460,6 +460,7 @@ def test_damaged_indices(device: torch.device, damage: str) -> None:
         message = damaged(scene, number, damage)
         said = assert_same_outcome(device, table, "subtract", table, message, scene.x)
         assert (f"block {number} " in said) == (damage != "none")
+        assert assert_same_outcome(device, table, "inspect", table, message) == said
     message = damaged(scene, 1, damage)
     worker = (rule_of(torch.float32), scene.g, scene.m, scene.e, scene.x)
     expected, _ = outcome(reference, torch.device("cpu"), "commit", table, *worker, message)
@@ -502,7 +503,9 @@ def test_random_bytes(device: torch.device) -> None:
             message[start + 128] = 0
             message[start + 129 :] %= 4
         table = chosen.up.table
-        refused += bool(assert_same_outcome(device, table, "subtract", table, message, chosen.x))
+        said = assert_same_outcome(device, table, "subtract", table, message, chosen.x)
+        assert assert_same_outcome(device, table, "inspect", table, message) == said
+        refused += bool(said)
     assert 8 <= refused < 22
 
 
@@ -540,6 +543,7 @@ for dtype in (torch.float32, torch.float64):
     cuda.serve(table, table, messages, e, message)
     cuda.settle(table, table, messages, e, message)
     cuda.subtract(table, message, x)
+    cuda.inspect(table, message)
 
 ptx = {}
 for kernel in compiled:
@@ -562,7 +566,7 @@ def test_kernels_compile_for_hopper() -> None:
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     names, checked = done.stdout.splitlines()
-    assert names.count("'_") == 9
+    assert names.count("'_") == 10
     assert checked == "checked"
 
 

@@ -1,4 +1,4 @@
-"""The hot loops, behind one interface: five functions that `select` picks by device.
+"""The hot loops, behind one interface: six functions that `select` picks by device.
 
 A *table* lists blocks, one row each (int64, columns below); a *message* is one uint8 vector laid
 out by `saef.codec`. All vectors are flat, of the state's dtype (float32 or float64).
@@ -8,8 +8,10 @@ out by `saef.codec`. All vectors are flat, of the state's dtype (float32 or floa
     serve(table, reply_table, messages, e, reply)  reply <- C(e + mean_k C(D_k))      Alg. 1, 21, 23
     settle(table, reply_table, messages, e, reply) e <- D - C(D), D as in serve       Alg. 1, 22
     subtract(table, message, v)                    v <- v - C                         Alg. 1, 25
+    inspect(table, message)                        is it a message of this table?
 
-`compress` and `serve` change nothing but the message: a step that is abandoned leaves no trace.
+`compress` and `serve` change nothing but the message: a step that is abandoned leaves no trace. `serve`
+and `inspect` check what came from other ranks, so that a commit cannot stop half way.
 `commit` and `settle` compute D again, from the same numbers in the same order, so they get the same
 bits; one more pass over memory costs less than keeping D would (and needs no memory).
 
@@ -72,6 +74,7 @@ class Kernels(Protocol):
     def serve(self, table: Tensor, reply_table: Tensor, messages: Tensor, e: Tensor, reply: Tensor) -> None: ...
     def settle(self, table: Tensor, reply_table: Tensor, messages: Tensor, e: Tensor, reply: Tensor) -> None: ...
     def subtract(self, table: Tensor, message: Tensor, v: Tensor) -> None: ...
+    def inspect(self, table: Tensor, message: Tensor) -> None: ...
 
 
 def select(device: torch.device) -> Kernels:

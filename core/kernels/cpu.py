@@ -89,6 +89,10 @@ def subtract(table: Tensor, message: Tensor, v: Tensor) -> None:
     _run(_subtract, [table], (), _floats(message, v), message, v)
 
 
+def inspect(table: Tensor, message: Tensor) -> None:
+    _run(_inspect, [table], (), message)
+
+
 def _floats(message: Tensor, like: Tensor) -> Tensor:
     return message.view(like.dtype)
 
@@ -581,4 +585,18 @@ def _subtract(table, floats, message, v):  # type: ignore[no-untyped-def]
             cursor = _take(row, lo, n, floats, message, cursor, v[b : b + n], spread)
             if cursor < 0:
                 return r
+    return -1
+
+
+@_jit
+def _inspect(table, message):  # type: ignore[no-untyped-def]
+    for r in range(len(table)):
+        row, last = table[r], np.int64(-1)
+        if row[KIND] == TOPK:
+            width = _index_bytes(row[NUMEL])
+            for j in range(row[COUNT]):
+                index = _index(message, row[BYTE], width, j)
+                if index <= last or index >= row[NUMEL]:
+                    return r
+                last = index
     return -1

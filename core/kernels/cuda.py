@@ -155,6 +155,13 @@ def subtract(table: Tensor, message: Tensor, v: Tensor) -> None:
     _check_now(v)
 
 
+def inspect(table: Tensor, message: Tensor) -> None:
+    plan = _plan(table)
+    if plan.topk:
+        _launch(_inspect, plan, table, message, _bad(message.device), programs=len(table))
+    _check_now(message)
+
+
 def check(device: torch.device) -> None:
     """Raise ValueError if a kernel on `device` has met a malformed message since the last call.
 
@@ -604,7 +611,7 @@ def _keep(tiles, table, vector, hist, slots, digits, counts, floats, message, TI
 
 
 # ---------------------------------------------------------------------------------------------
-# The five kernels
+# The six kernels
 
 
 @_kernel
@@ -679,3 +686,23 @@ def _subtract(tiles, table, floats, message, v, bad, TILE: tl.constexpr):  # typ
     v += tl.load(row + _STATE)
     D = tl.load(v + i, mask=inside, other=0)
     _take(r, row, lo, i, inside, D, floats, message, v, bad, True, TILE)
+
+
+@_kernel
+def _inspect(tiles, table, message, bad, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One program per block."""
+    r = tl.program_id(0).to(tl.int64)
+    row = table + r * _COLUMNS
+    count = tl.where(tl.load(row + _KIND) == _TOPK, tl.load(row + _COUNT), 0)
+    n = tl.load(row + _NUMEL)
+    width = _index_bytes(n)
+    start = message + tl.load(row + _BYTE)
+    wrong = tl.full((), 0, tl.int32)
+    for chunk in range(0, count, _CHUNK):
+        j = chunk + tl.arange(0, _CHUNK).to(tl.int64)
+        index = _index(start, j, width, j < count)
+        before = _index(start, j - 1, width, (j < count) & (j > 0))
+        fine = (index < n) & ((index > before) | (j == 0))
+        wrong += tl.sum(((j < count) & (fine == 0)).to(tl.int32), 0)
+    if wrong > 0:
+        tl.atomic_min(bad, r.to(tl.int32))

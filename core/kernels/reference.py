@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..compressors import DENSE, SIGN, index_bytes
+from ..compressors import DENSE, SIGN, TOPK, index_bytes
 from ..feedback import Hyper, correct, local_update, step_ahead
 from . import BYTE, COUNT, FLOAT, GRAD, GROUP, KIND, NUMEL, STATE, UNIT, Rule, malformed
 
@@ -44,6 +44,12 @@ def settle(table: Tensor, reply_table: Tensor, messages: Tensor, e: Tensor, repl
 def subtract(table: Tensor, message: Tensor, v: Tensor) -> None:
     for i, row in enumerate(table.tolist()):
         _at(row, v).sub_(_decode(i, row, message, v.dtype))
+
+
+def inspect(table: Tensor, message: Tensor) -> None:
+    for i, row in enumerate(table.tolist()):
+        if row[KIND] == TOPK:
+            _indices(i, row, message)
 
 
 def _at(row: Row, v: Tensor) -> Tensor:
@@ -107,9 +113,15 @@ def _decode(i: int, row: Row, message: Tensor, dtype: torch.dtype, share: Tensor
         packed = message[row[BYTE] : row[BYTE] + (n + 7) // 8]
         bits = (packed.view(-1, 1) >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
         return torch.where(bits.view(-1)[:n].bool(), floats, -floats)
-    k, width = row[COUNT], index_bytes(n)
+    return torch.zeros(n, dtype=dtype, device=message.device).index_copy(0, _indices(i, row, message), floats)
+
+
+def _indices(i: int, row: Row, message: Tensor) -> Tensor:
+    """The indices of a top-k block, checked: increasing, and inside the block."""
+    n, k = row[NUMEL], row[COUNT]
+    width = index_bytes(n)
     packed = message[row[BYTE] : row[BYTE] + k * width].view(k, width).long()
     kept = (packed << (8 * torch.arange(width, device=packed.device))).sum(1)
     if bool((kept >= n).any()) or bool((kept[1:] <= kept[:-1]).any()):
         raise malformed(i)
-    return torch.zeros(n, dtype=dtype, device=message.device).index_copy(0, kept, floats)
+    return kept
