@@ -12,6 +12,7 @@ from .averaging import AllReduce, Averaging, Rotating
 from .codec import Codec, message_bytes
 from .compressors import Compressor, Identity, MajorityVote, MinSize, ScaledSign, TopK
 from .state import SAEFState
+from .storage import load_checkpoint, save_checkpoint
 
 __version__ = version("saef")
 __all__ = [
@@ -27,5 +28,7 @@ __all__ = [
     "ScaledSign",
     "TopK",
     "__version__",
+    "load_checkpoint",
     "message_bytes",
+    "save_checkpoint",
 ]

@@ -146,7 +146,8 @@ def load(state: SAEFState, saved: Mapping[str, Any]) -> None:
         state.m = torch.zeros_like(state.weights.flat)
     if saved["outer_momentum"] and not state.decay.m.numel():
         state.decay.m = torch.zeros_like(state.weights.flat)
-    for flat, values in ((state.e, workers.get("e")), (state.m, workers.get("m")), (state.decay.m, saved.get("m_decay"))):
+    found = ((state.e, workers.get("e")), (state.m, workers.get("m")), (state.decay.m, saved.get("m_decay")))
+    for flat, values in found:
         flat.zero_()
         if values is not None:
             _write(state, flat, values)
@@ -222,8 +223,8 @@ def _rank_part(state: SAEFState, saved: Mapping[str, Any]) -> Mapping[str, Any]:
     now, then = (size, state.strategy), (saved["world_size"], saved["strategy"])
     if now != then:
         raise ValueError(
-            f"this is the state of one of {then[0]} ranks with exchange={then[1]!r}, here are {now[0]} with {now[1]!r}, "
-            f"and errors belong to ranks: {LOAD_CONSOLIDATED}"
+            f"this is the state of one of {then[0]} ranks with exchange={then[1]!r}, here are {now[0]} with "
+            f"{now[1]!r}, and errors belong to ranks: {LOAD_CONSOLIDATED}"
         )
     if f"rank_{rank}" not in saved:
         found = [name for name in saved if name.startswith("rank_")]

@@ -130,8 +130,8 @@ class SAEFState:
             raise TypeError(f"float16 parameters: {NEED_SCALER}")
         if getattr(model, "mixed_precision", None) is not None:
             raise ValueError(
-                "DDP's mixed_precision exchanges the parameters' storage during a step, as saef does: use torch.autocast "
-                "or bfloat16 parameters"
+                "DDP's mixed_precision exchanges the parameters' storage during a step, as saef does: use "
+                "torch.autocast or bfloat16 parameters"
             )
         self.kernels = kernels.select(weights.device)
         self.transport = TorchTransport(process_group or getattr(model, "process_group", None), weights.device)

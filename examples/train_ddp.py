@@ -2,6 +2,7 @@
 
     torchrun --nproc_per_node 4 train_ddp.py --method saef-topk --ratio 0.01 --averaging allreduce --period 20
     torchrun --nproc_per_node 4 train_ddp.py --method full --data FOLDER --epochs 5 --out full.jsonl
+    torchrun --nproc_per_node 4 --max-restarts 3 train_ddp.py --checkpoint FOLDER   # survives the death of a rank
 
 Methods: full (plain DDP), ef-sign and ef-topk (error feedback), saef-sign and saef-topk (step ahead).
 Only `build` knows about saef; the training loop in `train` is any DDP loop.
@@ -56,9 +57,15 @@ def parse(arguments: list[str] | None = None) -> Namespace:
     add("--seed", type=int, default=0)
     add("--data", default="digits", help='"digits" or a folder with Fashion-MNIST, MNIST or CIFAR files')
     add("--fm14", action="store_true", help="the Fashion-MNIST subset that reproduce.py trains on")
+    add("--checkpoint", help="folder for checkpoints; goes on from the newest in it, on any number of ranks")
+    add("--checkpoint-every", type=int, default=100, help="steps between two checkpoints")
+    add("--tensorboard", help="folder for TensorBoard: loss, saef's counters and measurements")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="cuda uses nccl, cpu uses gloo")
     add("--out", help="write one JSON record per evaluation to this file")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.method == "full" and (args.checkpoint or args.tensorboard):
+        parser.error("--checkpoint and --tensorboard show saef's state: choose another --method")
+    return args
 
 
 def build(
@@ -102,11 +109,17 @@ def train(args: Namespace, dataset: Dataset, device: torch.device, label: str | 
     total = args.steps if args.steps is not None else args.epochs * batches
     every = args.eval_every or batches
     model, optimizer, state = build(args, dataset, device)
+    first = resume(args.checkpoint, model, optimizer, state) if args.checkpoint else 0
+    board = None
+    if args.tensorboard and rank == 0:
+        from torch.utils.tensorboard import SummaryWriter  # the package tensorboard
+
+        board = SummaryWriter(args.tensorboard)
     records = []
-    bar = tqdm(range(total), desc=label, unit="step", disable=rank > 0 or label is None)
+    bar = tqdm(range(first, total), desc=label, unit="step", disable=rank > 0 or label is None)
     for step in bar:
         epoch, batch = divmod(step, batches)
-        if batch == 0:
+        if batch == 0 or step == first:
             generator = torch.Generator().manual_seed(args.seed + 1000 * epoch)
             order = torch.randperm(len(dataset.train), generator=generator)
         start = batch * args.batch + rank * share
@@ -117,13 +130,37 @@ def train(args: Namespace, dataset: Dataset, device: torch.device, label: str | 
         loss.backward()
         optimizer.step()
 
+        if args.checkpoint and (step + 1) % args.checkpoint_every == 0:
+            save(args.checkpoint, model, optimizer, state, step + 1)
+        if args.tensorboard and (step + 1) % 10 == 0:
+            numbers = {"loss": loss.item()} | state.metrics() | state.diagnose()  # diagnose: on all ranks
+            for name, value in numbers.items() if board else ():
+                board.add_scalar(f"saef/{name}", value, step + 1)
         if (step + 1) % every == 0 or step + 1 == total:
             sent = bytes_sent(model, state, step + 1)
             if rank == 0:
                 record = {"method": args.method, "epoch": (step + 1) / batches, "step": step + 1}
                 records.append(record | evaluate(model.module, dataset) | sent)
                 bar.set_postfix(loss=records[-1]["loss"], accuracy=records[-1]["accuracy"])
+    if board:
+        board.close()
     return records
+
+
+def save(folder: str, model: nn.Module, optimizer: torch.optim.Optimizer, state: saef.SAEFState, step: int) -> None:
+    """A checkpoint of all ranks: saef's state, and what else training needs to go on after `step` batches."""
+    extra = {"step": step, "model": model.module.state_dict(), "optimizer": optimizer.state_dict()}
+    saef.save_checkpoint(folder, state, extra)
+
+
+def resume(folder: str, model: nn.Module, optimizer: torch.optim.Optimizer, state: saef.SAEFState) -> int:
+    """Load the newest checkpoint, if there is one; the number of batches seen by then."""
+    extra = saef.load_checkpoint(folder, state)
+    if extra is None:
+        return 0
+    model.module.load_state_dict(extra["model"])
+    optimizer.load_state_dict(extra["optimizer"])
+    return extra["step"]
 
 
 def bytes_sent(model: nn.Module, state: saef.SAEFState | None, steps: int) -> dict:
@@ -156,6 +193,20 @@ def evaluate(net: nn.Module, dataset: Dataset) -> dict:
     return {"loss": loss / count, "accuracy": 100 * correct / len(dataset.test)}
 
 
+def rendezvous() -> dict:
+    """Arguments of init_process_group under torchrun: a key-value store that restarts do not share.
+
+    Else restarted ranks find the addresses of the dead ones in it (pytorch/pytorch issue 135712). With several
+    nodes set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 instead: each agent counts its own restarts.
+    """
+    env = os.environ
+    if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or env["GROUP_WORLD_SIZE"] != "1":
+        return {}
+    store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False)
+    store = dist.PrefixStore(f"restart-{env['TORCHELASTIC_RESTART_COUNT']}", store)
+    return {"store": store, "rank": int(env["RANK"]), "world_size": int(env["WORLD_SIZE"])}
+
+
 def main() -> None:
     args = parse()
     if "RANK" not in os.environ:
@@ -167,10 +218,10 @@ def main() -> None:
     if enough and args.device != "cpu":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl")
+        dist.init_process_group("nccl", **rendezvous())
     else:
         device = torch.device("cpu")
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", **rendezvous())
     records = train(args, load(args.data, args.fm14).to(device), device, label=args.method)
     if records:
         print(json.dumps(records[-1]))

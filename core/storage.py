@@ -1,0 +1,209 @@
+"""Checkpoints in a folder: complete or not there, whatever dies while they are written.
+
+    FOLDER/000012-step-480/         the 12th checkpoint, taken at step 480
+        rank-0-of-4.pt ...          {"saef": SAEFState.state_dict(), "extra": ...} of each rank
+        consolidated.pt             {"saef": SAEFState.consolidated_state_dict(), "extra": rank 0's}
+        complete                    written last; without it the checkpoint does not count
+
+The folder must be the same for all ranks (a shared file system, or one machine). Files are read with
+weights_only=True: what is in them cannot run.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .agreement import gather
+
+if TYPE_CHECKING:
+    from .state import SAEFState
+
+COMPLETE = "complete"
+
+
+def save_checkpoint(
+    folder: str | os.PathLike[str],
+    state: SAEFState,
+    extra: Mapping[str, Any] | None = None,
+    *,
+    keep: int = 2,
+    consolidate: bool = True,
+) -> Path:
+    """Write a checkpoint of all ranks. Collective; when it returns, the checkpoint is complete and on disk.
+
+    Args:
+        folder: made if it is missing; the same for all ranks.
+        state: its weights, errors, momenta and counters are saved, so the model's parameters are.
+        extra: tensors, numbers, strings and containers of them that are to come back: state_dict() of the
+            model (for its buffers), optimizer, scheduler and scaler, the epoch. Each rank's own.
+        keep: complete checkpoints to keep; older ones are deleted.
+        consolidate: also write the form that any number of ranks can load (two dense all-reduces).
+
+    Returns:
+        The checkpoint's own folder.
+
+    Raises:
+        ValueError: if keep < 1.
+        TypeError: if `extra` has something that weights_only=True would not load, naming it.
+        OSError: if this rank could not write; earlier checkpoints are still there.
+        RuntimeError: if another rank failed in one of these ways.
+    """
+    if keep < 1:
+        raise ValueError(f"keep must be at least 1 checkpoint, got {keep}")
+    rank, size, root = state.transport.rank, state.transport.size, Path(folder)
+    extra = dict(extra or {})
+    _together(state, lambda: _check_plain(extra, "extra"))
+    mine = {"saef": state.state_dict(), "extra": extra}
+    whole = {"saef": state.consolidated_state_dict(), "extra": extra} if consolidate else None
+
+    def begin() -> str:
+        root.mkdir(parents=True, exist_ok=True)
+        number = 1 + max((_number(p) for p in _checkpoints(root)), default=0)
+        path = root / f"{number:06d}-step-{state.steps}"
+        path.mkdir()
+        return path.name
+
+    path = root / _together(state, begin, of_rank_0=True)[0]
+
+    def write() -> str:
+        _write(path / f"rank-{rank}-of-{size}.pt", mine)
+        if rank == 0 and whole is not None:
+            _write(path / "consolidated.pt", whole)
+        return ""
+
+    _together(state, write)
+
+    def end() -> str:
+        _sync(path)
+        (path / COMPLETE).touch()
+        _sync(path)
+        complete = [p for p in _checkpoints(root) if (p / COMPLETE).exists()]
+        for old in _checkpoints(root):
+            if old not in complete[-keep:]:
+                (old / COMPLETE).unlink(missing_ok=True)
+                shutil.rmtree(old)
+        return ""
+
+    _together(state, end, of_rank_0=True)
+    return path
+
+
+def load_checkpoint(folder: str | os.PathLike[str], state: SAEFState) -> dict[str, Any] | None:
+    """Load the newest complete checkpoint, if there is one. Collective.
+
+    The ranks' own states where as many ranks with the same exchange strategy wrote it: training goes on bit for
+    bit. Else the consolidated form: x~ and the mean momentum are kept.
+
+    Returns:
+        What was given as `extra` (by this rank; by rank 0 if consolidated), or None if there is no checkpoint.
+
+    Raises:
+        ValueError: if it does not fit the state, or another number of ranks wrote it with consolidate=False.
+        OSError, RuntimeError, pickle.UnpicklingError: if this rank cannot read it.
+        RuntimeError: if another rank failed in one of these ways.
+    """
+    root = Path(folder)
+
+    def newest() -> str:
+        return next((p.name for p in reversed(_checkpoints(root)) if (p / COMPLETE).exists()), "")
+
+    (name,) = _together(state, newest, of_rank_0=True)
+    if not name:
+        return None
+    path = root / name
+    own = path / f"rank-{state.transport.rank}-of-{state.transport.size}.pt"
+
+    def fits() -> str:
+        if not (path / COMPLETE).exists():
+            raise FileNotFoundError(f"{path} is not here: the folder must be the same for all ranks")
+        written = torch.load(own, weights_only=True, mmap=True)["saef"]["strategy"] if own.exists() else ""
+        return "yes" if written == state.strategy else "no"
+
+    consolidated = "no" in _together(state, fits)
+    extra: dict[str, Any] = {}
+
+    def load() -> str:
+        file = path / "consolidated.pt" if consolidated else own
+        if not file.exists():
+            raise ValueError(
+                f"{path} was written by another number of ranks or with another exchange strategy, and without its "
+                "consolidated form: start as many ranks as wrote it, with the same exchange"
+            )
+        saved = torch.load(file, map_location=state.weights.device, weights_only=True)
+        state.load_state_dict(saved["saef"])
+        extra.update(saved["extra"])
+        return ""
+
+    _together(state, load)
+    return extra
+
+
+def _together(state: SAEFState, work: Callable[[], str], of_rank_0: bool = False) -> list[str]:
+    """The results of all ranks, or of rank 0 alone. If any rank fails, all do, once all have tried."""
+    rank, device = state.transport.rank, state.weights.device
+    result, failure = "", None
+    if rank == 0 or not of_rank_0:
+        try:
+            result = work()
+        except Exception as error:
+            failure = error
+    mine = [result, "" if failure is None else f"rank {rank}: {type(failure).__name__}: {failure}"]
+    ranks = state.transport.call(lambda: gather(mine, state.transport, device, "checkpoint"))
+    if failure is not None:
+        raise failure
+    if problems := [problem for _, problem in ranks if problem]:
+        raise RuntimeError("; ".join(problems))
+    return [result for result, _ in ranks][: 1 if of_rank_0 else None]
+
+
+PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
+
+
+def _check_plain(value: object, where: str) -> str:
+    """Raise TypeError for what torch.load(weights_only=True) would refuse, when it is too late to save it otherwise."""
+    if type(value) in (dict, OrderedDict, defaultdict, Counter):
+        for key, part in value.items():  # type: ignore[attr-defined]
+            _check_plain(key, f"a key of {where}")
+            _check_plain(part, f"{where}[{key!r}]")
+    elif type(value) in (list, tuple, set):
+        for i, part in enumerate(value):  # type: ignore[arg-type]
+            _check_plain(part, f"{where}[{i}]")
+    elif not isinstance(value, torch.Tensor) and type(value) not in PLAIN:
+        raise TypeError(
+            f"{where} is a {type(value).__name__}, which could not be loaded again with weights_only=True: save "
+            "tensors, numbers, strings, and dicts and lists of them (float(x) for a numpy number)"
+        )
+    return ""
+
+
+def _checkpoints(root: Path) -> list[Path]:
+    """Folders of checkpoints, complete or not, the oldest first."""
+    found = [p for p in root.glob("*-step-*") if p.is_dir() and p.name.split("-")[0].isdigit()]
+    return sorted(found, key=_number)
+
+
+def _number(path: Path) -> int:
+    return int(path.name.split("-")[0])
+
+
+def _write(path: Path, value: dict[str, Any]) -> None:
+    with path.open("wb") as file:
+        torch.save(value, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    """Have the names in a folder on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

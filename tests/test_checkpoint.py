@@ -1,0 +1,480 @@
+"""What is saved comes back: bit for bit on the same ranks in fresh processes, x~ on any number of ranks."""
+
+import io
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+import saef
+from ranks import RankPool
+from saef.hooks import saef_hook
+from training import batch
+
+STOP, END = 37, 100
+# Seconds, and the ranks' comparing each other once more after loading.
+NOT_COMPARED = {"bytes_sent", "bytes_sent_settings", "seconds_compress", "seconds_exchange", "seconds_apply"}
+SIGN, TOPK = saef.ScaledSign(block=20), saef.TopK(0.1, block=30)
+
+
+class Net(nn.Module):
+    """With dropout, so that the random state counts, and buffers of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.a, self.b = nn.Linear(6, 20), nn.Linear(20, 1)
+        self.norm, self.drop = nn.BatchNorm1d(20), nn.Dropout(0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.drop(torch.tanh(self.norm(self.a(x)))))  # type: ignore[no-any-return]
+
+
+class Run:
+    """A training job that can be saved and loaded."""
+
+    def __init__(self, group: dist.ProcessGroup, settings: dict[str, Any], dtype: torch.dtype = torch.float32) -> None:
+        self.rank, self.dtype, self.group = dist.get_rank(group), dtype, group
+        self.model = DDP(Net().to(dtype), process_group=group, bucket_cap_mb=0.0005)
+        weights = [p for p in self.model.parameters() if p.dim() > 1]
+        rest = [p for p in self.model.parameters() if p.dim() <= 1]
+        groups = [{"params": weights, "weight_decay": 1e-3}, {"params": rest, "nesterov": True}]
+        self.optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+        self.scheduler = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, 0.1, END, cycle_momentum=True)
+        self.state = saef.SAEFState(self.model, self.optimizer, **settings)
+        self.model.register_comm_hook(self.state, saef_hook)
+        torch.manual_seed(100 + self.rank)
+
+    def train(self, steps: range, micro_batches: int = 1) -> None:
+        for t in steps:
+            self.optimizer.zero_grad()
+            x, y = batch(self.rank, t, self.dtype)
+            F.mse_loss(self.model(x), y).backward()
+            self.optimizer.step()
+            self.scheduler.step()
+
+    def others(self) -> dict[str, Any]:
+        return {
+            "model": self.model.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+        }
+
+    def load_others(self, saved: dict[str, Any]) -> None:
+        self.model.module.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.scheduler.load_state_dict(saved["scheduler"])
+
+    def everything(self) -> dict[str, Any]:
+        """All tensors and counters that training depends on."""
+        s = self.state
+        return {
+            "x": s.weights.x().clone(),
+            "parameters": [p.detach().clone() for p in self.model.parameters()],
+            "buffers": [b.clone() for b in self.model.buffers()],
+            "e": s.e.clone(),
+            "m": s.m.clone(),
+            "m_decay": s.decay.m.clone(),
+            "e_server": s.e_server.clone(),
+            "random": torch.get_rng_state(),
+            "metrics": {k: v for k, v in s.metrics().items() if k not in NOT_COMPARED},
+            "lr": [g["lr"] for g in self.optimizer.param_groups],
+        }
+
+
+def assert_equal(a: Any, b: Any, where: str = "") -> None:
+    if isinstance(a, Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_equal(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, list):
+        for i, (v, w) in enumerate(zip(a, b, strict=True)):
+            assert_equal(v, w, f"{where}/{i}")
+    else:
+        assert a == b, where
+
+
+def through_a_file(saved: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(saved, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def fresh() -> Iterator[RankPool]:
+    """Eight processes that did not see the first part of a run."""
+    ranks = RankPool(8)
+    yield ranks
+    ranks.stop()
+
+
+# ---- the rank form ------------------------------------------------------------------------------------------
+
+CASES = [
+    {"compressor": c, "exchange": x, "averaging": a, "dtype": d}
+    for c, x, a, d in itertools.product(
+        (SIGN, TOPK),
+        ("replicated", "sharded"),
+        (saef.AllReduce(5), saef.Rotating(5)),
+        (torch.float32, torch.bfloat16),
+    )
+]
+CASES += [
+    {"compressor": TOPK, "exchange": "sharded", "weight_decay_mode": "outer", "max_grad_norm": 0.5},
+    {"compressor": SIGN, "exchange": "sharded", "server_compressor": None, "step_ahead": 0.5},
+    {"compressor": saef.MajorityVote(), "step_ahead": 0.0, "weight_decay_mode": "outer"},
+]
+
+
+def ids(case: dict[str, Any]) -> str:
+    return "-".join(str(v) for v in case.values()).replace(" ", "")
+
+
+def make(group: dist.ProcessGroup, case: dict[str, Any]) -> Run:
+    case = dict(case)
+    dtype = case.pop("dtype", torch.float32)
+    run = Run(group, case, dtype)
+    if not run.state.settings.feedback:
+        for options in run.optimizer.param_groups:
+            options["nesterov"] = False
+    return run
+
+
+def uninterrupted(group: dist.ProcessGroup, cases: list[dict[str, Any]], folder: str) -> list[dict[str, Any]]:
+    """Train to the end, saving at STOP (in the middle of an averaging period) on the way."""
+    ends = []
+    for number, case in enumerate(cases):
+        run = make(group, case)
+        run.train(range(STOP))
+        torch.save({"saef": run.state.state_dict(), **run.others()}, f"{folder}/{number}-{run.rank}.pt")
+        run.train(range(STOP, END))
+        ends.append(run.everything())
+    return ends
+
+
+def resumed(group: dist.ProcessGroup, cases: list[dict[str, Any]], folder: str) -> list[dict[str, Any]]:
+    ends = []
+    for number, case in enumerate(cases):
+        run = make(group, case)
+        saved = torch.load(f"{folder}/{number}-{run.rank}.pt", weights_only=True)
+        if number % 2:  # in either order
+            run.load_others(saved)
+            run.state.load_state_dict(saved["saef"])
+        else:
+            run.state.load_state_dict(saved["saef"])
+            run.load_others(saved)
+        run.train(range(STOP, END))
+        ends.append(run.everything())
+    return ends
+
+
+@pytest.mark.parametrize("ranks", [4, 3])
+def test_resuming_in_fresh_processes_is_bit_for_bit(
+    pool: RankPool, fresh: RankPool, tmp_path: Path, ranks: int
+) -> None:
+    """Step 37 of 100: parameters, x, e, m, server error, buffers, counters and random state at the end."""
+    cases = CASES if ranks == 4 else CASES[::5]
+    expected = pool.run(uninterrupted, cases, str(tmp_path), ranks=ranks)
+    found = fresh.run(resumed, cases, str(tmp_path), ranks=ranks)
+    for rank, (a, b) in enumerate(zip(expected, found, strict=True)):
+        for number, case in enumerate(cases):
+            assert_equal(a[number], b[number], f"rank {rank} {case}")
+    assert not torch.equal(expected[0][0]["e"], expected[1][0]["e"])
+
+
+def save_in_a_step(group: dist.ProcessGroup) -> bool:
+    """A state saved between forward and backward, or between backward and step, is that of before the step."""
+    settings = {"compressor": TOPK, "exchange": "sharded", "averaging": saef.AllReduce(1)}
+    run, other = Run(group, settings), Run(group, settings)
+    torch.manual_seed(0)
+    run.train(range(5))
+    before = run.state.state_dict()
+    for t in (5, 6):
+        random = torch.get_rng_state()
+        run.optimizer.zero_grad()
+        x, y = batch(run.rank, t)
+        loss = F.mse_loss(run.model(x.float()), y.float())
+        if t == 6:
+            loss.backward()
+        saved = run.state.state_dict()
+        for name in ("e", "m", "e_server"):
+            assert_equal(saved[f"rank_{run.rank}"][name], before[f"rank_{run.rank}"][name], name)
+        assert_equal(saved["x"], before["x"])
+        if t == 6:
+            run.optimizer.step()  # which the look did not disturb
+    other.load_others(through_a_file({**run.others(), "optimizer": other.optimizer.state_dict()}))
+    other.state.load_state_dict(through_a_file(saved))
+    other.optimizer.load_state_dict(run.optimizer.state_dict())
+    torch.set_rng_state(random)
+    F.mse_loss(other.model(x.float()), y.float()).backward()
+    other.optimizer.step()
+    assert_equal(
+        [run.state.e, run.state.m, run.state.e_server],
+        [other.state.e, other.state.m, other.state.e_server],
+    )
+    return torch.equal(run.state.weights.x(), other.state.weights.x())
+
+
+def test_a_state_saved_within_a_step_is_that_of_before_the_step(pool: RankPool) -> None:
+    assert pool.run(save_in_a_step) == [True] * 4
+
+
+def load_in_a_step(group: dist.ProcessGroup) -> bool:
+    """Loading while buckets are on their way drops the step; what is saved does not change when training goes on."""
+    run = Run(group, {"compressor": SIGN, "exchange": "sharded", "averaging": saef.Rotating(2)})
+    run.train(range(4))
+    saved = run.state.state_dict()
+    kept = through_a_file(saved)
+    ends = []
+    for _ in range(2):
+        run.state.load_state_dict(saved)
+        run.scheduler.last_epoch = 4
+        run.train(range(4, 8))
+        ends.append(run.everything())
+        x, y = batch(run.rank, 8, torch.float32)
+        F.mse_loss(run.model(x), y).backward()
+    assert_equal(saved, kept)
+    for end in ends:
+        del end["lr"], end["metrics"], end["buffers"]
+    assert_equal(ends[0]["e"].shape, ends[1]["e"].shape)
+    return True
+
+
+def test_loading_within_a_step_drops_it(pool: RankPool) -> None:
+    assert pool.run(load_in_a_step) == [True] * 4
+
+
+# ---- the consolidated form ------------------------------------------------------------------------------------
+
+
+def save_consolidated(group: dist.ProcessGroup, settings: dict[str, Any], source: str, target: str) -> list[Tensor]:
+    """(x~ as loaded, x~ as saved, mean momentum as loaded, as saved, x as loaded, as saved), 20 steps between them."""
+    run = Run(group, settings)
+    if source:
+        saved = torch.load(source, weights_only=True)
+        run.load_others(saved)
+        run.state.load_state_dict(saved["saef"])
+    looks = [look(run, group)]
+    run.train(range(run.state.steps, run.state.steps + 20))
+    looks.append(look(run, group))
+    assert torch.isfinite(looks[1][0]).all() and not torch.equal(looks[0][0], looks[1][0])
+    consolidated = run.state.consolidated_state_dict()
+    if run.rank == 0:
+        torch.save({"saef": consolidated, **run.others()}, target)
+    return [v for pair in zip(*looks, strict=True) for v in pair]
+
+
+def look(run: Run, group: dist.ProcessGroup) -> list[Tensor]:
+    m = run.state.m.clone()
+    dist.all_reduce(m, group=group)
+    return [run.state.x_tilde(), m / dist.get_world_size(group), run.state.weights.x().clone()]
+
+
+@pytest.mark.parametrize("compressor", [SIGN, TOPK], ids=["sign", "top-k"])
+@pytest.mark.parametrize("exchanges", [("sharded", "replicated", "sharded"), ("replicated", "sharded", "sharded")])
+def test_consolidated_from_4_to_2_to_8_ranks(
+    fresh: RankPool, tmp_path: Path, compressor: saef.Compressor, exchanges: tuple[str, ...]
+) -> None:
+    """x~, x and the mean momentum before and after; to 1e-6 of the largest entry, and training goes on.
+
+    float32: a mean over at most 8 ranks is at most 8 roundings, x~ two more: 10 * 2^-24 = 6e-7.
+    """
+    source, last = "", None
+    for number, (ranks, exchange) in enumerate(zip((4, 2, 8), exchanges, strict=True)):
+        target = str(tmp_path / f"{number}.pt")
+        settings = {"compressor": compressor, "exchange": exchange, "averaging": saef.Rotating(6)}
+        runs = fresh.run(save_consolidated, settings, source, target, ranks=ranks)
+        for run in runs:
+            assert torch.equal(run[0], runs[0][0]) and torch.equal(run[1], runs[0][1])  # the same bits on all ranks
+            if last is not None:
+                for now, then in ((run[0], last[1]), (run[2], last[3])):
+                    assert float((now - then).abs().max() / then.abs().max()) <= 1e-6
+                assert torch.equal(run[4], last[5])
+        source, last = target, runs[0]
+
+
+def consolidated_is_the_mean(group: dist.ProcessGroup, exchange: str) -> bool:
+    run = Run(group, {"compressor": TOPK, "exchange": exchange, "weight_decay_mode": "outer"}, torch.float64)
+    run.train(range(10))
+    x_tilde = run.state.x_tilde()
+    saved = through_a_file(run.state.consolidated_state_dict())
+    every: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(every, saved, group=group)
+    assert_equal(every[0], saved)
+    flat = [torch.cat([saved[key][n].reshape(-1) for n in run.state.weights.names]) for key in ("x", "e_server")]
+    e = torch.cat([saved["workers"]["e"][n].reshape(-1) for n in run.state.weights.names])
+    torch.testing.assert_close(flat[0] - (flat[1] + e), x_tilde, rtol=0, atol=1e-15)
+    assert float(flat[1].abs().min(dim=0).values) >= 0 and float(flat[1].abs().max()) > 0
+    run.state.load_state_dict(saved)  # into the same ranks: each has the mean now
+    torch.testing.assert_close(run.state.x_tilde(), x_tilde, rtol=0, atol=1e-15)
+    torch.testing.assert_close(run.state.e, e, rtol=0, atol=0)
+    again = run.state.consolidated_state_dict()
+    assert_equal(again["e_server"], saved["e_server"])
+    assert_equal(again["m_decay"], saved["m_decay"])
+    return True
+
+
+@pytest.mark.parametrize("exchange", ["replicated", "sharded"])
+def test_the_consolidated_form_holds_means_and_all_server_errors(pool: RankPool, exchange: str) -> None:
+    assert pool.run(consolidated_is_the_mean, exchange) == [True] * 4
+
+
+def flush_and_train(group: dist.ProcessGroup, exchange: str, averaging: Any) -> list[Tensor]:
+    run = Run(group, {"compressor": TOPK, "exchange": exchange, "averaging": averaging}, torch.float64)
+    run.train(range(11))
+    x_tilde = run.state.x_tilde()
+    run.model(batch(run.rank, 11)[0])  # a step under way, errors averaged, does not change it
+    run.state.flush()
+    flat = torch.cat([p.detach().reshape(-1) for p in run.model.parameters()])
+    torch.testing.assert_close(flat, x_tilde, rtol=0, atol=1e-15)
+    assert not run.state.e.any() and not run.state.e_server.any() and run.state.m.any()
+    assert torch.equal(run.state.x_tilde(), flat)
+    run.train(range(11, 15))
+    return [flat, run.state.weights.x()]
+
+
+@pytest.mark.parametrize("exchange", ["replicated", "sharded"])
+def test_flush_moves_x_to_x_tilde(pool: RankPool, exchange: str) -> None:
+    for averaging in (None, saef.AllReduce(1)):
+        runs = pool.run(flush_and_train, exchange, averaging)
+        for run in runs:
+            assert torch.equal(run[0], runs[0][0]) and torch.equal(run[1], runs[0][1])
+
+
+# ---- torch.distributed.checkpoint ---------------------------------------------------------------------------
+
+
+def through_dcp(group: dist.ProcessGroup, folder: str, save: bool) -> dict[str, Any]:
+    """Both forms in one checkpoint; an SAEFState stands for its rank form."""
+    run = Run(group, {"compressor": TOPK, "exchange": "sharded", "averaging": saef.Rotating(3)})
+    if save:
+        run.train(range(9))
+        consolidated = run.state.consolidated_state_dict()
+        saved = {"saef": run.state, "all": consolidated, "model": run.model.module.state_dict()}
+        dcp.save(saved, checkpoint_id=folder, process_group=group)
+    else:
+        saved = {"saef": run.state, "all": run.state.consolidated_state_dict(), "model": run.model.module.state_dict()}
+        dcp.load(saved, checkpoint_id=folder, process_group=group)
+        rank_form = run.state.state_dict()
+        x_tilde = run.state.x_tilde()
+        run.state.load_state_dict(saved["all"])
+        torch.testing.assert_close(run.state.x_tilde(), x_tilde, rtol=1e-6, atol=1e-6)
+        run.state.load_state_dict(rank_form)
+        for t in range(9):
+            run.scheduler.step(t + 1)
+    run.train(range(9, 15))
+    end = run.everything()
+    del end["metrics"]
+    return end
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_distributed_checkpoint_keeps_every_ranks_errors(pool: RankPool, fresh: RankPool, tmp_path: Path) -> None:
+    """It writes one of equal keys: were the ranks' errors under one key, all would get rank 0's."""
+    saved = pool.run(through_dcp, str(tmp_path), True)
+    for a, b in zip(saved, fresh.run(through_dcp, str(tmp_path), False), strict=True):
+        assert_equal(a["e"], b["e"])
+        assert_equal(a["x"], b["x"])
+        assert_equal(a["e_server"], b["e_server"])
+
+
+# ---- refused ------------------------------------------------------------------------------------------------
+
+
+def refuse(group: dist.ProcessGroup, ranks: list[int]) -> list[str]:
+    """What is said to each damaged or foreign checkpoint; nothing changes."""
+    base = {"compressor": TOPK, "exchange": "sharded"}
+    run = Run(group, base)
+    run.train(range(3))
+    saved, whole = run.state.state_dict(), run.state.consolidated_state_dict()
+    me = f"rank_{run.rank}"
+    before, said = run.everything(), []
+
+    def attempt(state_dict: Any, into: Run = run) -> None:
+        try:
+            into.state.load_state_dict(state_dict)
+        except ValueError as error:
+            said.append(str(error))
+        else:
+            said.append("nothing was raised")
+
+    attempt({})
+    attempt(run.optimizer.state_dict())
+    attempt({**saved, "format": 2, "saef": "9.0"})
+    attempt({**whole, "format": 2})
+    shape = {**saved["parameters"], "a.weight": [6, 21]}
+    attempt({**saved, "parameters": shape})
+    attempt({**saved, "parameters": {k: v for k, v in saved["parameters"].items() if k != "b.bias"}})
+    attempt(saved, Run(group, {**base, "compressor": SIGN}))
+    attempt(whole, Run(group, {**base, "server_compressor": None}))
+    attempt(saved, Run(group, base, torch.float64))
+    attempt({**saved, "world_size": 8})
+    attempt(saved, Run(group, {**base, "exchange": "replicated"}))
+    attempt({k: v for k, v in saved.items() if k != me} | {"rank_7": saved[me]})
+    attempt({k: v for k, v in saved.items() if k != "x"})
+    attempt({**saved, me: {k: v for k, v in saved[me].items() if k != "m"}})
+    attempt({**saved, me: {**saved[me], "e": {**saved[me]["e"], "a.bias": torch.zeros(3)}}})
+    attempt({**saved, me: {**saved[me], "e_server": saved[me]["e_server"][1:]}})
+    attempt({k: v for k, v in whole.items() if k != "e_server"})
+    attempt({**saved, me: {**saved[me], "strides": {n: [1] for n in saved[me]["strides"]}}})
+    assert_equal(run.everything()["e"], before["e"])
+    assert_equal(run.everything()["x"], before["x"])
+    return said
+
+
+def test_what_does_not_fit_is_refused_by_name(pool: RankPool) -> None:
+    expected = [
+        "state_dict() or consolidated_state_dict()",
+        "state_dict() or consolidated_state_dict()",
+        "format 2 and was written by saef 9.0",
+        "format 2",
+        "another model: a.weight is [6, 21] in the checkpoint, [20, 6] here",
+        "another model: b.bias is missing in the checkpoint, [1] here",
+        "compressor is TopK(ratio=0.1, block=30) in the checkpoint, ScaledSign(block=20) here",
+        "server_compressor is TopK(ratio=0.1, block=30) in the checkpoint, Identity() here",
+        "dtype is torch.float32 in the checkpoint, torch.float64 here",
+        "one of 8 ranks with exchange='sharded', here are 2",
+        "exchange='sharded', here are 2 with 'replicated'",
+        "rank_7, here is rank",
+        "'x' is missing",
+        "'m' is missing",
+        "'e' is missing or not of the parameters' shapes",
+        "'e_server' is missing or not of this rank's size",
+        "'e_server' is missing",
+        "memory format",
+    ]
+    for said in pool.run(refuse, [0, 1], ranks=2):
+        for text, part in zip(said, expected, strict=True):
+            assert part in text, (part, text)
+
+
+def different_steps(group: dist.ProcessGroup) -> str:
+    """One rank loads another checkpoint than the rest."""
+    run = Run(group, {"compressor": TOPK})
+    run.train(range(3))
+    early = run.state.state_dict()
+    run.train(range(3, 5))
+    late = run.state.state_dict()
+    run.state.load_state_dict(early if run.rank == 1 else late)
+    try:
+        run.train(range(5, 6))
+    except ValueError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def test_ranks_that_load_different_checkpoints_are_told(pool: RankPool) -> None:
+    for said in pool.run(different_steps, ranks=3):
+        assert "steps: rank 0 has 5, rank 1 has 3" in said and "checksum of the weights x: rank 0 has" in said
+        assert "rank 2 has" not in said and "load the last checkpoint" in said
