@@ -65,6 +65,11 @@ class LossScale:
         if self.used and not by_scaler:
             raise RuntimeError("SAEFState has a grad_scaler: call scaler.step(optimizer), not optimizer.step()")
 
+    def hide(self, optimizer: torch.optim.Optimizer) -> None:
+        """Before the optimizer's own arithmetic, which may refuse what the scaler has set."""
+        if self.used:
+            optimizer.grad_scale = optimizer.found_inf = None  # type: ignore[attr-defined]
+
     def decide(self, skipped: bool) -> None:
         """Tell the scaler what all ranks decided; its update() then lowers the scale, or not."""
         if self._found_inf is not None:

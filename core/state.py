@@ -452,6 +452,7 @@ class SAEFState:
                 "DDP with static_graph=True skips its hooks after no_sync(): leave one of the two out"
             )
         self.restore()
+        self._loss_scale.hide(optimizer)
         self._hidden = [p.grad for p in parameters]
         for p in parameters:
             p.grad = None
