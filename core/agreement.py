@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .exchange import Transport
+
+if TYPE_CHECKING:
+    from .step import Step
 
 CHUNK = 1 << 20  # entries of a checksum at a time
 
@@ -71,3 +75,32 @@ def checksum(parts: Sequence[Tensor]) -> str:
             total += (chunk.to(torch.int64) * weights).sum()
             start += chunk.numel()
     return f"{int(total) % 2**64:016x}"
+
+
+def compare_settings(state: Step) -> None:
+    """Compare what never changes, when a state is created. Collective."""
+    w, s = state.weights, state.settings
+    fields = {field: getattr(s, field) for field in s.__dataclass_fields__}
+    parameters = [(n, tuple(p.shape), p.dtype) for n, p in zip(w.names, w.parameters, strict=True)]
+    fields.update(saef=version("saef"), world_size=state.transport.size)
+    fields.update(parameters=parameters, groups=w.groups, grad_scaler=state.loss_scale.used)
+    compare(fields, state.transport, w.device)
+
+
+def audit(state: Step) -> None:
+    """Compare what must be equal in a step: at the first after creation or loading, and every `audit_every`."""
+    every, t, last = state.settings.audit_every, state.steps, state.compared_at
+    if last is not None and (every is None or t % every != 0 or last == t):
+        return
+    fields = {
+        "steps": t,
+        "optimizer": state.read_optimizer(),
+        "loss scale": state.loss_scale.value(),
+        "checksum of the weights x": checksum(state.weights.parts()),
+    }
+    heading = (
+        f"the ranks differ at step {t}: all must start from the same weights or checkpoint, give the optimizer the "
+        "same settings and change parameters alike; if they did, they have diverged: load the last checkpoint"
+    )
+    compare(fields, state.transport, state.weights.device, heading)
+    state.compared_at = t

@@ -35,14 +35,14 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .state import SAEFState
+    from .step import Step
 
 FORMAT = 1
 LOAD_CONSOLIDATED = "load the consolidated form (SAEFState.consolidated_state_dict) instead"
 
 
 @torch.no_grad()
-def rank_form(state: SAEFState) -> dict[str, Any]:
+def rank_form(state: Step) -> dict[str, Any]:
     """What `SAEFState.state_dict` returns."""
     state.restore()
     state.weights.absorb()
@@ -61,7 +61,7 @@ def rank_form(state: SAEFState) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def consolidated_form(state: SAEFState) -> dict[str, Any]:
+def consolidated_form(state: Step) -> dict[str, Any]:
     """What `SAEFState.consolidated_state_dict` returns. Collective."""
     state.restore()
     state.weights.absorb()
@@ -80,7 +80,7 @@ def consolidated_form(state: SAEFState) -> dict[str, Any]:
     return saved
 
 
-def _common(state: SAEFState, kind: str) -> dict[str, Any]:
+def _common(state: Step, kind: str) -> dict[str, Any]:
     saved = {
         "format": FORMAT,
         "kind": kind,
@@ -101,7 +101,7 @@ def _common(state: SAEFState, kind: str) -> dict[str, Any]:
     return saved
 
 
-def _settings(state: SAEFState) -> dict[str, str]:
+def _settings(state: Step) -> dict[str, str]:
     """What decides the meaning of what is saved. The rest may be changed when training goes on."""
     s = state.settings
     return {
@@ -112,15 +112,15 @@ def _settings(state: SAEFState) -> dict[str, str]:
     }
 
 
-def _workers(state: SAEFState, e: Tensor, m: Tensor) -> dict[str, Any]:
+def _workers(state: Step, e: Tensor, m: Tensor) -> dict[str, Any]:
     return {name: _by_name(state, v) for name, v in (("e", e), ("m", m)) if v.numel()}
 
 
-def _by_name(state: SAEFState, flat: Tensor) -> dict[str, Tensor]:
+def _by_name(state: Step, flat: Tensor) -> dict[str, Tensor]:
     return {n: v.clone() for n, v in zip(state.weights.names, state.weights.cut(flat), strict=True)}
 
 
-def server_errors(state: SAEFState, purpose: str) -> Tensor:
+def server_errors(state: Step, purpose: str) -> Tensor:
     """The server errors of all blocks, flat like e; empty if there are none. Collective, in `Transport.call`."""
     if state.strategy == "replicated" or not state.serves_with_error:
         return state.e_server.clone()
@@ -135,7 +135,7 @@ def server_errors(state: SAEFState, purpose: str) -> Tensor:
 
 
 @torch.no_grad()
-def load(state: SAEFState, saved: Mapping[str, Any]) -> None:
+def load(state: Step, saved: Mapping[str, Any]) -> None:
     """What `SAEFState.load_state_dict` does. All is checked before anything is changed."""
     workers = _check(state, saved)
     names = state.weights.names
@@ -172,12 +172,12 @@ def load(state: SAEFState, saved: Mapping[str, Any]) -> None:
     state.transport.sent_bytes.update(sent)
 
 
-def _write(state: SAEFState, flat: Tensor, values: Mapping[str, Tensor]) -> None:
+def _write(state: Step, flat: Tensor, values: Mapping[str, Tensor]) -> None:
     for name, view in zip(state.weights.names, state.weights.cut(flat), strict=True):
         view.copy_(values[name])
 
 
-def _check(state: SAEFState, saved: Mapping[str, Any]) -> Mapping[str, Any]:
+def _check(state: Step, saved: Mapping[str, Any]) -> Mapping[str, Any]:
     """Raise ValueError unless `saved` fits this state; the part of it with this rank's e and m."""
     if not isinstance(saved, Mapping) or saved.get("kind") not in ("rank", "consolidated"):
         raise ValueError("not the state of a SAEFState: expected what state_dict() or consolidated_state_dict() gave")
@@ -217,7 +217,7 @@ def _refuse(heading: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) ->
         raise ValueError(f"{heading}: " + "; ".join(different[:5]))
 
 
-def _rank_part(state: SAEFState, saved: Mapping[str, Any]) -> Mapping[str, Any]:
+def _rank_part(state: Step, saved: Mapping[str, Any]) -> Mapping[str, Any]:
     """This rank's part of a rank form."""
     rank, size = state.transport.rank, state.transport.size
     now, then = (size, state.strategy), (saved["world_size"], saved["strategy"])

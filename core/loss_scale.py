@@ -8,6 +8,7 @@ gradient overflowed; here all ranks decide together, so their scales move alike.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -31,6 +32,14 @@ class LossScale:
     def used(self) -> bool:
         """Whether gradients come multiplied by a scale."""
         return self._scaler is not None
+
+    def check_dtypes(self, dtypes: Iterable[torch.dtype]) -> None:
+        """Raise TypeError if parameters or gradients are float16 and nothing scales the loss."""
+        if not self.used and torch.float16 in dtypes:
+            raise TypeError(
+                "float16 parameters or gradients need loss scaling: create SAEFState(..., "
+                "grad_scaler=torch.amp.GradScaler(...)) and use the scaler as ever, or use bfloat16 or float32"
+            )
 
     def value(self) -> float:
         """S now; 1 without a scaler."""

@@ -144,6 +144,44 @@ def plan_bucket(blocks: Blocks, parameters: Sequence[tuple[int, int]], servers: 
     )
 
 
+class Plans:
+    """The plans of the buckets seen so far; DDP rebuilds its buckets after the first step.
+
+    Args:
+        servers, rank: as for `partition` and `plan_bucket`.
+        parameters: in the order of the flat state; dtype: of the state.
+    """
+
+    def __init__(
+        self, blocks: Blocks, servers: int, rank: int, parameters: Sequence[Tensor], dtype: torch.dtype
+    ) -> None:
+        self._of = blocks, servers, rank, dtype.itemsize
+        self._index = {id(p): i for i, p in enumerate(parameters)}
+        self._plans: dict[tuple[tuple[int, int], ...], Plan] = {}
+
+    def __len__(self) -> int:
+        return len(self._plans)
+
+    def find(
+        self, parameters: Sequence[Tensor], views: Sequence[Tensor], flat: Tensor
+    ) -> tuple[tuple[int, ...], Plan]:
+        """The numbers of a bucket's parameters, and its plan; `views` are their gradients, views of `flat`."""
+        where = []
+        for p, view in zip(parameters, views, strict=True):
+            i = self._index.get(id(p))
+            if i is None:
+                raise RuntimeError(
+                    f"a gradient of shape {tuple(p.shape)} belongs to no parameter of this state: the model's "
+                    "trainable parameters changed. Wrap the model and create SAEFState again after changing them"
+                )
+            where.append((i, int(view.storage_offset() - flat.storage_offset())))
+        key = tuple(where)
+        if key not in self._plans:
+            blocks, servers, rank, itemsize = self._of
+            self._plans[key] = plan_bucket(blocks, where, servers, rank, itemsize).to(flat.device)
+        return tuple(i for i, _ in where), self._plans[key]
+
+
 def _of_parameter(blocks: Blocks, index: Tensor, send: Tensor, apply: Tensor) -> list[tuple[int, Tensor, Tensor]]:
     """`index`: the parameter tensor of each row."""
     parts = []

@@ -17,7 +17,7 @@ from .checkpoint import server_errors
 from .exchange import PURPOSES
 
 if TYPE_CHECKING:
-    from .state import SAEFState
+    from .step import Step
 
 
 class Clock:
@@ -38,7 +38,7 @@ class Clock:
         self.seconds[name] += time.perf_counter() - start
 
 
-def metrics(state: SAEFState) -> dict[str, float]:
+def metrics(state: Step) -> dict[str, float]:
     """See `SAEFState.metrics`."""
     sent, size = state.transport.sent_bytes, state.transport.size
     full = 2 * (size - 1) / size * sum(p.numel() * p.element_size() for p in state.weights.parameters)
@@ -58,7 +58,7 @@ def metrics(state: SAEFState) -> dict[str, float]:
     }
 
 
-def summary(state: SAEFState) -> str:
+def summary(state: Step) -> str:
     """See `SAEFState.summary`."""
     m = metrics(state)
     error = f", |e_k| {float(torch.linalg.vector_norm(state.e)):.3g}" if state.e.numel() else ""
@@ -70,7 +70,7 @@ def summary(state: SAEFState) -> str:
 
 
 @torch.no_grad()
-def diagnose(state: SAEFState) -> dict[str, float]:
+def diagnose(state: Step) -> dict[str, float]:
     """See `SAEFState.diagnose`."""
     if not state.settings.feedback:
         return {}
@@ -108,7 +108,7 @@ def diagnose(state: SAEFState) -> dict[str, float]:
     }
 
 
-def _quality(state: SAEFState) -> dict[str, float]:
+def _quality(state: Step) -> dict[str, float]:
     """delta/LAYER: 1 - ||D - C(D)||^2 / ||D||^2 of this rank's last message (D - C(D) is e)."""
     if not state.committed:
         return {}

@@ -220,6 +220,11 @@ class Swaps(Weights):
 
 def create(model: nn.Module, optimizer: torch.optim.Optimizer, s: float) -> Weights:
     """Swaps where they are possible and pay, else Copies. `s`: the step-ahead coefficient."""
+    if getattr(model, "mixed_precision", None) is not None:
+        raise ValueError(
+            "DDP's mixed_precision exchanges the parameters' storage during a step, as saef does: use torch.autocast "
+            "or bfloat16 parameters"
+        )
     trainable = [p for p in model.parameters() if p.requires_grad]
     dtypes = {p.dtype for p in trainable}
     dense = all(_dense(p) and p.device.type == "cpu" for p in trainable)

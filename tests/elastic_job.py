@@ -30,6 +30,8 @@ def main() -> None:
     parser.add_argument("--kill", default="", help="RANK:STEP: this rank kills itself there, in its first life")
     parser.add_argument("--pause", type=float, default=0.0, help="seconds between steps")
     args = parser.parse_args()
+    if args.kill:  # torchrun must not end the survivors before they have said what they saw
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=30))
     rank, world = dist.get_rank(), dist.get_world_size()

@@ -1,4 +1,4 @@
-"""torchrun restarts a job whose rank was killed, and it goes on; ranks come and go. The real torchrun, the real kill."""
+"""torchrun restarts a job whose rank was killed, and it goes on; ranks come and go. Real torchrun, real SIGKILL."""
 
 import json
 import os

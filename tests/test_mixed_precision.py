@@ -172,7 +172,7 @@ def misuse(group: dist.ProcessGroup, what: str) -> str:
             run.train(range(2))
             loss = run.loss(2)
             if what == "loss not scaled":
-                run.state._loss_scale._scaler = scaler()  # as in the first step
+                run.state.loss_scale._scaler = scaler()  # as in the first step
                 loss = loss / 1024
             loss.backward()
             if what == "plain step":
@@ -190,7 +190,7 @@ def misuse(group: dist.ProcessGroup, what: str) -> str:
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("no scaler", "float16 parameters: float16 needs loss scaling: create SAEFState(..., grad_scaler="),
+        ("no scaler", "float16 parameters or gradients need loss scaling: create SAEFState(..., grad_scaler="),
         ("not a scaler", "grad_scaler must be a torch.amp.GradScaler or None, got 1024.0"),
         ("other scales", "loss scale: rank 0 has 1024.0, rank 1 has 2048.0"),
         ("one without", "grad_scaler: rank 0 has False, rank 1 has True"),

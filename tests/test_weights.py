@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import saef
 import saef.hooks
-import saef.state
+import saef.step
 from ranks import RankPool
 from saef import feedback
 from saef.codec import Block, cut, lay_out
@@ -60,12 +60,12 @@ def test_create_swaps_where_it_can() -> None:
 
 
 def train_with(group: dist.ProcessGroup, job: Job, way: str) -> dict[str, Any]:
-    original = saef.state.create
-    saef.state.create = {"copies": Copies, "swaps": Swaps}[way]
+    original = saef.step.create
+    saef.step.create = {"copies": Copies, "swaps": Swaps}[way]
     try:
         return train(group, job)
     finally:
-        saef.state.create = original
+        saef.step.create = original
 
 
 @pytest.mark.parametrize("averaging", [None, saef.Rotating(3), saef.AllReduce(4)])
