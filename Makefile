@@ -22,7 +22,7 @@ export NUMBA_CACHE_DIR
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help env demo lint types test reproduce bench clean
+.PHONY: help env demo lint types test reproduce bench soak fuzz clean
 
 help:
 	@echo 'make env        .venv with the exact versions of constraints.txt and saef installed in it'
@@ -32,6 +32,8 @@ help:
 	@echo 'make test       the whole test suite'
 	@echo 'make reproduce  examples/reproduce.py on Fashion-MNIST; DATA=folder if you have it already'
 	@echo 'make bench      the benchmarks behind the figures in the README'
+	@echo 'make soak       10,000 steps with NaNs and killed ranks, for two methods: about 15 minutes'
+	@echo 'make fuzz       hostile bytes for the decoders, every access checked, then coverage-guided'
 	@echo 'make clean      removes .venv, .cache (with the data fetched) and build outputs'
 
 # ---- the environment ----------------------------------------------------------------------------------------
@@ -104,6 +106,13 @@ $(FASHION)/.complete:
 bench: env
 	$(PY) benchmarks/kernels.py $(ARGS)
 	$(PY) benchmarks/step.py --trace .cache/step-trace.json $(ARGS)
+
+soak: env
+	$(PY) tests/soak.py $(ARGS)
+
+fuzz: env
+	NUMBA_BOUNDSCHECK=1 NUMBA_CACHE_DIR=$(NUMBA_CACHE_DIR)-checked $(PY) tests/fuzz.py $(ARGS)
+	NUMBA_DISABLE_JIT=1 $(PY) tests/fuzz.py --atheris --messages 100000
 
 clean:
 	rm -rf $(VENV) .cache build dist *.egg-info .hypothesis .ruff_cache .mypy_cache .pytest_cache

@@ -1,8 +1,10 @@
 """What cannot be honoured is refused at once, on every rank, and the message says what to do."""
 
 import re
+import time
 import warnings
 from collections.abc import Callable
+from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
@@ -188,6 +190,48 @@ def catch(group: dist.ProcessGroup, job: Callable[..., None]) -> tuple[type[Base
         except Exception as error:
             return type(error), str(error)
     return type(None), "nothing was raised"
+
+
+def lose_a_rank(group: dist.ProcessGroup, averaging: Any) -> str:
+    """Rank 1 falls silent for longer than the timeout of this job's group; what the others are told."""
+    rank, timeout_s = dist.get_rank(group), 4
+    small = dist.new_group([0, 1, 2], timeout=timedelta(seconds=timeout_s))
+    _, model, optimizer, state = wrap(small, Job(groups=[{"momentum": 0.9}], state={"averaging": averaging}))
+    for t in range(3):  # DDP itself exchanges something in the second
+        optimizer.zero_grad()
+        backward(small, model, t)
+        optimizer.step()
+    before = [v.clone() for v in (state.weights.x(), state.e, state.m, state.e_server)]
+    if rank == 1:
+        time.sleep(3 * timeout_s)
+        return "silent"
+    began = time.monotonic()
+    try:
+        optimizer.zero_grad()
+        backward(small, model, 3)
+        optimizer.step()
+    except RuntimeError as error:
+        assert time.monotonic() - began < 2.5 * timeout_s  # twice: rank 0 may first wait for rank 2, which waits for 1
+        assert all(
+            torch.equal(a, b) for a, b in zip(before, (state.weights.x(), state.e, state.m, state.e_server), strict=True)
+        )
+        return str(error)
+    return "nothing was raised"
+
+
+@pytest.mark.parametrize("averaging", [None, saef.AllReduce(1)], ids=["in the exchange", "in averaging"])
+def test_a_silent_rank_is_an_error_within_the_timeout(pool: RankPool, averaging: Any) -> None:
+    said = pool.run(silent, averaging)
+    assert said[1] == "silent"
+    for text in (said[0], said[2]):
+        assert "the exchange with the other ranks failed" in text and "timeout" in text and "last checkpoint" in text
+
+
+def silent(group: dist.ProcessGroup, averaging: Any) -> str:
+    if dist.get_rank(group) == 3:
+        dist.new_group([0, 1, 2])
+        return "not a member"
+    return lose_a_rank(group, averaging)
 
 
 def build(group: dist.ProcessGroup, what: str) -> None:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import fuzz
 from saef import codec
 from saef.compressors import Compressor, Identity, MajorityVote, ScaledSign, TopK, index_bytes
 from saef.kernels import BYTE, COUNT, FLOAT, KIND, NUMEL, STATE, UNIT, Rule, reference
@@ -509,6 +510,13 @@ def test_random_bytes(device: torch.device) -> None:
     assert 8 <= refused < 22
 
 
+@pytest.mark.parametrize("name", ["sign", "mixed"])
+def test_hostile_bytes(device: torch.device, name: str) -> None:
+    """A short form of `fuzz.py`, which looks at what it must."""
+    count, decoded = fuzz.fuzz(name, 16, backend=cuda, device=str(device), every=1)
+    assert 0 < decoded < count
+
+
 # ---- compiling ---------------------------------------------------------------------------------------------
 
 
@@ -526,6 +534,7 @@ triton.runtime.driver.set_active(Driver())
 compiled, run = [], JITFunction.run
 JITFunction.run = lambda self, *args, warmup, **options: compiled.append(run(self, *args, warmup=True, **options))
 
+import fuzz
 from saef import codec
 from saef.compressors import ScaledSign, TopK
 from saef.kernels import Rule, cuda
