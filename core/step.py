@@ -355,6 +355,7 @@ class Step:
         self.loss_scale.claim(self.optimizer)
 
     def read_optimizer(self) -> list[Hyper]:
+        """The optimizer's settings now, one `Hyper` a group. Raises ValueError on what cannot be honoured."""
         return read_hyper(self.optimizer, outer=self.settings.outer, signum=not self.settings.feedback)
 
     def _read_hyper(self) -> list[Hyper]:

@@ -84,6 +84,7 @@ def save_checkpoint(
         _sync(path)
         (path / COMPLETE).touch()
         _sync(path)
+        _sync(root)
         complete = [p for p in _checkpoints(root) if (p / COMPLETE).exists()]
         for old in _checkpoints(root):
             if old not in complete[-keep:]:

@@ -110,6 +110,8 @@ def train(args: Namespace, dataset: Dataset, device: torch.device, label: str | 
     every = args.eval_every or batches
     model, optimizer, state = build(args, dataset, device)
     first = resume(args.checkpoint, model, optimizer, state) if args.checkpoint else 0
+    if first >= total and rank == 0:
+        print(f"the newest checkpoint in {args.checkpoint} is from the end of training, step {first}")
     board = None
     if args.tensorboard and rank == 0:
         from torch.utils.tensorboard import SummaryWriter  # the package tensorboard

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import saef
 from ranks import RankPool
 from saef.hooks import saef_hook
+from test_bad_numbers import setup, slope, snapshot
 from training import batch
 
 STOP, END = 37, 100
@@ -360,7 +361,7 @@ def through_dcp(group: dist.ProcessGroup, folder: str, save: bool) -> dict[str, 
     run = Run(group, {"compressor": TOPK, "exchange": "sharded", "averaging": saef.Rotating(3)})
     if save:
         run.train(range(9))
-        consolidated = run.state.consolidated_state_dict()
+        consolidated, x_tilde = run.state.consolidated_state_dict(), run.state.x_tilde()
         saved = {"saef": run.state, "all": consolidated, "model": run.model.module.state_dict()}
         dcp.save(saved, checkpoint_id=folder, process_group=group)
     else:
@@ -374,9 +375,21 @@ def through_dcp(group: dist.ProcessGroup, folder: str, save: bool) -> dict[str, 
         for t in range(9):
             run.scheduler.step(t + 1)
     run.train(range(9, 15))
-    end = run.everything()
-    del end["metrics"]
-    return end
+    return {**run.everything(), "x_tilde at 9": x_tilde}
+
+
+def elsewhere(group: dist.ProcessGroup, folder: str) -> Tensor:
+    """The consolidated form on another number of ranks, with another exchange strategy."""
+    run = Run(group, {"compressor": TOPK, "exchange": "replicated"})
+    saved = {"all": run.state.consolidated_state_dict()}
+    dcp.load(saved, checkpoint_id=folder, process_group=group)
+    run.state.load_state_dict(saved["all"])
+    assert run.state.steps == 9
+    try:
+        dcp.load({"saef": run.state}, checkpoint_id=folder, process_group=group)
+    except (ValueError, RuntimeError, dcp.api.CheckpointException):
+        return run.state.x_tilde()
+    raise AssertionError("the ranks' own states are of other ranks")
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -387,6 +400,9 @@ def test_distributed_checkpoint_keeps_every_ranks_errors(pool: RankPool, fresh: 
         assert_equal(a["e"], b["e"])
         assert_equal(a["x"], b["x"])
         assert_equal(a["e_server"], b["e_server"])
+    x_tilde = saved[0]["x_tilde at 9"]
+    for found in fresh.run(elsewhere, str(tmp_path), ranks=2):  # tolerance as for 4 to 2 ranks above
+        torch.testing.assert_close(found, x_tilde, rtol=0, atol=1e-6 * float(x_tilde.abs().max()))
 
 
 # ---- refused ------------------------------------------------------------------------------------------------
@@ -478,3 +494,79 @@ def test_ranks_that_load_different_checkpoints_are_told(pool: RankPool) -> None:
     for said in pool.run(different_steps, ranks=3):
         assert "steps: rank 0 has 5, rank 1 has 3" in said and "checksum of the weights x: rank 0 has" in said
         assert "rank 2 has" not in said and "load the last checkpoint" in said
+
+
+# ---- models of other kinds ----------------------------------------------------------------------------------
+
+
+def empty_tensors(group: dist.ProcessGroup, folder: str) -> bool:
+    """Parameters without entries, scalars and one entry, through torch.distributed.checkpoint and back."""
+    states = []
+    for number in range(2):
+        model, optimizer, state = setup(group, torch.float32, 1.0, 0.9, {"compressor": TOPK, "exchange": "sharded"})
+        states.append(state)
+        if number:
+            dcp.load({"saef": state}, checkpoint_id=folder, process_group=group)
+        for t in range(5 * number, 5 + 5 * number):
+            optimizer.zero_grad()
+            model([v.float() for v in slope(dist.get_rank(group), t)]).backward()
+            optimizer.step()
+            if t == 4:
+                dcp.save({"saef": state}, checkpoint_id=folder, process_group=group)
+                saved = through_a_file(state.state_dict())
+    first, second = states
+    end = snapshot(second)
+    first.load_state_dict(saved)
+    assert first.steps == 5
+    first.load_state_dict(through_a_file(second.state_dict()))
+    assert_equal(snapshot(first), end)
+    return second.steps == 10
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_parameters_without_entries(pool: RankPool, tmp_path: Path) -> None:
+    assert pool.run(empty_tensors, str(tmp_path), ranks=2) == [True, True]
+
+
+def another_memory_format(group: dist.ProcessGroup) -> str:
+    """Weights are saved by shape: a consolidated form loads into a channels-last model, a rank form is refused."""
+
+    def make_conv(channels_last: bool) -> tuple[nn.Module, torch.optim.SGD, saef.SAEFState]:
+        torch.manual_seed(3)
+        net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 4, 1)).double()
+        net = net.to(memory_format=torch.channels_last) if channels_last else net
+        model = DDP(net, process_group=group)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        state = saef.SAEFState(model, optimizer, compressor=TOPK, exchange="sharded")
+        model.register_comm_hook(state, saef_hook)
+        return model, optimizer, state
+
+    def train(model: nn.Module, optimizer: torch.optim.SGD) -> None:
+        for t in range(4):
+            gen = torch.Generator().manual_seed(10 * t + dist.get_rank(group))
+            optimizer.zero_grad()
+            model(torch.randn(4, 3, 4, 4, generator=gen, dtype=torch.float64)).square().mean().backward()
+            optimizer.step()
+
+    model, optimizer, state = make_conv(False)
+    train(model, optimizer)
+    other_model, other_optimizer, other = make_conv(True)
+    assert other.weights.parameters[0].stride() != state.weights.parameters[0].stride()
+    other.load_state_dict(through_a_file(state.consolidated_state_dict()))
+
+    def by_name(s: saef.SAEFState) -> dict[str, Tensor]:
+        return dict(zip(s.weights.names, s.weights.cut(s.x_tilde()), strict=True))
+
+    for name, value in by_name(state).items():
+        torch.testing.assert_close(by_name(other)[name], value, rtol=0, atol=1e-14)
+    train(other_model, other_optimizer)
+    try:
+        other.load_state_dict(state.state_dict())
+    except ValueError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def test_another_memory_format(pool: RankPool) -> None:
+    for said in pool.run(another_memory_format, ranks=2):
+        assert "another memory format" in said and "consolidated" in said

@@ -38,6 +38,20 @@ def test_train_ddp_runs_under_torchrun(tmp_path: Path, flags: list[str], ratio: 
     assert records[1]["ratio"] >= ratio
 
 
+def test_tensorboard_gets_counters_and_measurements(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(EXAMPLES / "train_ddp.py")]
+    run(*command, "--method", "saef-topk", "--steps", "20", "--tensorboard", str(tmp_path / "board"), cwd=tmp_path)
+    board = EventAccumulator(str(tmp_path / "board")).Reload()
+    tags = board.Tags()["scalars"]
+    for name in ("loss", "steps_skipped", "bytes_per_step", "mean_gradient_mismatch", "stationary_distance"):
+        assert f"saef/{name}" in tags
+    assert sum(tag.startswith("saef/delta/") for tag in tags) > 10
+    assert [(e.step, e.value) for e in board.Scalars("saef/steps")] == [(10, 10.0), (20, 20.0)]
+    assert all(0 <= e.value <= 1 for tag in tags if tag.startswith("saef/delta/") for e in board.Scalars(tag))
+
+
 def test_demo_prints_a_table_and_saves_a_picture(tmp_path: Path) -> None:
     picture = tmp_path / "demo.png"
     out = run(str(EXAMPLES / "demo.py"), "--epochs", "1", "--picture", str(picture), cwd=tmp_path)

@@ -1,5 +1,6 @@
 """What a user installs: the wheel, made from the source distribution, in an environment of its own."""
 
+import ast
 import os
 import shutil
 import subprocess
@@ -108,6 +109,26 @@ def test_checkout_does_not_shadow_the_installed_package(installed: Installed) ->
     file, version, _ = installed.imported(CHECKOUT)  # without -I, sys.path begins with the current folder
     assert Path(file) == installed.site / "saef" / "__init__.py"
     assert version == installed.version
+
+
+def test_nothing_is_unpickled() -> None:
+    """No module unpickles: no pickle, no collective on objects, and torch.load with weights_only=True alone."""
+    loads = 0
+    for folder in FOLDERS.values():
+        for path in (CHECKOUT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, (ast.Import, ast.ImportFrom)):
+                    names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
+                    assert names.isdisjoint({"pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}), path
+                if isinstance(node, ast.Attribute):
+                    assert not node.attr.endswith(("_object", "_object_list")) and node.attr != "loads" or (
+                        ast.unparse(node) == "json.loads"
+                    ), (path, node.lineno)
+                if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+                    safe = {ast.unparse(word) for word in node.keywords if word.arg == "weights_only"}
+                    assert len(safe) == 1 and "weights_only=True" in ast.unparse(node), (path, node.lineno)
+                    loads += 1
+    assert loads  # it did look
 
 
 @pytest.mark.parametrize("package", sorted(PACKAGES))

@@ -59,6 +59,20 @@ def test_create_swaps_where_it_can() -> None:
     assert kind(gaps) is Copies
 
 
+def test_names_are_those_of_the_module_that_was_wrapped() -> None:
+    net = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    names = ["0.weight", "0.bias", "1.weight", "1.bias"]
+    wrapped = nn.Module()
+    wrapped.module = torch.compile(net)  # as DDP keeps it
+    for model in (net, torch.compile(net), wrapped):
+        assert create(model, torch.optim.SGD(net.parameters(), lr=0.1), 1.0).names == names
+    net = nn.Sequential()
+    net.add_module("module", nn.Linear(3, 2))
+    net.add_module("head", nn.Linear(2, 2, bias=False))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    assert create(net, optimizer, 1.0).names == ["module.weight", "module.bias", "head.weight"]
+
+
 def train_with(group: dist.ProcessGroup, job: Job, way: str) -> dict[str, Any]:
     original = saef.step.create
     saef.step.create = {"copies": Copies, "swaps": Swaps}[way]
