@@ -534,7 +534,6 @@ triton.runtime.driver.set_active(Driver())
 compiled, run = [], JITFunction.run
 JITFunction.run = lambda self, *args, warmup, **options: compiled.append(run(self, *args, warmup=True, **options))
 
-import fuzz
 from saef import codec
 from saef.compressors import ScaledSign, TopK
 from saef.kernels import Rule, cuda
