@@ -14,4 +14,5 @@ def test_a_run_under_fire(method: str, kills: str) -> None:
     """450 steps of 4 ranks, SIGKILLs, NaNs in 1 % of the steps; soak.py says what must hold."""
     command = [sys.executable, str(SCRIPT), "--steps", "450", "--kills", kills, "--method", method]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0 and f"{kills} SIGKILLs" in done.stdout and "OK" in done.stdout, done.stdout + done.stderr
+    said = done.stdout
+    assert done.returncode == 0 and f"{kills} SIGKILLs" in said and "OK" in said, said + done.stderr
