@@ -27,7 +27,7 @@ A state is saved as it was before the step that is under way, if one is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     from .step import Step
 
 FORMAT = 1
+COUNTERS = ("steps", "steps_skipped", "steps_skipped_in_a_row")
+COMMON = ("parameters", "settings", "world_size", "strategy", *COUNTERS, "momentum", "outer_momentum")
+OWN = ("strides", "bytes", "counted_from", "random")
 LOAD_CONSOLIDATED = "load the consolidated form (SAEFState.consolidated_state_dict) instead"
 
 
@@ -186,6 +189,7 @@ def _check(state: Step, saved: Mapping[str, Any]) -> Mapping[str, Any]:
             f"the checkpoint has format {saved.get('format')} and was written by saef {saved.get('saef')}; saef "
             f"{version('saef')} reads format {FORMAT}: install the version that wrote it, or a newer one"
         )
+    _complete(saved, COMMON)
     shapes = {n: list(p.shape) for n, p in zip(state.weights.names, state.weights.parameters, strict=True)}
     _refuse("the checkpoint is of another model", saved["parameters"], shapes)
     advice = "to go on from its weights with others, load it into a state with its own, flush() and save the model"
@@ -205,6 +209,11 @@ def _check(state: Step, saved: Mapping[str, Any]) -> Mapping[str, Any]:
         if found != shapes:
             raise ValueError(f"the checkpoint is damaged: its {what!r} is missing or not of the parameters' shapes")
     return workers or {}
+
+
+def _complete(saved: Mapping[str, Any], keys: Sequence[str]) -> None:
+    if missing := [key for key in keys if key not in saved]:
+        raise ValueError(f"the checkpoint is damaged: {missing} are missing")
 
 
 def _refuse(heading: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
@@ -230,6 +239,7 @@ def _rank_part(state: Step, saved: Mapping[str, Any]) -> Mapping[str, Any]:
         found = [name for name in saved if name.startswith("rank_")]
         raise ValueError(f"this is the state of {', '.join(found)}, here is rank {rank}: each rank loads its own")
     mine: Mapping[str, Any] = saved[f"rank_{rank}"]
+    _complete(mine, OWN)
     strides = {n: list(p.stride()) for n, p in zip(state.weights.names, state.weights.parameters, strict=True)}
     if mine["strides"] != strides:
         raise ValueError(f"the parameters had another memory format, and blocks follow memory: {LOAD_CONSOLIDATED}")

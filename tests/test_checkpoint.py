@@ -444,6 +444,8 @@ def refuse(group: dist.ProcessGroup, ranks: list[int]) -> list[str]:
     attempt({**saved, me: {**saved[me], "e_server": saved[me]["e_server"][1:]}})
     attempt({k: v for k, v in whole.items() if k != "e_server"})
     attempt({**saved, me: {**saved[me], "strides": {n: [1] for n in saved[me]["strides"]}}})
+    attempt({k: v for k, v in whole.items() if k != "steps"})
+    attempt({**saved, me: {k: v for k, v in saved[me].items() if k != "random"}})
     assert_equal(run.everything()["e"], before["e"])
     assert_equal(run.everything()["x"], before["x"])
     return said
@@ -469,6 +471,8 @@ def test_what_does_not_fit_is_refused_by_name(pool: RankPool) -> None:
         "'e_server' is missing or not of this rank's size",
         "'e_server' is missing",
         "memory format",
+        "damaged: ['steps'] are missing",
+        "damaged: ['random'] are missing",
     ]
     for said in pool.run(refuse, [0, 1], ranks=2):
         for text, part in zip(said, expected, strict=True):
