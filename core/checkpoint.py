@@ -51,7 +51,7 @@ def rank_form(state: Step) -> dict[str, Any]:
     state.weights.absorb()
     mine: dict[str, Any] = {
         **_workers(state, state.errors_before_step(), state.m),
-        "strides": {n: list(p.stride()) for n, p in zip(state.weights.names, state.weights.parameters, strict=True)},
+        "strides": _strides(state),
         "bytes": dict(state.transport.sent_bytes),
         "counted_from": state.counted_from,
         "random": torch.get_rng_state(),
@@ -88,7 +88,7 @@ def _common(state: Step, kind: str) -> dict[str, Any]:
         "format": FORMAT,
         "kind": kind,
         "saef": version("saef"),
-        "parameters": {n: list(p.shape) for n, p in zip(state.weights.names, state.weights.parameters, strict=True)},
+        "parameters": _shapes(state),
         "settings": _settings(state),
         "world_size": state.transport.size,
         "strategy": state.strategy,
@@ -102,6 +102,14 @@ def _common(state: Step, kind: str) -> dict[str, Any]:
     if state.decay.m.numel():
         saved["m_decay"] = _by_name(state, state.decay.m)
     return saved
+
+
+def _shapes(state: Step) -> dict[str, list[int]]:
+    return {n: list(p.shape) for n, p in zip(state.weights.names, state.weights.parameters, strict=True)}
+
+
+def _strides(state: Step) -> dict[str, list[int]]:
+    return {n: list(p.stride()) for n, p in zip(state.weights.names, state.weights.parameters, strict=True)}
 
 
 def _settings(state: Step) -> dict[str, str]:
@@ -190,7 +198,7 @@ def _check(state: Step, saved: Mapping[str, Any]) -> Mapping[str, Any]:
             f"{version('saef')} reads format {FORMAT}: install the version that wrote it, or a newer one"
         )
     _complete(saved, COMMON)
-    shapes = {n: list(p.shape) for n, p in zip(state.weights.names, state.weights.parameters, strict=True)}
+    shapes = _shapes(state)
     _refuse("the checkpoint is of another model", saved["parameters"], shapes)
     advice = "to go on from its weights with others, load it into a state with its own, flush() and save the model"
     _refuse(f"the checkpoint is of other settings ({advice})", saved["settings"], _settings(state))
@@ -240,8 +248,7 @@ def _rank_part(state: Step, saved: Mapping[str, Any]) -> Mapping[str, Any]:
         raise ValueError(f"this is the state of {', '.join(found)}, here is rank {rank}: each rank loads its own")
     mine: Mapping[str, Any] = saved[f"rank_{rank}"]
     _complete(mine, OWN)
-    strides = {n: list(p.stride()) for n, p in zip(state.weights.names, state.weights.parameters, strict=True)}
-    if mine["strides"] != strides:
+    if mine["strides"] != _strides(state):
         raise ValueError(f"the parameters had another memory format, and blocks follow memory: {LOAD_CONSOLIDATED}")
     server = mine.get("e_server", torch.empty(0))
     if server.numel() != state.e_server.numel():
