@@ -46,8 +46,9 @@ class Attachment:
             optimizer.register_step_post_hook(after_step),
             model.register_forward_pre_hook(_Hook(self._before_forward)),
         ]
-        modules = [model]
+        modules, self._trained = [model], model
         if isinstance(inner := getattr(model, "module", None), nn.Module):
+            self._trained = inner  # DeepSpeed's engine leaves its own `training` as it is
             modules.append(inner)  # what DDP wraps; users evaluate and save it directly
             self._handles.append(inner.register_forward_pre_hook(_Hook(self._before_inner_forward)))
         for module in modules:
@@ -66,7 +67,7 @@ class Attachment:
                 "DDP's join() for uneven inputs cannot work with SAEF: a rank without data has no gradient at its own "
                 "x_half. Give all ranks the same number of batches (DistributedSampler does)"
             )
-        if module.training and torch.is_grad_enabled():
+        if self._trained.training and torch.is_grad_enabled():
             self._begin()
         else:
             self._restore()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 
 from .feedback import Hyper
@@ -10,8 +12,9 @@ DECAY_MODES = ("coupled", "outer")
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """Raise TypeError unless the optimizer's update is one that Algorithm 1 is stated for."""
-    if type(optimizer) is not torch.optim.SGD:
+    """Raise TypeError unless the optimizer's update is one that Algorithm 1 is stated for: SGD's own `step`."""
+    step = inspect.unwrap(type(optimizer).step)  # torch wraps it for each class, for its profiler
+    if not isinstance(optimizer, torch.optim.SGD) or step is not inspect.unwrap(torch.optim.SGD.step):
         raise TypeError(
             f"SAEFState needs torch.optim.SGD (momentum, nesterov, weight_decay, maximize as you like), got "
             f"{type(optimizer).__name__}; other update rules are not supported yet"

@@ -55,6 +55,12 @@ class Prepared:
         """Whether a bucket with any of these parameters is here already."""
         return any(not seen.isdisjoint(parameters) for seen in ({*b.parameters} for b in self.buckets))
 
+    def wait(self) -> None:
+        """Until all that was sent has been answered. DDP has waited already."""
+        if self.rule.hyper.numel():  # else none was: with clipping, all go together
+            for bucket in self.buckets:
+                bucket.done.wait()
+
     def norm(self, dtype: torch.dtype) -> float:
         """L2 norm of this worker's gradient; summed parameter by parameter, so that buckets do not matter."""
         views = sorted((i, v) for b in self.buckets for i, v in zip(b.parameters, b.views, strict=True))

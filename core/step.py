@@ -24,12 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
-from torch.autograd import Variable
 from torch.futures import Future
 
 from . import agreement, kernels
 from .attachment import Attachment
 from .averaging import Averaging
+from .buckets import SPARSE, gather, group
 from .codec import message_bytes
 from .compressors import DENSE, Compressor, ScaledSign
 from .decay import OuterDecay
@@ -182,7 +182,7 @@ class Step:
             A future of `flat`, complete when the servers' replies are there.
         """
         if flat.layout != torch.strided:
-            raise TypeError("sparse gradients cannot be compressed here; use dense ones (Embedding(sparse=False))")
+            raise TypeError(SPARSE)
         self.loss_scale.check_dtypes([flat.dtype])
         indices, plan = self._plans.find(parameters, views, flat)
         if not self._at_half:
@@ -202,10 +202,25 @@ class Step:
             self._send([bucket])
         elif last:
             self._send(self._prepared.buckets)
-        if last:  # queued twice, to come after DDP's own callback, which moves the buckets into p.grad
-            engine = Variable._execution_engine
-            engine.queue_callback(lambda: engine.queue_callback(self._remember))
         return bucket.done
+
+    def exchange_gradients(self) -> None:
+        """Exchange every p.grad after a backward, for frameworks that have no buckets. Every rank calls it alike.
+
+        The same steps as with DDP, bit for bit, but nothing overlaps with the backward. p.grad stay this
+        worker's own and become views of the buckets.
+        """
+        buckets = group(self.weights.parameters)
+        for number, bucket in enumerate(buckets, start=1):
+            parameters = [self.weights.parameters[i] for i in bucket]
+            flat, views = gather(parameters)
+            self.exchange(parameters, views, flat, last=number == len(buckets))
+        self.backward_ended()
+
+    def backward_ended(self) -> None:
+        """After the last exchange, when p.grad are what was sent: from here on no change of them can count."""
+        self._prepared.gradients = gradients(self.weights.parameters)
+        self.loss_scale.claim(self.optimizer)
 
     @torch.no_grad()
     def _send(self, buckets: Sequence[Bucket]) -> None:
@@ -265,6 +280,7 @@ class Step:
                 "x_half, which the step replaces: change them after step()"
             )
         if self._prepared.buckets:
+            self._prepared.wait()
             cause = self.transport.failure
             if cause is not None:
                 raise lost(self.transport.rank, self.transport.size, cause) from cause
@@ -278,8 +294,8 @@ class Step:
                     self._commit(self._prepared.rule)
         elif any(p.grad is not None for p in parameters):
             raise RuntimeError(
-                "optimizer.step() found gradients that were never exchanged: register the hook "
-                "(model.register_comm_hook(state, saef_hook)) and run the last micro-batch outside no_sync(). "
+                "optimizer.step() found gradients that were never exchanged: run the last micro-batch outside "
+                "no_sync() and, with DDP, register the hook (model.register_comm_hook(state, saef_hook)). "
                 "DDP with static_graph=True skips its hooks after no_sync(): leave one of the two out"
             )
         self.restore()
@@ -337,9 +353,7 @@ class Step:
 
     def abandon(self) -> None:
         """Drop the step that is under way: the parameters are x, and the errors as before it."""
-        if self._prepared.rule.hyper.numel():  # its buckets were sent
-            for bucket in self._prepared.buckets:
-                bucket.done.wait()
+        self._prepared.wait()
         self._prepared = Prepared()
         self.restore()
         if self._not_averaged is not None:
@@ -348,11 +362,6 @@ class Step:
         self._not_averaged, self._averaged_for, self.committed = None, -1, []
 
     # -- shared -------------------------------------------------------------------------------
-
-    def _remember(self) -> None:
-        """At the end of a backward."""
-        self._prepared.gradients = gradients(self.weights.parameters)
-        self.loss_scale.claim(self.optimizer)
 
     def read_optimizer(self) -> list[Hyper]:
         """The optimizer's settings now, one `Hyper` a group. Raises ValueError on what cannot be honoured."""

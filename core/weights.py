@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from . import feedback, kernels
 from .kernels import cpu
@@ -65,11 +66,7 @@ class Weights(ABC):
 
     def cut(self, flat: Tensor) -> list[Tensor]:
         """The parameters' parts of a flat vector, each in its parameter's shape and strides."""
-        views = []
-        for p, at, n in zip(self.parameters, self.offsets, self.numels, strict=True):
-            part = flat[at : at + n]
-            views.append(part.as_strided(p.shape, p.stride()) if _dense(p) else part.view(p.shape))
-        return views
+        return cut(flat, self.parameters)
 
     @abstractmethod
     def absorb(self) -> None:
@@ -218,9 +215,19 @@ class Swaps(Weights):
             cpu.advance(table, reply_table, rule, self.s, g, m, e, parts[i], self.flat, message, replies)
 
 
+def cut(flat: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The parameters' parts of a flat vector, each in its parameter's shape and, if they have no gaps, strides."""
+    views, at = [], 0
+    for p in parameters:
+        part = flat[at : at + p.numel()]
+        views.append(part.as_strided(p.shape, p.stride()) if _dense(p) else part.view(p.shape))
+        at += p.numel()
+    return views
+
+
 def create(model: nn.Module, optimizer: torch.optim.Optimizer, s: float) -> Weights:
     """Swaps where they are possible and pay, else Copies. `s`: the step-ahead coefficient."""
-    if getattr(model, "mixed_precision", None) is not None:
+    if isinstance(model, DistributedDataParallel) and model.mixed_precision is not None:
         raise ValueError(
             "DDP's mixed_precision exchanges the parameters' storage during a step, as saef does: use torch.autocast "
             "or bfloat16 parameters"

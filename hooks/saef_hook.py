@@ -2,6 +2,7 @@
 
 import torch
 from torch._C._distributed_c10d import GradBucket  # torch.distributed.GradBucket, for type checkers
+from torch.autograd import Variable
 from torch.futures import Future
 
 from saef import SAEFState
@@ -21,4 +22,8 @@ def saef_hook(state: SAEFState, bucket: GradBucket) -> Future[torch.Tensor]:
             f"saef_hook needs DDP's GradBucket, got {type(bucket).__name__}: under torch.compile leave "
             'torch._dynamo.config.optimize_ddp at its default instead of "python_reducer"'
         )
-    return state.exchange(bucket.parameters(), bucket.gradients(), bucket.buffer(), bucket.is_last())
+    done = state.exchange(bucket.parameters(), bucket.gradients(), bucket.buffer(), bucket.is_last())
+    if bucket.is_last():  # queued twice, to come after DDP's own callback, which moves the buckets into p.grad
+        engine = Variable._execution_engine
+        engine.queue_callback(lambda: engine.queue_callback(state.backward_ended))
+    return done
