@@ -1,0 +1,230 @@
+"""DeepSpeed: `"optimizer": {"type": "SAEF", "params": {...}}` in the JSON config.
+
+    import saef.integrations.deepspeed  # registers the entry
+    engine, *_ = deepspeed.initialize(model=net, model_parameters=net.parameters(), config="ds_config.json")
+
+or, without relying on the import alone, `saef.integrations.deepspeed.initialize(...)`. The loop stays DeepSpeed's.
+Every key of `params` is a setting of torch.optim.SGD or of `saef.SAEFState` under its own name; README has the list.
+
+The path of a gradient through the engine, at ZeRO stage 0, in float32 or bfloat16:
+
+    engine(x)               x_half into the parameters                       SAEFState, by its hook on the engine
+    engine.backward(loss)   p.grad accumulate; at the boundary they are      allreduce_gradients, replaced
+                            compressed and exchanged
+    engine.step()           commit or skip                                   SAEFState, by its hooks on the optimizer
+
+DeepSpeed saves an optimizer's state on one rank only; so `engine.save_checkpoint` and `load_checkpoint` keep a
+checkpoint of all ranks (`saef.storage`) in the folder of each tag, TAG/saef, beside DeepSpeed's files.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.engine import DeepSpeedEngine
+
+import saef
+from saef.agreement import compare
+
+from .deepspeed_config import check_config, parse
+
+NAME = "SAEF"
+
+
+class SAEF(torch.optim.SGD):
+    """What `engine.optimizer` is: SGD whose step a SAEFState replaces.
+
+    Args:
+        params: parameters, or groups of them with lr, momentum, weight_decay, nesterov or maximize of their own.
+        settings: the keys of `optimizer.params` in the JSON config, in JSON's form.
+
+    Attributes:
+        saef: the SAEFState, for metrics(), diagnose(), flush() and the like; None without an engine.
+    """
+
+    saef: saef.SAEFState | None = None
+
+    def __init__(self, params: Iterable[Any], **settings: Any) -> None:
+        hyper, self._settings = parse(settings)
+        super().__init__(params, **hyper)
+        self.register_step_pre_hook(_refuse_unattached)
+
+    def attach(self, engine: DeepSpeedEngine) -> None:
+        """Make the engine exchange gradients, and save and load, by a SAEFState. Collective."""
+        self.saef = saef.SAEFState(
+            engine,
+            self,
+            grad_scaler=engine.torch_autocast_z0_gradscaler,
+            process_group=engine.data_parallel_group,
+            **self._settings,
+        )
+        engine.allreduce_gradients = lambda *_, **__: _exchange(engine)
+        engine.save_checkpoint = _wrap(engine, engine.save_checkpoint, _save_checkpoint)
+        engine.load_checkpoint = _wrap(engine, engine.load_checkpoint, _load_checkpoint)
+
+    @property
+    def overflow(self) -> bool:
+        """Whether all ranks skipped the last step; the engine then counts it and leaves the scheduler where it is."""
+        return self.saef is not None and self.saef.skipped_in_a_row > 0
+
+    def load_state_dict(self, state_dict: dict[str, Any], load_optimizer_states: bool = True) -> None:
+        """As torch's. The engine passes the second argument under bf16, always as True."""
+        super().load_state_dict(state_dict)
+
+    def destroy(self) -> None:
+        """Called by engine.destroy(): the parameters are x, and the model is free of saef."""
+        if self.saef is not None:
+            self.saef.detach()
+            self.saef = None
+
+
+def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
+    """`deepspeed.initialize`, with its arguments and result, for a config whose optimizer is SAEF.
+
+    Raises:
+        ValueError: if the config names another optimizer, or has what SAEF cannot honour.
+    """
+    engine, *others = deepspeed.initialize(*args, **kwargs)
+    if not isinstance(engine.optimizer, SAEF):
+        raise ValueError(
+            f'the config has optimizer.type {engine.optimizer_name()!r}: write "optimizer": {{"type": "{NAME}", ...}}, '
+            "or call deepspeed.initialize for another optimizer"
+        )
+    return engine, *others
+
+
+# ---- what the engine calls ------------------------------------------------------------------
+
+
+def _refuse_unattached(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    if optimizer.saef is None:  # type: ignore[attr-defined]
+        raise RuntimeError(
+            "this SAEF optimizer belongs to no DeepSpeed engine, so nothing exchanges its gradients: name it in the "
+            "config of deepspeed.initialize, after `import saef.integrations.deepspeed`. Without DeepSpeed use "
+            "torch.optim.SGD and saef.SAEFState"
+        )
+
+
+def _exchange(engine: DeepSpeedEngine) -> None:
+    if engine.is_gradient_accumulation_boundary():
+        engine.optimizer.saef.exchange_gradients()
+
+
+def _wrap(engine: DeepSpeedEngine, original: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
+    """`original` replaced by ours(engine, original, its arguments by name)."""
+    signature = inspect.signature(original)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return ours(engine, original, bound.arguments)
+
+    call.__doc__, call.__signature__ = original.__doc__, signature  # type: ignore[attr-defined]
+    return call
+
+
+def _save_checkpoint(engine: DeepSpeedEngine, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    """Ours first: DeepSpeed names the tag in `latest` when all is written."""
+    tag = arguments["tag"]
+    arguments["tag"] = f"global_step{engine.global_steps}" if tag is None else str(tag)
+    state = engine.optimizer.saef
+    folder = _folder(state, arguments["save_dir"], arguments["tag"])
+    saef.save_checkpoint(folder, state, {"global_steps": engine.global_steps}, keep=1)
+    return original(**arguments)
+
+
+def _load_checkpoint(engine: DeepSpeedEngine, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    """Ours first: what does not fit raises before DeepSpeed has changed anything."""
+    state, root = engine.optimizer.saef, Path(arguments["load_dir"])
+    if arguments["tag"] is None and (root / "latest").is_file():
+        arguments["tag"] = (root / "latest").read_text().strip()
+    folder = _folder(state, root, arguments["tag"])
+    if arguments["tag"] is None:
+        return original(**arguments)  # there is no checkpoint, as DeepSpeed says
+    if not arguments["load_optimizer_states"] or arguments["load_module_only"]:
+        state.compared_at = None  # the next forward looks whether all ranks have the same weights
+        return original(**arguments)
+    extra = saef.load_checkpoint(folder, state)
+    if extra is None:
+        raise ValueError(
+            f"{folder} holds no complete checkpoint of SAEF: this one was saved with another optimizer, or is not "
+            "there. load_checkpoint(..., load_module_only=True) starts from its weights alone"
+        )
+    result = original(**arguments)
+    if engine.global_steps != extra["global_steps"]:
+        raise RuntimeError(
+            f"{folder.parent} mixes two checkpoints: DeepSpeed's files are of step {engine.global_steps}, SAEF's "
+            f"of step {extra['global_steps']}; saving under a tag that existed was interrupted. Load another tag"
+        )
+    return result
+
+
+def _folder(state: saef.SAEFState, root: str | Path, tag: str | None) -> Path:
+    """Where SAEF's part of a checkpoint lies. Collective: all ranks raise ValueError unless their tags are equal."""
+    compare({"tag": tag}, state.transport, state.weights.device, "the ranks name different checkpoints")
+    return Path(root) / str(tag) / "saef"
+
+
+# ---- registration ---------------------------------------------------------------------------
+
+
+def _register() -> None:
+    """Make DeepSpeed know the optimizer, refuse what does not go with it, and hand the engine over to it."""
+    torch.optim.SAEF = SAEF  # type: ignore[attr-defined]  # where DeepSpeed looks names up
+    check_others, configure_others = DeepSpeedConfig._do_sanity_check, DeepSpeedEngine._configure_optimizer
+
+    def check(config: DeepSpeedConfig) -> None:
+        if config.optimizer_name != NAME:
+            return check_others(config)  # type: ignore[no-any-return]
+        params = config.optimizer_params
+        parse(params or {})
+        check_config(config)
+        config.optimizer_params = None  # DeepSpeed would advise against max_grad_norm, and cannot take it as null
+        try:
+            check_others(config)
+        finally:
+            config.optimizer_params = params
+
+    def configure(engine: DeepSpeedEngine, client_optimizer: Any, model_parameters: list[Any]) -> None:
+        if engine.optimizer_name() != NAME:
+            return configure_others(engine, client_optimizer, model_parameters)  # type: ignore[no-any-return]
+        _check_engine(engine, client_optimizer)
+        optimizer = SAEF(model_parameters, **(engine.optimizer_params() or {}))
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        engine._check_for_duplicates(optimizer)
+        # No wrapper for bf16: saef keeps the float32 master weights itself.
+        engine.basic_optimizer = engine.optimizer = optimizer
+        optimizer.attach(engine)
+
+    DeepSpeedConfig._do_sanity_check = check
+    DeepSpeedEngine._configure_optimizer = configure
+
+
+def _check_engine(engine: DeepSpeedEngine, client_optimizer: Any) -> None:
+    """Raise ValueError on what the config alone does not show."""
+    if client_optimizer is not None:
+        raise ValueError(
+            f"deepspeed.initialize got an optimizer ({type(client_optimizer).__name__}) that would take the place of "
+            f'the {NAME} in the config: pass model_parameters instead, or take "optimizer" out of the config'
+        )
+    found = {
+        "a PipelineModule": engine.pipeline_parallelism,
+        "mixture-of-experts layers": engine.has_moe_layers,
+        "model parallelism (mpu)": engine.mp_world_size > 1,
+        "sequence parallelism": engine.sequence_parallel_size > 1,
+    }
+    for what, there in found.items():
+        if there:
+            raise ValueError(
+                f"SAEF cannot work with {what}: it exchanges the gradients of all ranks, each of the whole model and "
+                "taken at weights of its own. Use data parallelism alone, or another optimizer"
+            )
+
+
+_register()

@@ -1,0 +1,139 @@
+"""A DeepSpeed config as saef understands it: `optimizer.params`, and what else in it cannot be honoured."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, fields
+from functools import reduce
+from numbers import Real
+from typing import Any
+
+import saef
+
+COMPRESSORS: dict[str, type[Any]] = {
+    "sign": saef.ScaledSign,
+    "topk": saef.TopK,
+    "identity": saef.Identity,
+    "majority_vote": saef.MajorityVote,
+    "min_size": saef.MinSize,
+}
+AVERAGING: dict[str, type[Any]] = {"allreduce": saef.AllReduce, "rotating": saef.Rotating}
+
+HYPER = {"lr": 1e-3, "momentum": 0.0, "weight_decay": 0.0, "nesterov": False, "maximize": False}
+NOT_IN_JSON = ("model", "optimizer", "grad_scaler", "process_group")  # what the engine knows
+SETTINGS = [name for name in inspect.signature(saef.SAEFState).parameters if name not in NOT_IN_JSON]
+
+ZERO = (
+    "ZeRO reduces gradients into shards and keeps one copy of the weights, while here every rank takes its gradient at "
+    "weights of its own, x - e_k, and keeps e_k. Use stage 0 (saef's state takes about 4 vectors of the model's size), "
+    "or ZeRO with another optimizer"
+)
+NOT_REDUCED = "it is about DeepSpeed's own all-reduce of gradients, which SAEF replaces"
+PARALLEL = "SAEF knows data parallelism only, so far"
+# Attribute of DeepSpeedConfig, the values SAEF can honour, the key in the JSON, and why no other.
+REFUSED: list[tuple[str, tuple[Any, ...], str, str]] = [
+    ("zero_config.stage", (0,), "zero_optimization.stage", ZERO),
+    ("zero_config.offload_optimizer", (None,), "zero_optimization.offload_optimizer", ZERO),
+    ("zero_config.offload_param", (None,), "zero_optimization.offload_param", ZERO),
+    (
+        "gradient_clipping",
+        (0,),
+        "gradient_clipping",
+        "DeepSpeed (whose default is 1.0) would clip a gradient that has been compressed and sent already. Write "
+        '"gradient_clipping": 0.0, and to clip give the optimizer "max_grad_norm" in its params',
+    ),
+    (
+        "float16_config.enabled",
+        (False, None),
+        "fp16.enabled",
+        'at stage 0 DeepSpeed divides gradients by a loss scale that the loss never got. Use "bf16": {"enabled": true} '
+        'or "torch_autocast": {"enabled": true, "dtype": "float16"}, whose scaler saef knows',
+    ),
+    ("prescale_gradients", (False,), "prescale_gradients", NOT_REDUCED),
+    ("gradient_predivide_factor", (1.0,), "gradient_predivide_factor", NOT_REDUCED),
+    ("communication_data_type", (None,), "communication_data_type", NOT_REDUCED + "; give it a compressor instead"),
+    ("gradient_allreduce_op", ("mean", None), "gradient_allreduce_op", "Algorithm 1 averages; scale the loss instead"),
+    ("tensor_parallel_config.autotp_size", (0, 1, None), "tensor_parallel.autotp_size", PARALLEL),
+    ("expert_parallel_config.enabled", (False, None), "expert_parallel.enabled", PARALLEL),
+    ("hybrid_engine.enabled", (False, None), "hybrid_engine.enabled", "it would generate with weights at x - e_k"),
+    ("compile_config.deepcompile", (False, None), "compile.deepcompile", "it reduces gradients in the compiled graph"),
+    (
+        "load_universal_checkpoint",
+        (False, None),
+        "checkpoint.load_universal",
+        "it is ZeRO's; SAEF's own checkpoints load on any number of ranks",
+    ),
+    (
+        "use_node_local_storage",
+        (False, None),
+        "checkpoint.use_node_local_storage",
+        "all ranks must see each other's files, or another number of ranks could not load them",
+    ),
+]
+
+
+def check_config(config: Any) -> None:
+    """Raise ValueError naming everything in a DeepSpeedConfig that SAEF cannot honour."""
+    problems = []
+    for path, allowed, key, why in REFUSED:
+        value = reduce(lambda part, name: getattr(part, name, None), path.split("."), config)
+        if value not in allowed:
+            problems.append(f"{key} is {value}, expected {allowed[0]}: {why}")
+    low = "bf16" if config.bfloat16_config.enabled else "fp32"
+    if config.grad_accum_dtype not in (None, low):
+        problems.append(
+            f"data_types.grad_accum_dtype is {config.grad_accum_dtype}, expected {low}: gradients accumulate in the "
+            "parameters' dtype (errors, momentum and master weights are float32 in any case)"
+        )
+    if problems:
+        raise ValueError("SAEF cannot work with this DeepSpeed config:\n  " + "\n  ".join(problems))
+
+
+def parse(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(arguments of torch.optim.SGD, settings of SAEFState) from `optimizer.params`.
+
+    Raises:
+        TypeError, ValueError: on an unknown key or name, or a value that is not of its kind; with where it is, what
+            was expected, and the nearest known word.
+    """
+    _known("optimizer.params", params, [*HYPER, *SETTINGS])
+    hyper = {key: params.get(key, default) for key, default in HYPER.items()}
+    for key, value in hyper.items():
+        flag = isinstance(HYPER[key], bool)
+        if isinstance(value, bool) != flag or not isinstance(value, Real):
+            raise TypeError(f"optimizer.params.{key} must be {'true or false' if flag else 'a number'}, got {value!r}")
+    settings = {key: params[key] for key in SETTINGS if key in params}
+    for key, names in (("compressor", COMPRESSORS), ("server_compressor", COMPRESSORS), ("averaging", AVERAGING)):
+        absent = [None] if key == "averaging" else ["same", None] if key == "server_compressor" else []
+        if key in settings and settings[key] not in absent:
+            settings[key] = _build(f"optimizer.params.{key}", settings[key], names)
+    return hyper, settings
+
+
+def _build(where: str, value: object, names: Mapping[str, type[Any]]) -> Any:
+    """The object that {"type": a name, field: value, ...} describes."""
+    if not isinstance(value, Mapping) or "type" not in value:
+        example = f'{{"type": "{next(iter(names))}"}}'
+        raise TypeError(f"{where} must be an object with a type, such as {example}, got {value!r}")
+    name, given = value["type"], {key: part for key, part in value.items() if key != "type"}
+    _known(f"{where}.type", [name], names)
+    kind = names[name]
+    _known(where, given, [f.name for f in fields(kind)])
+    if missing := [f.name for f in fields(kind) if f.default is MISSING and f.name not in given]:
+        raise ValueError(f"{where} of type {name!r} needs {missing}")
+    if "inner" in given:
+        given["inner"] = _build(f"{where}.inner", given["inner"], names)
+    try:
+        return kind(**given)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{where}: {error}") from error
+
+
+def _known(where: str, given: Iterable[Any], known: Iterable[str]) -> None:
+    for word in given:
+        if word not in (names := list(known)):
+            near = difflib.get_close_matches(str(word), names, n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise ValueError(f"{where}: {word!r} is unknown{hint}; expected {', '.join(map(repr, names))}")
