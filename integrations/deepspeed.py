@@ -192,7 +192,7 @@ def _register() -> None:
             config.optimizer_params = params
 
     def configure(engine: DeepSpeedEngine, client_optimizer: Any, model_parameters: list[Any]) -> None:
-        if engine.optimizer_name() != NAME:
+        if engine._config.optimizer_name != NAME:  # optimizer_name() would be that of client_optimizer
             return configure_others(engine, client_optimizer, model_parameters)  # type: ignore[no-any-return]
         _check_engine(engine, client_optimizer)
         optimizer = SAEF(model_parameters, **(engine.optimizer_params() or {}))

@@ -13,3 +13,12 @@ def pool() -> Iterator[RankPool]:
     ranks = RankPool()
     yield ranks
     ranks.stop()
+
+
+@pytest.fixture(scope="session")
+def pools() -> Iterator[dict[int, RankPool]]:
+    """2 and 4 gloo ranks for DeepSpeed, whose engines take all the ranks of a job."""
+    found = {n: RankPool(n) for n in (2, 4)}
+    yield found
+    for ranks in found.values():
+        ranks.stop()

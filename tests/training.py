@@ -11,11 +11,14 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from saef import SAEFState
 from saef.hooks import saef_hook
 
+SIZES = (6, 9, 7, 1)
 
-def make_net(dtype: torch.dtype = torch.float64) -> nn.Sequential:
+
+def make_net(dtype: torch.dtype = torch.float64, sizes: tuple[int, ...] = SIZES) -> nn.Sequential:
     """A small network with tensors of many sizes, among them one of a single entry."""
     torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 7), nn.Tanh(), nn.Linear(7, 1)).to(dtype)
+    layers = [[nn.Linear(a, b), nn.Tanh()] for a, b in zip(sizes[:-1], sizes[1:], strict=True)]
+    return nn.Sequential(*sum(layers, [])[:-1]).to(dtype)
 
 
 def batch(k: int, t: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -35,7 +38,10 @@ def wild_lrs(steps: int) -> list[float]:
 
 @dataclass
 class Job:
-    """What one run varies. `groups`: options of two param groups (weights, biases), or of one."""
+    """What one run varies. `groups`: options of two param groups (weights, biases), or of one.
+
+    sizes: of the network's layers; first: the number of its first batch.
+    """
 
     state: dict[str, Any] = field(default_factory=dict)
     groups: list[dict[str, Any]] = field(default_factory=lambda: [{}])
@@ -44,6 +50,8 @@ class Job:
     dtype: torch.dtype = torch.float64
     micro_batches: int = 1
     preset: str | None = None
+    sizes: tuple[int, ...] = SIZES
+    first: int = 0
 
 
 def make_optimizer(net: nn.Module, groups: list[dict[str, Any]]) -> torch.optim.SGD:
@@ -65,7 +73,7 @@ def make_state(model: nn.Module, optimizer: torch.optim.Optimizer, job: Job) -> 
 
 def train(group: dist.ProcessGroup, job: Job) -> dict[str, Any]:
     """Train with DDP and saef_hook; what the tests look at afterwards."""
-    net = make_net(job.dtype)
+    net = make_net(job.dtype, job.sizes)
     model = DDP(net, process_group=group, **{"bucket_cap_mb": 0.0005, **job.ddp})
     optimizer = make_optimizer(net, job.groups)
     state = make_state(model, optimizer, job)
@@ -75,7 +83,7 @@ def train(group: dist.ProcessGroup, job: Job) -> dict[str, Any]:
         for g, options in zip(optimizer.param_groups, job.groups, strict=True):
             g["lr"] = lr * options.get("lr", 1.0)
         optimizer.zero_grad()
-        x, y = batch(rank, t, job.dtype)
+        x, y = batch(rank, job.first + t, job.dtype)
         parts = list(zip(x.chunk(job.micro_batches), y.chunk(job.micro_batches), strict=True))
         for xs, ys in parts[:-1]:
             with model.no_sync():
@@ -99,9 +107,9 @@ def flat(net: nn.Module) -> Tensor:
     return torch.cat([p.detach().reshape(-1).clone() for p in net.parameters()])
 
 
-def gradient(k: int, t: int, parameters: list[Tensor]) -> list[Tensor]:
+def gradient(k: int, t: int, parameters: list[Tensor], sizes: tuple[int, ...] = SIZES) -> list[Tensor]:
     """Worker k's gradient at `parameters`, for the reference."""
-    net = make_net()
+    net = make_net(sizes=sizes)
     with torch.no_grad():
         for p, value in zip(net.parameters(), parameters, strict=True):
             p.copy_(value)
