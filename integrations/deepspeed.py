@@ -65,6 +65,7 @@ class SAEF(torch.optim.SGD):
             **self._settings,
         )
         engine.allreduce_gradients = lambda *_, **__: _exchange(engine)
+        engine.get_mom = lambda: engine._get_optimizer_param("momentum")  # for its log; it would look for Adam's betas
         engine.save_checkpoint = _wrap(engine, engine.save_checkpoint, _save_checkpoint)
         engine.load_checkpoint = _wrap(engine, engine.load_checkpoint, _load_checkpoint)
 
@@ -196,10 +197,10 @@ def _register() -> None:
             return configure_others(engine, client_optimizer, model_parameters)  # type: ignore[no-any-return]
         _check_engine(engine, client_optimizer)
         optimizer = SAEF(model_parameters, **(engine.optimizer_params() or {}))
-        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
-        engine._check_for_duplicates(optimizer)
-        # No wrapper for bf16: saef keeps the float32 master weights itself.
-        engine.basic_optimizer = engine.optimizer = optimizer
+        # What this finds decides on a wrapper for bf16. There shall be none: saef keeps float32 master weights itself.
+        engine._do_optimizer_sanity_check = lambda _: None
+        configure_others(engine, optimizer, model_parameters)
+        del engine._do_optimizer_sanity_check
         optimizer.attach(engine)
 
     DeepSpeedConfig._do_sanity_check = check

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import saef
+import saef.hooks
 import saef.integrations.deepspeed
 from deepspeed_ranks import Net, Setup, json_config, start, steps, train
 from ranks import RankPool
@@ -160,6 +161,49 @@ def test_the_methods_of_the_papers_are_in_reach_of_the_json(pools: dict[int, Ran
             assert torch.equal(run[name], ddp[name]), name
 
 
+class TwoHeads(nn.Module):
+    """Rank k uses head k alone, nobody the third, and the body is frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.body, self.heads = nn.Linear(6, 9), nn.ModuleList([nn.Linear(9, 1) for _ in range(3)])
+        self.body.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.heads[dist.get_rank()](torch.tanh(self.body(x)))  # type: ignore[no-any-return]
+
+
+def uneven(group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """(x trained by an engine, x trained with DDP)."""
+    engine, net = start(Setup(TOPK), TwoHeads()), TwoHeads()
+    model = nn.parallel.DistributedDataParallel(net, find_unused_parameters=True)
+    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+    state = saef.SAEFState(model, optimizer, compressor=saef.TopK(0.1, "layer"))
+    model.register_comm_hook(state, saef.hooks.saef_hook)
+    steps(engine, range(5))
+    for t in range(5):
+        optimizer.zero_grad()
+        x, y = batch(dist.get_rank(), t, torch.float32)
+        F.mse_loss(model(x), y).backward()
+        optimizer.step()
+    found = flat(engine.module), flat(net)
+    engine.destroy()
+    return found
+
+
+def test_frozen_and_unused_parameters(pools: dict[int, RankPool]) -> None:
+    runs = pools[2].run(uneven, ranks=2)
+    begin = flat(TwoHeads())
+    for engine, ddp in runs:
+        assert torch.equal(engine, ddp)
+        assert torch.equal(engine, runs[0][0])
+        moved = engine != begin
+        assert not moved[: 6 * 9 + 9].any()
+        assert moved[6 * 9 + 9 :].split(10)[0].any()
+        assert moved[6 * 9 + 9 :].split(10)[1].any()
+
+
 # ---- steps that do not happen, evaluation, other ways to run a model -----------------------------
 
 
@@ -169,6 +213,7 @@ def skip(group: dist.ProcessGroup, dtype: str) -> None:
     low = torch.bfloat16 if dtype == "bf16" else torch.float32
     engine = start(Setup(TOPK, config=warmup | (BF16 if dtype == "bf16" else {})), Net())
     state = engine.optimizer.saef
+    assert engine.get_mom() == [0.9]
     steps(engine, range(5), low)
     assert engine.was_step_applied()
     before = [state.weights.x().clone(), state.e.clone(), state.m.clone(), state.e_server.clone()]
