@@ -28,8 +28,8 @@ class Block(nn.Module):
 class ResNet(nn.Module):
     """ResNet-(6 blocks + 2): a stem, three stages of widths w, 2w and 4w, average pooling, one linear layer.
 
-    Input (n, channels, height, width), output logits (n, classes). With one channel, ten classes, width 8
-    and one block a stage (ResNet-8) it has 19,074 parameters.
+    Input (n, channels, height, width), output logits (n, classes); in float32, whatever the weights are. With one
+    channel, ten classes, width 8 and one block a stage (ResNet-8) it has 19,074 parameters.
     """
 
     def __init__(self, channels: int = 1, classes: int = 10, width: int = 8, blocks: int = 1) -> None:
@@ -51,5 +51,5 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = F.relu(self.norm(self.stem(x)))
-        return self.head(self.layers(x).mean(dim=(2, 3)))
+        x = F.relu(self.norm(self.stem(x.to(self.stem.weight.dtype))))
+        return self.head(self.layers(x).mean(dim=(2, 3))).float()

@@ -1,7 +1,6 @@
 """Real DeepSpeed engines on the tests' ranks. Each function that takes a `group` is a job for a pool of ranks."""
 
 import logging
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,7 +53,6 @@ def json_config(setup: Setup) -> dict[str, Any]:
 
 def start(setup: Setup, net: nn.Module) -> Any:
     """An engine for `net` on all ranks of the pool."""
-    os.environ["LOCAL_RANK"] = str(dist.get_rank())
     parameters: Any = net.parameters()
     if len(setup.groups) == 2:
         matrices = [p for p in net.parameters() if p.dim() > 1]

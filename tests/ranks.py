@@ -65,6 +65,7 @@ class RankPool:
 
 def _serve(rank: int, world: int, store: str, pipe: Any) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["LOCAL_RANK"] = str(rank)  # as launchers set it; DeepSpeed asks for it
     import torch
     import torch.distributed as dist
 

@@ -348,3 +348,19 @@ def test_initialize_is_deepspeeds(pools: dict[int, RankPool], tmp_path: Path) ->
     path.write_text(json.dumps(json_config(Setup(TOPK, config=warmup))))
     for names in pools[2].run(initialized, path, ranks=2):
         assert names == ["DeepSpeedEngine", "SAEF", "NoneType", "WarmupLR"]
+
+
+def watch(group: dist.ProcessGroup, folder: Path) -> list[str]:
+    """DeepSpeed's timers and monitor."""
+    monitor = {"enabled": True, "output_path": str(folder), "job_name": "job"}
+    engine = start(Setup(TOPK, config={"wall_clock_breakdown": True, "csv_monitor": monitor}), Net())
+    steps(engine, range(3))
+    engine.destroy()
+    return [name for name in engine.timers.timers if "allreduce" in name]
+
+
+def test_timers_and_monitors_go_on(pools: dict[int, RankPool], tmp_path: Path) -> None:
+    for timers in pools[2].run(watch, tmp_path, ranks=2):
+        assert "bwd_allreduce" in timers
+    (rates,) = tmp_path.rglob("*lr.csv")
+    assert [float(line.split(",")[1]) for line in rates.read_text().splitlines()[1:]] == [0.1] * 3

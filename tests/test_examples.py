@@ -58,3 +58,24 @@ def test_demo_prints_a_table_and_saves_a_picture(tmp_path: Path) -> None:
     for method in ("full precision", "EF sign", "SAEF sign", "EF top-1 %", "SAEF top-1 %"):
         assert any(line.startswith(method) for line in out.splitlines())
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_train_deepspeed_runs_under_both_launchers(tmp_path: Path, launcher: str) -> None:
+    """bf16 and top-1 % as ds_config.json says; then from the checkpoint at step 10, on other ranks."""
+    words = {
+        "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"],
+        "deepspeed": [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators"],
+    }[launcher]
+    script = [str(EXAMPLES / "train_deepspeed.py"), "--deepspeed_config", str(EXAMPLES / "ds_config.json")]
+    files = ["--checkpoint", "saved", "--checkpoint-every", "10", "--out", "records.jsonl"]
+    found = []
+    for ranks, steps in (("2", "22"), ("1", "33")):
+        run(*words, ranks, *script, *files, "--steps", steps, cwd=tmp_path)
+        found.append([json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()])
+    assert [[r["step"] for r in records] for records in found] == [[11, 22], [22, 33]]
+    assert found[1][-1]["loss"] < 1.5 < found[0][0]["loss"]
+    assert found[0][-1]["ratio"] > 7  # to bf16; 2 * 19,074 parameters send 38 kB plain
+    saved = {p.name for p in (tmp_path / "saved").iterdir()}
+    assert saved == {"latest", "global_step10", "global_step20", "global_step30"}
+    assert (tmp_path / "saved" / "global_step20" / "saef").is_dir()
