@@ -1,10 +1,12 @@
-"""A training step with saef against plain DDP: real gloo ranks on this machine, in turn in the same processes.
+"""A training step with and without saef: real gloo ranks on this machine, in turn in the same processes.
 
     python benchmarks/step.py [--ranks 4] [--layers 10] [--width 1024] [--batch 8] [--rounds 15] [--trace FILE]
+    python benchmarks/step.py --deepspeed ...
 
 Prints medians, quartiles and ratios of the step time, bytes per step, and the memory beyond parameters and
-gradients. --trace writes a Chrome trace of one step, with the ranges "saef: compress", "saef: exchange" and
-"saef: apply", and prints how much of the exchange lay inside the backward.
+gradients. Without --deepspeed all are DDP models, with it DeepSpeed engines at stage 0. --trace writes a Chrome
+trace of one step, with the ranges "saef: compress", "saef: exchange" and "saef: apply", and prints how much of the
+exchange lay inside the backward.
 """
 
 import argparse
@@ -34,6 +36,15 @@ METHODS: dict[str, dict[str, Any] | None] = {
 }
 
 
+ENGINES: dict[str, dict[str, Any] | None] = {
+    "plain DeepSpeed": None,
+    "SAEF sign": {"compressor": {"type": "sign"}},
+    "SAEF sign, Rotating(20)": {"compressor": {"type": "sign"}, "averaging": {"type": "rotating", "period": 20}},
+    "SAEF top-1 %": {"compressor": {"type": "topk", "ratio": 0.01}},
+    "EF sign": {"compressor": {"type": "sign"}, "step_ahead": 0.0},
+}
+
+
 class Trainer:
     """One method's model, optimizer and state."""
 
@@ -55,6 +66,38 @@ class Trainer:
     def step(self) -> None:
         self.backward()
         self.optimizer.step()
+
+
+class EngineTrainer:
+    """One method's DeepSpeed engine."""
+
+    def __init__(self, args: argparse.Namespace, params: dict[str, Any] | None) -> None:
+        import deepspeed
+
+        import saef.integrations.deepspeed  # noqa: F401
+
+        # An all-reduce for ranks of one machine, which ranks on several could not use.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.utils.logger.setLevel("ERROR")
+        torch.manual_seed(0)
+        self.model = nn.Sequential(*[nn.Linear(args.width, args.width) for _ in range(args.layers)])
+        kind = "SGD" if params is None else "SAEF"
+        config = {
+            "train_micro_batch_size_per_gpu": args.batch,
+            "gradient_clipping": 0.0,
+            "optimizer": {"type": kind, "params": {"lr": 1e-3, "momentum": 0.9, **(params or {})}},
+        }
+        self.engine, *_ = deepspeed.initialize(model=self.model, config=config)
+        self.data = torch.randn(args.batch, args.width)
+        self.state = None if params is None else self.engine.optimizer.saef
+
+    def backward(self) -> None:
+        self.engine.zero_grad()
+        self.engine.backward(self.engine(self.data).square().mean())
+
+    def step(self) -> None:
+        self.backward()
+        self.engine.step()
 
 
 def held_bytes(state: saef.SAEFState) -> dict[str, int]:
@@ -82,14 +125,14 @@ def overlap(path: str) -> str:
     )
 
 
-def trace(trainer: Trainer, path: str) -> None:
+def trace(trainer: Trainer | EngineTrainer, path: str) -> None:
     config = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], experimental_config=config
     ) as profiler:
         with torch.profiler.record_function("benchmark: backward"):
             trainer.backward()
-        trainer.optimizer.step()
+        (trainer.engine if isinstance(trainer, EngineTrainer) else trainer.optimizer).step()
     if dist.get_rank() == 0:
         profiler.export_chrome_trace(path)
         print(overlap(path))
@@ -98,7 +141,9 @@ def trace(trainer: Trainer, path: str) -> None:
 def run_rank(rank: int, args: argparse.Namespace, store: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=args.ranks)
-    trainers = {name: Trainer(args, settings) for name, settings in METHODS.items()}
+    os.environ["LOCAL_RANK"] = str(rank)
+    kind, methods = (EngineTrainer, ENGINES) if args.deepspeed else (Trainer, METHODS)
+    trainers = {name: kind(args, settings) for name, settings in methods.items()}
     seconds: dict[str, list[float]] = {name: [] for name in trainers}
     for r in range(args.rounds + 2):  # two to compile, to allocate, and for DDP to rebuild its buckets
         for name, trainer in trainers.items():
@@ -121,20 +166,23 @@ def run_rank(rank: int, args: argparse.Namespace, store: str) -> None:
     dist.destroy_process_group()
 
 
-def report(args: argparse.Namespace, trainers: dict[str, Trainer], seconds: dict[str, list[float]]) -> None:
-    d = sum(p.numel() for p in trainers["plain DDP"].model.parameters())
+def report(
+    args: argparse.Namespace, trainers: dict[str, Trainer] | dict[str, EngineTrainer], seconds: dict[str, list[float]]
+) -> None:
+    plain = next(iter(trainers))
+    d = sum(p.numel() for p in trainers[plain].model.parameters())
     print(describe())
     print(
         f"step      {args.ranks} gloo ranks, 1 thread each; {args.layers} x Linear({args.width}), {d:,} parameters, "
-        f"batch {args.batch}, {args.rounds} interleaved rounds, ratio to plain DDP\n"
+        f"batch {args.batch}, {args.rounds} interleaved rounds, ratio to {plain}\n"
     )
-    print(table(seconds, "plain DDP"), "\n")
+    print(table(seconds, plain), "\n")
     for name, trainer in trainers.items():
         if trainer.state is not None:
             m = trainer.state.metrics()
             print(
                 f"{name:26}{m['bytes_per_step'] / 1e6:8.3f} MB sent per rank and step, "
-                f"1/{m['compression_ratio']:.1f} of plain DDP's {m['bytes_per_step_uncompressed'] / 1e6:.1f} MB "
+                f"1/{m['compression_ratio']:.1f} of a plain step's {m['bytes_per_step_uncompressed'] / 1e6:.1f} MB "
                 f"({trainer.state.strategy})"
             )
     print()
@@ -157,6 +205,7 @@ def main(spawn: Callable[..., Any] = torch.multiprocessing.spawn) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for option, default in (("ranks", 4), ("layers", 10), ("width", 1024), ("batch", 8), ("rounds", 15)):
         parser.add_argument(f"--{option}", type=int, default=default)
+    parser.add_argument("--deepspeed", action="store_true", help="DeepSpeed engines instead of DDP models")
     parser.add_argument("--trace", help="file for a Chrome trace of one step of rank 0")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"

@@ -18,6 +18,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -249,38 +250,61 @@ def _seed() -> int:
     return int.from_bytes(os.urandom(7), "little")  # the user's random state stays as it is
 
 
+EXIT_S = 5.0  # that a process waits at its end for an exchange that is under way
+
+
 class _OrderedWorker:
     """One daemon thread that runs work items one at a time, in the order of submission.
 
     After a failure it runs nothing more: this rank has missed a collective, and the next one would meet
-    another of the other ranks. Every later item fails with the first error.
+    another of the other ranks. Every later item fails with the first error. The thread ends with the worker,
+    or when the process does, after what was submitted: a thread that comes out of a collective while Python is
+    being taken down would abort the process.
     """
 
     def __init__(self) -> None:
-        self.failure: Exception | None = None
-        self._items: queue.SimpleQueue[tuple[Callable[[], Tensor], Future[Tensor], Tensor | None]] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
+        self._failures: list[Exception] = []
+        self._items: _Items = queue.SimpleQueue()
+        self._started = False
+
+    @property
+    def failure(self) -> Exception | None:
+        return self._failures[0] if self._failures else None
 
     def submit(
         self, work: Callable[[], Tensor], future: Future[Tensor], otherwise: Tensor | None
     ) -> Future[Tensor]:
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._loop, name="saef-exchange", daemon=True)
-            self._thread.start()
+        if not self._started:
+            self._started = True
+            parts = self._items, self._failures  # not self, which the thread would keep alive
+            thread = threading.Thread(target=_run, args=parts, name="saef-exchange", daemon=True)
+            thread.start()
+            weakref.finalize(self, _stop, self._items, thread)  # also at exit
         self._items.put((work, future, otherwise))
         return future
 
-    def _loop(self) -> None:
-        while True:
-            work, future, result = self._items.get()
-            try:
-                if self.failure is not None:
-                    raise RuntimeError(f"an earlier exchange failed: {self.failure}") from self.failure
-                result = work()
-            except Exception as error:  # raised again in the thread that waits
-                self.failure = self.failure or error
-                if result is None:
-                    future.set_exception(error)  # type: ignore[arg-type]  # torch's annotation is wrong
-            if result is not None:
-                future.set_result(result)
-            del work, future, result  # or the last bucket's tensors would live until the next step
+
+_Items = queue.SimpleQueue[tuple[Callable[[], Tensor], Future[Tensor], Tensor | None] | None]
+
+
+def _run(items: _Items, failures: list[Exception]) -> None:
+    while (item := items.get()) is not None:
+        work, future, result = item
+        try:
+            if failures:
+                raise RuntimeError(f"an earlier exchange failed: {failures[0]}") from failures[0]
+            result = work()
+        except Exception as error:  # raised again in the thread that waits
+            if not failures:
+                failures.append(error)
+            if result is None:
+                future.set_exception(error)  # type: ignore[arg-type]  # torch's annotation is wrong
+        if result is not None:
+            future.set_result(result)
+        del item, work, future, result  # or the last bucket's tensors would live until the next step
+
+
+def _stop(items: _Items, thread: threading.Thread) -> None:
+    items.put(None)
+    if thread is not threading.current_thread():
+        thread.join(EXIT_S)

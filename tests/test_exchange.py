@@ -1,5 +1,8 @@
 """The exchange on real process groups: order, overlap with the backward, and bytes on the network interface."""
 
+import gc
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -13,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import saef
 from ranks import RankPool
-from saef.exchange import TorchTransport
+from saef.exchange import TorchTransport, _OrderedWorker
 from saef.hooks import saef_hook
 
 
@@ -191,3 +194,42 @@ def test_traffic_on_the_interface_is_what_is_counted_and_a_thirtieth(pool: RankP
             if exchange == "sharded":
                 assert max(counted) <= formula / 4 / share  # each rank's share of it, not only their mean
                 assert runs[0][0] <= plain / share
+
+
+LEAVING = """
+import sys, time, torch, torch.distributed as dist, saef
+rank, store = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+torch.manual_seed(0)
+net = torch.nn.Linear(4, 3)
+optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+state = saef.SAEFState(net, optimizer, exchange="sharded")
+net(torch.ones(1, 4)).sum().backward()
+time.sleep(1.0 - rank)
+state.exchange_gradients()
+if rank == 0:
+    optimizer.step()
+    print(state.steps)
+"""
+
+
+def test_a_process_that_ends_lets_an_exchange_under_way_come_to_its_end(tmp_path: Path) -> None:
+    """Rank 1 is at its last line when rank 0 has not yet sent anything."""
+    words = [[sys.executable, "-c", LEAVING, str(rank), str(tmp_path / "store")] for rank in (0, 1)]
+    ranks = [subprocess.Popen(w, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for w in words]
+    said = [rank.communicate(timeout=120) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], said
+    assert said[0][0] == "1\n"
+
+
+def test_the_thread_ends_with_its_owner() -> None:
+    def threads() -> int:
+        return sum(thread.name == "saef-exchange" for thread in threading.enumerate())
+
+    before = threads()
+    worker = _OrderedWorker()
+    worker.submit(lambda: torch.ones(1), torch.futures.Future(), None).wait()
+    assert threads() == before + 1
+    del worker
+    gc.collect()
+    assert threads() == before
