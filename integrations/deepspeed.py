@@ -24,15 +24,21 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
-from deepspeed.runtime.config import DeepSpeedConfig
-from deepspeed.runtime.engine import DeepSpeedEngine
 
 import saef
 from saef.agreement import compare
 
 from .deepspeed_config import check_config, parse
+
+try:
+    import deepspeed
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.engine import DeepSpeedEngine
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"saef.integrations.deepspeed needs DeepSpeed: pip install 'saef[deepspeed]' ({error})"
+    ) from error
 
 NAME = "SAEF"
 
@@ -183,9 +189,8 @@ def _register() -> None:
     def check(config: DeepSpeedConfig) -> None:
         if config.optimizer_name != NAME:
             return check_others(config)  # type: ignore[no-any-return]
-        params = config.optimizer_params
-        parse(params or {})
         check_config(config)
+        params = config.optimizer_params
         config.optimizer_params = None  # DeepSpeed would advise against max_grad_norm, and cannot take it as null
         try:
             check_others(config)

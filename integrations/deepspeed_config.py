@@ -75,7 +75,9 @@ REFUSED: list[tuple[str, tuple[Any, ...], str, str]] = [
 
 
 def check_config(config: Any) -> None:
-    """Raise ValueError naming everything in a DeepSpeedConfig that SAEF cannot honour."""
+    """Raise TypeError or ValueError naming what SAEF cannot honour in a DeepSpeedConfig."""
+    _known("optimizer", config._param_dict["optimizer"], ["type", "params"])
+    parse(config.optimizer_params or {})
     problems = []
     for path, allowed, key, why in REFUSED:
         value = reduce(lambda part, name: getattr(part, name, None), path.split("."), config)
@@ -98,6 +100,8 @@ def parse(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         TypeError, ValueError: on an unknown key or name, or a value that is not of its kind; with where it is, what
             was expected, and the nearest known word.
     """
+    if not isinstance(params, Mapping):
+        raise TypeError(f'optimizer.params must be an object such as {{"lr": 0.1}}, got {params!r}')
     _known("optimizer.params", params, [*HYPER, *SETTINGS])
     hyper = {key: params.get(key, default) for key, default in HYPER.items()}
     for key, value in hyper.items():

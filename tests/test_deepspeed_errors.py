@@ -1,6 +1,8 @@
 """What an engine cannot honour is refused by name at once, with what to do instead."""
 
 import logging
+import subprocess
+import sys
 from typing import Any
 
 import deepspeed
@@ -41,6 +43,10 @@ CONFIGS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "deepcompile": ({"compile": {"deepcompile": True}}, ["compile.deepcompile is True"]),
     "universal": ({"checkpoint": {"load_universal": True}}, ["checkpoint.load_universal is True"]),
     "node-local": ({"checkpoint": {"use_node_local_storage": True}}, ["checkpoint.use_node_local_storage is True"]),
+    "params misspelt": (
+        {"optimizer": {"type": "SAEF", "parms": {"lr": 0.1}}},
+        ["optimizer: 'parms' is unknown (did you mean 'params'?)"],
+    ),
     "two": (
         {"gradient_clipping": 1.0, "fp16": {"enabled": True}},
         ["gradient_clipping is 1.0", "fp16.enabled is True"],  # all at once
@@ -49,6 +55,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], list[str]]] = {
 
 # The optimizer's params: (what is set, what the error says).
 PARAMS: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "a list": (["lr", 0.1], ["optimizer.params must be an object", "got ['lr', 0.1]"]),  # type: ignore[dict-item]
     "unknown key": ({"betas": [0.9, 0.999]}, ["optimizer.params: 'betas' is unknown; expected 'lr', 'momentum'"]),
     "misspelt key": ({"momentun": 0.9}, ["'momentun' is unknown (did you mean 'momentum'?)"]),
     "dampening": ({"dampening": 0.1}, ["'dampening' is unknown"]),
@@ -103,7 +110,7 @@ def attempt(group: dist.ProcessGroup, setups: dict[str, Setup]) -> dict[str, str
 
 def test_configs_that_cannot_be_honoured_are_refused(pools: dict[int, RankPool]) -> None:
     setups = {name: Setup(SIGN, config=config) for name, (config, _) in CONFIGS.items()}
-    setups |= {name: Setup({"lr": 0.1, **params}) for name, (params, _) in PARAMS.items()}
+    setups |= {name: Setup(params) for name, (params, _) in PARAMS.items()}
     expected = {name: parts for name, (_, parts) in (CONFIGS | PARAMS).items()}
     for said in pools[2].run(attempt, setups, ranks=2):
         for name, parts in expected.items():
@@ -211,3 +218,10 @@ def quiet(group: dist.ProcessGroup) -> list[str]:
 def test_max_grad_norm_is_not_warned_of(pools: dict[int, RankPool]) -> None:
     for records in pools[2].run(quiet, ranks=2):
         assert not [r for r in records if "max_grad_norm" in r]
+
+
+def test_without_deepspeed_the_import_says_what_to_install() -> None:
+    code = "import sys; sys.modules['deepspeed'] = None; import saef.integrations.deepspeed"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "ModuleNotFoundError: saef.integrations.deepspeed needs DeepSpeed" in done.stderr
+    assert "pip install 'saef[deepspeed]'" in done.stderr
