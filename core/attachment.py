@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from torch.distributed.algorithms.join import Joinable
 from torch.utils.hooks import RemovableHandle
+
+# The newest attachment of each model, as a token.
+_newest: WeakKeyDictionary[nn.Module, object] = WeakKeyDictionary()
 
 StepHook = Callable[[torch.optim.Optimizer, Any, Any], None]
 
@@ -51,9 +55,15 @@ class Attachment:
             self._trained = inner  # DeepSpeed's engine leaves its own `training` as it is
             modules.append(inner)  # what DDP wraps; users evaluate and save it directly
             self._handles.append(inner.register_forward_pre_hook(_Hook(self._before_inner_forward)))
+        _newest[self._trained] = self._token = object()
         for module in modules:
             self._handles.append(module.register_state_dict_pre_hook(_Hook(self._before_access)))
             self._handles.append(module.register_load_state_dict_pre_hook(_Hook(self._before_access)))
+
+    @property
+    def newest(self) -> bool:
+        """Whether the model's parameters are still this one's: no other state has been made for the model since."""
+        return _newest.get(self._trained) is self._token
 
     def remove(self) -> None:
         """Take all hooks away."""

@@ -152,7 +152,7 @@ class Step:
 
     def restore(self) -> None:
         """Put x into the parameters if they are at x_half. The next training forward steps ahead again."""
-        if self._at_half:
+        if self._at_half and self._attachment.newest:
             self._at_half = False
             self.weights.restore()
 

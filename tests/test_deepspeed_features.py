@@ -304,6 +304,27 @@ def evaluate(group: dist.ProcessGroup) -> None:
     engine.destroy()
 
 
+def replaced(group: dist.ProcessGroup) -> Tensor:
+    """An engine that is destroyed in the middle of a step, when another has the model already."""
+    net = make_net(torch.float32)
+    engine = start(Setup(TOPK), net)
+    x, y = batch(dist.get_rank(), 0, torch.float32)
+    engine.backward(F.mse_loss(engine(x), y))
+    second = start(Setup(TOPK), net)
+    steps(second, range(3))
+    before = flat(net)
+    engine.destroy()
+    assert torch.equal(flat(net), before)
+    steps(second, range(3, 6))
+    second.destroy()
+    return flat(net)
+
+
+def test_an_engine_that_is_destroyed_late_leaves_the_model_to_the_next(pools: dict[int, RankPool]) -> None:
+    runs = pools[2].run(replaced, ranks=2)
+    assert torch.equal(*runs)
+
+
 def test_evaluation_sees_x(pools: dict[int, RankPool]) -> None:
     pools[2].run(evaluate, ranks=2)
 
