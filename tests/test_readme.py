@@ -1,0 +1,35 @@
+"""What the README lists is what there is."""
+
+import inspect
+import json
+import re
+from dataclasses import MISSING, fields
+from pathlib import Path
+
+import saef
+from saef.integrations.deepspeed_config import COMPRESSORS, HYPER, SETTINGS
+
+README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+
+
+def test_the_keys_of_deepspeeds_json_and_their_defaults() -> None:
+    section = README[README.index("## DeepSpeed") : README.index("### Coming from OneBitAdam")]
+    rows = [line.split(" | ") for line in section.splitlines() if line.startswith("| `")]
+    listed = {key: row for row in rows for key in re.findall(r"`(\w+)`", row[0])}
+    assert [key for key in listed if key in {*HYPER, *SETTINGS}] == [*HYPER, *SETTINGS]
+    defaults = {name: p.default for name, p in inspect.signature(saef.SAEFState).parameters.items()} | HYPER
+    for key in (*HYPER, *SETTINGS):
+        shown = json.loads(listed[key][2].strip("`"))
+        assert (saef.ScaledSign() if shown == {"type": "sign"} else shown) == defaults[key], key
+    for name, kind in COMPRESSORS.items():
+        (row,) = [row for row in rows if row[0] == f'| `"{name}"`']
+        shown = dict(re.findall(r"`(\w+)`(?: \(([^)]*)\))?", row[1]))
+        assert shown == {f.name: "" if f.default is MISSING else str(f.default) for f in fields(kind)}, name
+
+
+def test_the_arguments_of_a_state_and_their_defaults() -> None:
+    section = README[README.index("## Options") : README.index("Presets in `saef.hooks`")]
+    rows = dict(re.findall(r"^\| `(\w+)` \| `([^|]*)` \|", section, re.MULTILINE))
+    parameters = inspect.signature(saef.SAEFState).parameters
+    shown = {name: eval(text, vars(saef).copy()) for name, text in rows.items()}
+    assert shown == {n: p.default for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
