@@ -9,6 +9,7 @@ import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.moe.layer import MoE
 from deepspeed.pipe import PipelineModule
 from torch import nn
 
@@ -28,6 +29,11 @@ CONFIGS: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}},
         ["zero_optimization.offload_optimizer is"],
     ),
+    "offload parameters": (
+        {"zero_optimization": {"stage": 0, "offload_param": {"device": "cpu"}}},
+        ["zero_optimization.offload_param is"],
+    ),
+    "expert parallel": ({"expert_parallel": {"enabled": True}}, ["expert_parallel.enabled is True"]),
     "fp16": ({"fp16": {"enabled": True}}, ["fp16.enabled is True", "loss scale", '"bf16"', '"torch_autocast"']),
     "clipping": ({"gradient_clipping": 1.0}, ["gradient_clipping is 1.0, expected 0", "max_grad_norm"]),
     "prescale": ({"prescale_gradients": True}, ["prescale_gradients is True, expected False", "all-reduce"]),
@@ -181,6 +187,60 @@ def test_what_the_config_does_not_show_is_refused_too(pools: dict[int, RankPool]
         assert "give SAEFState max_grad_norm" in said["clipped by hand"]
         assert "never exchanged" in said["never exchanged"]
         assert "Embedding(sparse=False)" in said["sparse"]
+
+
+class Mpu:
+    """Two ranks that hold one model together, as Megatron would say it."""
+
+    def __init__(self) -> None:
+        self.both = dist.new_group([0, 1])
+        self.alone = [dist.new_group([rank]) for rank in range(2)][dist.get_rank()]
+
+    def get_model_parallel_world_size(self) -> int:
+        return 2
+
+    def get_model_parallel_rank(self) -> int:
+        return dist.get_rank()
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return self.both
+
+    def get_data_parallel_world_size(self) -> int:
+        return 1
+
+    def get_data_parallel_rank(self) -> int:
+        return 0
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self.alone
+
+
+def parallelism(group: dist.ProcessGroup, kind: str) -> str:
+    """What initialize says to ways of being parallel that are not data parallelism."""
+    config, net, mpu = json_config(Setup(SIGN)), Net(), None
+    if kind == "experts":
+        net.b = MoE(hidden_size=20, expert=nn.Linear(20, 20), num_experts=2, ep_size=1)
+    elif kind == "sequence":
+        config |= {"sequence_parallel_size": 2, "data_parallel_size": 1}
+    else:
+        mpu = Mpu()
+    with pytest.raises(ValueError) as caught:
+        deepspeed.initialize(model=net, mpu=mpu, config=config)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "part"),
+    [("experts", "mixture-of-experts layers"), ("model", "model parallelism"), ("sequence", "sequence parallelism")],
+)
+def test_other_kinds_of_parallelism_are_refused(kind: str, part: str) -> None:
+    pool = RankPool(2)  # DeepSpeed keeps such settings for the life of the process
+    try:
+        for said in pool.run(parallelism, kind, ranks=2):
+            assert f"SAEF cannot work with {part}" in said
+            assert "Use data parallelism alone" in said
+    finally:
+        pool.stop()
 
 
 def differ(group: dist.ProcessGroup) -> str:
