@@ -202,7 +202,20 @@ def test_sgd_is_accepted():
 
 
 class MySGD(torch.optim.SGD):
-    """Might compute anything in its step."""
+    """Computes something else in its step."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["lr"] *= 0.9
+        return super().step(closure)
+
+
+class NamedSGD(torch.optim.SGD):
+    """Keeps SGD's step, as the optimizers of other frameworks' adapters do."""
+
+
+def test_a_subclass_that_keeps_sgds_step_is_sgd():
+    check_optimizer(NamedSGD([torch.nn.Parameter(torch.ones(2))], lr=0.1))
 
 
 @pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop, torch.optim.ASGD, MySGD])
