@@ -115,6 +115,7 @@ class Step:
         self._at_half = False
         self._plans = Plans(self.blocks, servers, self.server_rank, weights.parameters, weights.dtype)
         self._sizes = group_sizes(optimizer)
+        self._buckets = group(weights.parameters)  # of `exchange_gradients`
         self._hidden: list[Tensor | None] = []
         self._prepared = Prepared()
         self._attachment = Attachment(model, optimizer, self._begin, self.restore, self._before_step, self._after_step)
@@ -210,11 +211,10 @@ class Step:
         The same steps as with DDP, bit for bit, but nothing overlaps with the backward. p.grad stay this
         worker's own and become views of the buckets.
         """
-        buckets = group(self.weights.parameters)
-        for number, bucket in enumerate(buckets, start=1):
+        for bucket in self._buckets:
             parameters = [self.weights.parameters[i] for i in bucket]
             flat, views = gather(parameters)
-            self.exchange(parameters, views, flat, last=number == len(buckets))
+            self.exchange(parameters, views, flat, last=bucket is self._buckets[-1])
         self.backward_ended()
 
     def backward_ended(self) -> None:

@@ -19,6 +19,7 @@ checkpoint of all ranks (`saef.storage`) in the folder of each tag, TAG/saef, be
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -127,12 +128,12 @@ def _wrap(engine: DeepSpeedEngine, original: Callable[..., Any], ours: Callable[
     """`original` replaced by ours(engine, original, its arguments by name)."""
     signature = inspect.signature(original)
 
+    @functools.wraps(original)
     def call(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         return ours(engine, original, bound.arguments)
 
-    call.__doc__, call.__signature__ = original.__doc__, signature  # type: ignore[attr-defined]
     return call
 
 

@@ -20,6 +20,12 @@ COMPRESSORS: dict[str, type[Any]] = {
     "min_size": saef.MinSize,
 }
 AVERAGING: dict[str, type[Any]] = {"allreduce": saef.AllReduce, "rotating": saef.Rotating}
+# Settings that are objects in JSON, of which types, and what else they can be.
+OBJECTS: list[tuple[str, dict[str, type[Any]], tuple[Any, ...]]] = [
+    ("compressor", COMPRESSORS, ()),
+    ("server_compressor", COMPRESSORS, ("same", None)),
+    ("averaging", AVERAGING, (None,)),
+]
 
 HYPER = {"lr": 1e-3, "momentum": 0.0, "weight_decay": 0.0, "nesterov": False, "maximize": False}
 NOT_IN_JSON = ("model", "optimizer", "grad_scaler", "process_group")  # what the engine knows
@@ -109,9 +115,8 @@ def parse(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         if isinstance(value, bool) != flag or not isinstance(value, Real):
             raise TypeError(f"optimizer.params.{key} must be {'true or false' if flag else 'a number'}, got {value!r}")
     settings = {key: params[key] for key in SETTINGS if key in params}
-    for key, names in (("compressor", COMPRESSORS), ("server_compressor", COMPRESSORS), ("averaging", AVERAGING)):
-        absent = [None] if key == "averaging" else ["same", None] if key == "server_compressor" else []
-        if key in settings and settings[key] not in absent:
+    for key, names, plain in OBJECTS:
+        if key in settings and settings[key] not in plain:
             settings[key] = _build(f"optimizer.params.{key}", settings[key], names)
     return hyper, settings
 
@@ -136,8 +141,9 @@ def _build(where: str, value: object, names: Mapping[str, type[Any]]) -> Any:
 
 
 def _known(where: str, given: Iterable[Any], known: Iterable[str]) -> None:
+    names = [*known]
     for word in given:
-        if word not in (names := list(known)):
+        if word not in names:
             near = difflib.get_close_matches(str(word), names, n=1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
             raise ValueError(f"{where}: {word!r} is unknown{hint}; expected {', '.join(map(repr, names))}")
