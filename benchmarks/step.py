@@ -63,12 +63,15 @@ class Trainer:
         self.optimizer.zero_grad()
         self.model(self.data).square().mean().backward()
 
-    def step(self) -> None:
-        self.backward()
+    def apply(self) -> None:
         self.optimizer.step()
 
+    def step(self) -> None:
+        self.backward()
+        self.apply()
 
-class EngineTrainer:
+
+class EngineTrainer(Trainer):
     """One method's DeepSpeed engine."""
 
     def __init__(self, args: argparse.Namespace, params: dict[str, Any] | None) -> None:
@@ -95,8 +98,7 @@ class EngineTrainer:
         self.engine.zero_grad()
         self.engine.backward(self.engine(self.data).square().mean())
 
-    def step(self) -> None:
-        self.backward()
+    def apply(self) -> None:
         self.engine.step()
 
 
@@ -125,14 +127,14 @@ def overlap(path: str) -> str:
     )
 
 
-def trace(trainer: Trainer | EngineTrainer, path: str) -> None:
+def trace(trainer: Trainer, path: str) -> None:
     config = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], experimental_config=config
     ) as profiler:
         with torch.profiler.record_function("benchmark: backward"):
             trainer.backward()
-        (trainer.engine if isinstance(trainer, EngineTrainer) else trainer.optimizer).step()
+        trainer.apply()
     if dist.get_rank() == 0:
         profiler.export_chrome_trace(path)
         print(overlap(path))
@@ -166,9 +168,7 @@ def run_rank(rank: int, args: argparse.Namespace, store: str) -> None:
     dist.destroy_process_group()
 
 
-def report(
-    args: argparse.Namespace, trainers: dict[str, Trainer] | dict[str, EngineTrainer], seconds: dict[str, list[float]]
-) -> None:
+def report(args: argparse.Namespace, trainers: dict[str, Trainer], seconds: dict[str, list[float]]) -> None:
     plain = next(iter(trainers))
     d = sum(p.numel() for p in trainers[plain].model.parameters())
     print(describe())

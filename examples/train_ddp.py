@@ -195,6 +195,15 @@ def evaluate(net: nn.Module, dataset: Dataset) -> dict:
     return {"loss": loss / count, "accuracy": 100 * correct / len(dataset.test)}
 
 
+def report(records: list[dict], out: str | None) -> None:
+    """Print the last record, and write all of them to the file `out`, one JSON object a line."""
+    if records:
+        print(json.dumps(records[-1]))
+        if out:
+            with open(out, "w") as file:
+                file.writelines(json.dumps(record) + "\n" for record in records)
+
+
 def rendezvous() -> dict:
     """Arguments of init_process_group under torchrun: a key-value store that restarts do not share.
 
@@ -225,11 +234,7 @@ def main() -> None:
         device = torch.device("cpu")
         dist.init_process_group("gloo", **rendezvous())
     records = train(args, load(args.data, args.fm14).to(device), device, label=args.method)
-    if records:
-        print(json.dumps(records[-1]))
-        if args.out:
-            with open(args.out, "w") as file:
-                file.writelines(json.dumps(record) + "\n" for record in records)
+    report(records, args.out)
     dist.destroy_process_group()
 
 

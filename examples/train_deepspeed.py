@@ -11,7 +11,6 @@ In the config, "buffer_dtype" is for batch norm, which wants its running statist
 
 import argparse
 import copy
-import json
 import os
 from argparse import Namespace
 from typing import Any
@@ -25,7 +24,7 @@ from tqdm import tqdm
 import saef.integrations.deepspeed  # noqa: F401 - registers the optimizer
 from data import Dataset, load
 from resnet import ResNet
-from train_ddp import evaluate
+from train_ddp import evaluate, report
 
 HELP_FORMAT = argparse.RawDescriptionHelpFormatter
 
@@ -91,11 +90,7 @@ def main() -> None:
     if args.checkpoint:
         engine.load_checkpoint(args.checkpoint)
     records = train(args, engine, dataset.to(engine.device))
-    if records:
-        print(json.dumps(records[-1]))
-        if args.out:
-            with open(args.out, "w") as file:
-                file.writelines(json.dumps(record) + "\n" for record in records)
+    report(records, args.out)
     dist.destroy_process_group()
 
 
