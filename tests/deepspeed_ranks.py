@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import saef
 import saef.integrations.deepspeed
-from training import SIZES, batch, flat, make_net
+from training import SIZES, batch, flat, make_net, param_groups
 
 # On CPU DeepSpeed compiles an all-reduce of its own for ranks of one machine, for 100 s; nothing here goes through it.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -53,11 +53,7 @@ def json_config(setup: Setup) -> dict[str, Any]:
 
 def start(setup: Setup, net: nn.Module) -> Any:
     """An engine for `net` on all ranks of the pool."""
-    parameters: Any = net.parameters()
-    if len(setup.groups) == 2:
-        matrices = [p for p in net.parameters() if p.dim() > 1]
-        vectors = [p for p in net.parameters() if p.dim() <= 1]
-        parameters = [{"params": matrices, **setup.groups[0]}, {"params": vectors, **setup.groups[1]}]
+    parameters = param_groups(net, setup.groups)
     return deepspeed.initialize(model=net, model_parameters=parameters, config=json_config(setup))[0]
 
 
@@ -95,6 +91,13 @@ def train(group: dist.ProcessGroup, setup: Setup, count: int) -> dict[str, Any]:
     }
     engine.destroy()
     return found
+
+
+@torch.no_grad()
+def held_out_loss(model: nn.Module, workers: int, dtype: torch.dtype = torch.float32) -> float:
+    """Mean loss over batches that no run trains on."""
+    batches = [batch(k, t, dtype) for k in range(workers) for t in range(90_000, 90_020)]
+    return float(torch.stack([F.mse_loss(model(x).float(), y.float()) for x, y in batches]).mean())
 
 
 class Net(nn.Module):

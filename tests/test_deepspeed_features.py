@@ -14,8 +14,9 @@ from torch.nn import functional as F
 import saef
 import saef.hooks
 import saef.integrations.deepspeed
-from deepspeed_ranks import Net, Setup, json_config, start, steps, train
+from deepspeed_ranks import Net, Setup, held_out_loss, json_config, start, steps, train
 from ranks import RankPool
+from test_bad_numbers import snapshot
 from training import Job, batch, flat, make_net
 from training import train as train_ddp
 
@@ -36,11 +37,9 @@ def final_loss(group: dist.ProcessGroup, setup: Setup, count: int) -> tuple[Tens
     changed = any(not torch.equal(p, b.to(dtype)) for p, b in zip(net.parameters(), before, strict=True))
     begun = (state.steps, changed)
     steps(engine, range(setup.first, setup.first + count), dtype)
-    with torch.no_grad():
-        held_out = [batch(k, t, dtype) for k in range(4) for t in range(90_000, 90_020)]
-        loss = torch.stack([F.mse_loss(net(x).float(), y.float()) for x, y in held_out]).mean()
+    loss = held_out_loss(net, 4, dtype)
     engine.destroy()
-    return flat(net), state.weights.x().clone(), float(loss), begun
+    return flat(net), state.weights.x().clone(), loss, begun
 
 
 @pytest.mark.parametrize("compressor", [{"type": "sign", "block": "layer"}, TOPK["compressor"]], ids=["sign", "topk"])
@@ -216,12 +215,12 @@ def skip(group: dist.ProcessGroup, dtype: str) -> None:
     assert engine.get_mom() == [0.9]
     steps(engine, range(5), low)
     assert engine.was_step_applied()
-    before = [state.weights.x().clone(), state.e.clone(), state.m.clone(), state.e_server.clone()]
+    before = snapshot(state)
     lr = engine.get_lr()
     x, y = batch(dist.get_rank(), 5, low)
     engine.backward(F.mse_loss(engine(x), y) * (math.nan if dist.get_rank() == 1 else 1.0))
     engine.step()
-    after = [state.weights.x().clone(), state.e.clone(), state.m.clone(), state.e_server.clone()]
+    after = snapshot(state)
     assert not engine.was_step_applied()
     assert (engine.skipped_steps, state.skipped, state.steps, engine.global_steps) == (1, 1, 5, 6)
     assert engine.get_lr() == lr
@@ -243,16 +242,10 @@ def autocast(group: dist.ProcessGroup) -> tuple[Tensor, float, int, float]:
     config = {"torch_autocast": {"enabled": True, "dtype": "float16"}}
     net = make_net(torch.float32)
     engine = start(Setup(TOPK, config=config), net)
-    held_out = [batch(k, t, torch.float32) for k in range(2) for t in range(90_000, 90_020)]
-
-    def loss() -> float:
-        with torch.no_grad():
-            return float(torch.stack([F.mse_loss(engine(x).float(), y) for x, y in held_out]).mean())
-
-    before = loss()
+    before = held_out_loss(engine, 2)
     engine.torch_autocast_z0_gradscaler._init_scale = 2.0**24
     steps(engine, range(300))
-    after = loss()
+    after = held_out_loss(engine, 2)
     scale = engine.torch_autocast_z0_gradscaler.get_scale()
     state = engine.optimizer.saef
     assert state.steps + state.skipped == 300
@@ -279,7 +272,7 @@ def evaluate(group: dist.ProcessGroup) -> None:
     weights = state.weights.x().clone()
 
     def at_x() -> bool:
-        return torch.equal(torch.cat([p.detach().reshape(-1) for p in net.parameters()]), weights)
+        return torch.equal(flat(net), weights)
 
     assert at_x()
     engine.backward(F.mse_loss(engine(x[:4]), y[:4]))

@@ -54,13 +54,17 @@ class Job:
     first: int = 0
 
 
-def make_optimizer(net: nn.Module, groups: list[dict[str, Any]]) -> torch.optim.SGD:
-    """SGD with one group, or with the matrices in one and the vectors in another."""
+def param_groups(net: nn.Module, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """All parameters in one group, or the matrices in one and the vectors in another."""
     if len(groups) == 1:
-        return torch.optim.SGD(net.parameters(), lr=1.0, **groups[0])
+        return [{"params": list(net.parameters()), **groups[0]}]
     matrices = [p for p in net.parameters() if p.dim() > 1]
     vectors = [p for p in net.parameters() if p.dim() <= 1]
-    return torch.optim.SGD([{"params": matrices, **groups[0]}, {"params": vectors, **groups[1]}], lr=1.0)
+    return [{"params": matrices, **groups[0]}, {"params": vectors, **groups[1]}]
+
+
+def make_optimizer(net: nn.Module, groups: list[dict[str, Any]]) -> torch.optim.SGD:
+    return torch.optim.SGD(param_groups(net, groups), lr=1.0)
 
 
 def make_state(model: nn.Module, optimizer: torch.optim.Optimizer, job: Job) -> SAEFState:
