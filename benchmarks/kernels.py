@@ -1,10 +1,11 @@
-"""The hot loops against one torch.clone of the same vector: float32, one thread, medians of interleaved runs.
+"""The hot loops against one torch.clone of the same vector: float32, one CPU thread or a GPU, interleaved runs.
 
-    python benchmarks/kernels.py [--numel 25000000] [--rounds 9] [--block 65536|layer]
+    python benchmarks/kernels.py [--device cpu|cuda] [--numel 25000000] [--rounds 9] [--block 65536|layer]
 """
 
 import argparse
 import math
+from collections.abc import Callable
 
 import torch
 from machine import describe, interleaved, table
@@ -13,7 +14,7 @@ from torch import Tensor
 import saef
 from saef.codec import Block, cut, lay_out
 from saef.compressors import Compressor
-from saef.kernels import Rule, cpu
+from saef.kernels import Rule, select
 
 
 def blocks(numel: int, worker: Compressor, server: Compressor) -> list[Block]:
@@ -22,28 +23,30 @@ def blocks(numel: int, worker: Compressor, server: Compressor) -> list[Block]:
     ]
 
 
-def compress_path(numel: int, compressor: Compressor, rule: Rule, vectors: list[Tensor]) -> object:
+def compress_path(numel: int, compressor: Compressor, rule: Rule, vectors: list[Tensor]) -> Callable[[], object]:
     """Update, correct, scale, select or pack; and the residual: what a worker does with a gradient."""
     layout = lay_out(blocks(numel, compressor, compressor), 4, server=False, served=False)
-    message = torch.zeros(layout.message_bytes, dtype=torch.uint8)
     g, m, e, x = vectors
+    message = g.new_zeros(layout.message_bytes, dtype=torch.uint8)
+    blocks_table, kernels = layout.table.to(g.device), select(g.device)
 
     def run() -> None:
-        cpu.compress(layout.table, rule, g, m, e, x, message)
-        cpu.commit(layout.table, rule, g, m, e, x, message)
+        kernels.compress(blocks_table, rule, g, m, e, x, message)
+        kernels.commit(blocks_table, rule, g, m, e, x, message)
 
     return run
 
 
-def decode_and_sum(numel: int, compressor: Compressor, workers: int) -> object:
+def decode_and_sum(numel: int, compressor: Compressor, workers: int, device: torch.device) -> Callable[[], object]:
     """mean_k C(D_k) of K messages, written out as floats."""
     parts = blocks(numel, compressor, saef.Identity())
     layout = lay_out(parts, 4, server=False, served=False)
     out = lay_out(parts, 4, server=True, served=False)
     codec = saef.Codec(compressor, [numel])
-    messages = torch.stack([codec.encode([torch.randn(numel)]) for _ in range(workers)])
-    reply, none = torch.zeros(out.message_bytes, dtype=torch.uint8), torch.empty(0)
-    return lambda: cpu.serve(layout.table, out.table, messages, none, reply)
+    messages = torch.stack([codec.encode([torch.randn(numel)]) for _ in range(workers)]).to(device)
+    reply, none = messages.new_zeros(out.message_bytes), torch.empty(0, device=device)
+    tables, kernels = [t.to(device) for t in (layout.table, out.table)], select(device)
+    return lambda: kernels.serve(*tables, messages, none, reply)
 
 
 def torch_sign_chain(g: Tensor, m: Tensor, e: Tensor) -> None:
@@ -53,7 +56,7 @@ def torch_sign_chain(g: Tensor, m: Tensor, e: Tensor) -> None:
     scale = D.abs().mean()
     positive = D >= 0
     padded = torch.nn.functional.pad(positive.to(torch.uint8), (0, -D.numel() % 8))
-    padded.view(-1, 8).mul(1 << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+    padded.view(-1, 8).mul(1 << torch.arange(8, dtype=torch.uint8, device=g.device)).sum(1, dtype=torch.uint8)
     e.copy_(D).sub_(torch.where(positive, scale, -scale))
 
 
@@ -67,7 +70,8 @@ def torch_topk_chain(g: Tensor, m: Tensor, e: Tensor, ratio: float) -> None:
 
 def torch_sum_chain(bits: list[Tensor], numel: int) -> Tensor:
     """K packed messages to the mean of their signs, scaled."""
-    total, shift = torch.zeros(numel), torch.arange(8, dtype=torch.uint8)
+    device = bits[0].device
+    total, shift = torch.zeros(numel, device=device), torch.arange(8, dtype=torch.uint8, device=device)
     for packed in bits:
         signs = ((packed.view(-1, 1) >> shift) & 1).view(-1)[:numel]
         total.add_(torch.where(signs.bool(), 0.25, -0.25))
@@ -76,6 +80,7 @@ def torch_sum_chain(bits: list[Tensor], numel: int) -> Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cpu", type=torch.device)
     parser.add_argument("--numel", type=int, default=25_000_000)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--block", default="65536", help='"layer" or a number of coordinates')
@@ -83,25 +88,40 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     n, block = args.numel, args.block if args.block == "layer" else int(args.block)
-    g, m, e, x = (torch.randn(n) for _ in range(4))
-    rule = Rule(torch.tensor([[0.1, 0.9, 1.0, 0.0, 0.0, 1.0]]), 1.0, True)
+    device = args.device
+    g, m, e, x = (torch.randn(n, device=device) for _ in range(4))
+    rule = Rule(torch.tensor([[0.1, 0.9, 1.0, 0.0, 0.0, 1.0]], device=device), 1.0, True)
     sign, topk = saef.ScaledSign(block=block), saef.TopK(0.01, block=block)
     scratch = torch.empty_like(g)
-    bits = [torch.randint(256, (-(-n // 8),), dtype=torch.uint8) for _ in range(4)]
+    bits = [torch.randint(256, (-(-n // 8),), dtype=torch.uint8, device=device) for _ in range(4)]
     work = {
         "torch.clone": lambda: g.clone(),
         "copy into existing memory": lambda: scratch.copy_(g),
         "sign: update, correct, scale, pack, residual": compress_path(n, sign, rule, [g, m, e, x]),
         "top-1 %: update, correct, select, residual": compress_path(n, topk, rule, [g, m, e, x]),
-        "sign: decode and sum 4 messages": decode_and_sum(n, sign, 4),
-        "top-1 %: decode and sum 4 messages": decode_and_sum(n, topk, 4),
+        "sign: decode and sum 4 messages": decode_and_sum(n, sign, 4, device),
+        "top-1 %: decode and sum 4 messages": decode_and_sum(n, topk, 4, device),
         "torch operations: sign": lambda: torch_sign_chain(g, m, e),
         "torch operations: top-1 %": lambda: torch_topk_chain(g, m, e, 0.01),
         "torch operations: decode and sum 4 signs": lambda: torch_sum_chain(bits, n),
     }
     print(describe())
-    print(f"kernels   {n:,} float32, block {block}, 1 thread, {args.rounds} interleaved rounds, ratio to torch.clone\n")
+    where = "1 thread"
+    if device.type == "cuda":
+        where = torch.cuda.get_device_name(device)
+        work = {name: synchronized(run) for name, run in work.items()}
+    print(f"kernels   {n:,} float32, block {block}, {where}, {args.rounds} interleaved rounds, ratio to torch.clone\n")
     print(table(interleaved(work, args.rounds), "torch.clone"))
+
+
+def synchronized(run: Callable[[], object]) -> Callable[[], object]:
+    """`run`, to the end of what it has launched on the GPU."""
+
+    def wait() -> None:
+        run()
+        torch.cuda.synchronize()
+
+    return wait
 
 
 if __name__ == "__main__":

@@ -47,5 +47,5 @@ def table(seconds: dict[str, list[float]], unit: str) -> str:
     for name, values in seconds.items():
         low, _, high = quantiles(values, n=4)
         ratio = median(values) / median(seconds[unit])
-        lines.append(f"{name:44}{median(values) * 1e3:7.1f} ms{low * 1e3:10.1f} .. {high * 1e3:.1f} ms{ratio:8.2f}")
+        lines.append(f"{name:44}{median(values) * 1e3:7.4g} ms{low * 1e3:10.4g} .. {high * 1e3:.4g} ms{ratio:8.2f}")
     return "\n".join(lines)

@@ -52,6 +52,7 @@ class Job:
     preset: str | None = None
     sizes: tuple[int, ...] = SIZES
     first: int = 0
+    device: str = "cpu"
 
 
 def param_groups(net: nn.Module, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -77,7 +78,7 @@ def make_state(model: nn.Module, optimizer: torch.optim.Optimizer, job: Job) -> 
 
 def train(group: dist.ProcessGroup, job: Job) -> dict[str, Any]:
     """Train with DDP and saef_hook; what the tests look at afterwards."""
-    net = make_net(job.dtype, job.sizes)
+    net = make_net(job.dtype, job.sizes).to(job.device)
     model = DDP(net, process_group=group, **{"bucket_cap_mb": 0.0005, **job.ddp})
     optimizer = make_optimizer(net, job.groups)
     state = make_state(model, optimizer, job)
@@ -87,7 +88,7 @@ def train(group: dist.ProcessGroup, job: Job) -> dict[str, Any]:
         for g, options in zip(optimizer.param_groups, job.groups, strict=True):
             g["lr"] = lr * options.get("lr", 1.0)
         optimizer.zero_grad()
-        x, y = batch(rank, job.first + t, job.dtype)
+        x, y = (v.to(job.device) for v in batch(rank, job.first + t, job.dtype))
         parts = list(zip(x.chunk(job.micro_batches), y.chunk(job.micro_batches), strict=True))
         for xs, ys in parts[:-1]:
             with model.no_sync():
@@ -98,9 +99,9 @@ def train(group: dist.ProcessGroup, job: Job) -> dict[str, Any]:
         trajectory.append(flat(net))
     return {
         "x": torch.stack(trajectory),
-        "e": state.e.clone(),
-        "m": state.m.clone(),
-        "e_server": state.e_server.clone(),
+        "e": state.e.cpu().clone(),
+        "m": state.m.cpu().clone(),
+        "e_server": state.e_server.cpu().clone(),
         "metrics": state.metrics(),
         "strategy": state.strategy,
         "buckets": len(state._plans),
@@ -108,7 +109,7 @@ def train(group: dist.ProcessGroup, job: Job) -> dict[str, Any]:
 
 
 def flat(net: nn.Module) -> Tensor:
-    return torch.cat([p.detach().reshape(-1).clone() for p in net.parameters()])
+    return torch.cat([p.detach().reshape(-1).cpu() for p in net.parameters()])
 
 
 def gradient(k: int, t: int, parameters: list[Tensor], sizes: tuple[int, ...] = SIZES) -> list[Tensor]:
