@@ -49,6 +49,7 @@ class SAEFState(Step):
         grad_scaler: the torch.amp.GradScaler that scales the loss, for float16. saef divides by the scale
             before clipping and momentum; call scaler.step(optimizer) and scaler.update() as ever.
         process_group: the ranks that train together; None: the model's (DDP), or the default group.
+        transport: what carries the bytes (a `saef.exchange.Transport`); None: torch.distributed.
 
     Attributes:
         steps: steps committed so far, t. skipped, skipped_in_a_row: steps skipped, in all and just now.

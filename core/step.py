@@ -29,11 +29,11 @@ from torch.futures import Future
 from . import agreement, kernels
 from .attachment import Attachment
 from .averaging import Averaging
-from .buckets import SPARSE, gather, group
+from .buckets import SPARSE, Buckets, gather
 from .codec import message_bytes
 from .compressors import DENSE, Compressor, ScaledSign
 from .decay import OuterDecay
-from .exchange import TorchTransport, choose, lost, two_way
+from .exchange import Transport, choose, two_way
 from .feedback import Hyper
 from .kernels import FLOAT, GROUP, LR
 from .loss_scale import LossScale
@@ -42,6 +42,7 @@ from .plan import Plans, partition
 from .prepared import Bucket, Prepared, gradients, group_sizes
 from .settings import Server, Settings
 from .telemetry import Clock
+from .transport import TorchTransport
 from .weights import create
 
 logger = logging.getLogger("saef")
@@ -66,6 +67,7 @@ class Step:
         audit_every: int | None = None,
         grad_scaler: GradScaler | None = None,
         process_group: torch.distributed.ProcessGroup | None = None,
+        transport: Transport | None = None,
     ) -> None:
         self.settings = settings = Settings(
             compressor,
@@ -85,25 +87,13 @@ class Step:
         self.weights = weights = create(model, optimizer, settings.step_ahead)
         self.loss_scale.check_dtypes(p.dtype for p in weights.parameters)
         self.kernels = kernels.select(weights.device)
-        self.transport = TorchTransport(process_group or getattr(model, "process_group", None), weights.device)
+        if process_group is not None and transport is not None:
+            raise ValueError("give a process_group or a transport, not both")
+        group = process_group or getattr(model, "process_group", None)
+        self.transport = transport or TorchTransport(group, weights.device)
         agreement.compare_settings(self)
-
-        workers, server = self.transport.size, settings.server
-        up, down = (message_bytes(c, weights.numels, weights.dtype) for c in (compressor, server))
-        self.strategy = choose(workers, up, down) if exchange == "auto" else exchange
-        # Replicated: every rank serves all blocks, as if it were server 0 of 1.
-        servers, self.server_rank = (workers, self.transport.rank) if self.strategy == "sharded" else (1, 0)
-        self.blocks = partition(weights.numels, weights.groups, compressor, server, servers)
-
-        none = weights.flat.new_empty(0)
-        self.e = torch.zeros_like(weights.flat) if settings.feedback else none
-        self._errors = weights.cut(self.e) if settings.feedback else []
-        dense = all(server.for_tensor(n).kind == DENSE for n in weights.numels)  # then D - C(D) = 0
-        self.serves_with_error = settings.feedback and not dense
-        served = self.blocks.served[self.server_rank] if self.serves_with_error else 0
-        self.e_server = weights.flat.new_zeros(served)
-        self.m, self.decay = none, OuterDecay(weights)
-        self._prepare_momentum(hyper)
+        self._place_servers()
+        self._allocate(hyper)
 
         self.steps = self.skipped = self.skipped_in_a_row = 0
         self.counted_from = 0  # the step since when bytes are counted
@@ -113,12 +103,35 @@ class Step:
         self._not_averaged: tuple[slice, Tensor] | None = None  # e before that, where it was due
         self.compared_at: int | None = None  # the step when the ranks were last compared
         self._at_half = False
-        self._plans = Plans(self.blocks, servers, self.server_rank, weights.parameters, weights.dtype)
         self._sizes = group_sizes(optimizer)
-        self._buckets = group(weights.parameters)  # of `exchange_gradients`
+        self._buckets = Buckets(weights.parameters, self._exchange_bucket)
         self._hidden: list[Tensor | None] = []
         self._prepared = Prepared()
-        self._attachment = Attachment(model, optimizer, self._begin, self.restore, self._before_step, self._after_step)
+        self._attachment = Attachment(model, optimizer, self._begin, self.restore, self.before_step, self.after_step)
+
+    def _place_servers(self) -> None:
+        """Choose the strategy, and which rank serves which blocks."""
+        weights, settings, workers = self.weights, self.settings, self.transport.size
+        worker, server = settings.compressor, settings.server
+        up, down = (message_bytes(c, weights.numels, weights.dtype) for c in (worker, server))
+        self.strategy = choose(workers, up, down) if settings.exchange == "auto" else settings.exchange
+        # Replicated: every rank serves all blocks, as if it were server 0 of 1.
+        servers, self.server_rank = (workers, self.transport.rank) if self.strategy == "sharded" else (1, 0)
+        self.blocks = partition(weights.numels, weights.groups, worker, server, servers)
+        self._plans = Plans(self.blocks, servers, self.server_rank, weights.parameters, weights.dtype)
+
+    def _allocate(self, hyper: Sequence[Hyper]) -> None:
+        """Errors and momentum, where the method has them."""
+        weights, settings = self.weights, self.settings
+        none = weights.flat.new_empty(0)
+        self.e = torch.zeros_like(weights.flat) if settings.feedback else none
+        self._errors = weights.cut(self.e) if settings.feedback else []
+        dense = all(settings.server.for_tensor(n).kind == DENSE for n in weights.numels)  # then D - C(D) = 0
+        self.serves_with_error = settings.feedback and not dense
+        served = self.blocks.served[self.server_rank] if self.serves_with_error else 0
+        self.e_server = weights.flat.new_zeros(served)
+        self.m, self.decay = none, OuterDecay(weights)
+        self._prepare_momentum(hyper)
 
     # -- forward: step ahead ------------------------------------------------------------------
 
@@ -156,6 +169,11 @@ class Step:
         if self._at_half and self._attachment.newest:
             self._at_half = False
             self.weights.restore()
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a step has begun: there was a forward at x_half, or gradients were exchanged."""
+        return self._at_half or bool(self._prepared.buckets)
 
     def errors_before_step(self) -> Tensor:
         """A copy of e_k as it was before the step that is under way averaged it."""
@@ -205,17 +223,32 @@ class Step:
             self._send(self._prepared.buckets)
         return bucket.done
 
-    def exchange_gradients(self) -> None:
-        """Exchange every p.grad after a backward, for frameworks that have no buckets. Every rank calls it alike.
+    def gradient_ready(self, parameter: int) -> None:
+        """Within a backward, for frameworks without buckets: p.grad of `weights.parameters[parameter]` is final.
 
-        The same steps as with DDP, bit for bit, but nothing overlaps with the backward. p.grad stay this
-        worker's own and become views of the buckets.
+        It is exchanged as soon as the others of its bucket, and the buckets before, are ready too. The ranks may
+        call it in different orders. `exchange_gradients` must follow after the backward.
         """
-        for bucket in self._buckets:
-            parameters = [self.weights.parameters[i] for i in bucket]
-            flat, views = gather(parameters)
-            self.exchange(parameters, views, flat, last=bucket is self._buckets[-1])
+        self._buckets.ready(parameter)
+
+    def exchange_gradients(self) -> None:
+        """Exchange every p.grad that was not before, after a backward. For frameworks without buckets; on every rank.
+
+        The same steps as with DDP, bit for bit. p.grad stay this worker's own and become views of the buckets.
+        """
+        self._buckets.finish()
         self.backward_ended()
+
+    def _exchange_bucket(self, bucket: list[int], last: bool) -> None:
+        parameters = [self.weights.parameters[i] for i in bucket]
+        flat, views = gather(parameters)
+        self.exchange(parameters, views, flat, last)
+
+    def expect_change(self, parameter: int) -> None:
+        """After a backward: p.grad of this parameter will be set once more, to what it is."""
+        found = self._prepared.gradients[parameter]
+        if found is not None:
+            self._prepared.gradients[parameter] = found[0], found[1] + 1
 
     def backward_ended(self) -> None:
         """After the last exchange, when p.grad are what was sent: from here on no change of them can count."""
@@ -268,7 +301,7 @@ class Step:
 
     # -- optimizer step: commit, or skip ------------------------------------------------------
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    def before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """Commit or skip, and hide the gradients, so that the optimizer's own arithmetic finds nothing to do."""
         if kwargs.get("closure", args[1] if len(args) > 1 else None) is not None:
             raise TypeError("step(closure) would evaluate the model inside the step; call backward(), then step()")
@@ -283,7 +316,7 @@ class Step:
             self._prepared.wait()
             cause = self.transport.failure
             if cause is not None:
-                raise lost(self.transport.rank, self.transport.size, cause) from cause
+                raise self.transport.lost(cause) from cause
             self._prepared.check(self.weights, self._read_hyper(), self._sizes, group_sizes(optimizer))
             bad = self._prepared.not_finite(self.weights)
             self.loss_scale.decide(bool(bad))
@@ -304,7 +337,7 @@ class Step:
         for p in parameters:
             p.grad = None
 
-    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    def after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         for p, g in zip(self.weights.parameters, self._hidden, strict=True):
             p.grad = g
         self._hidden = []
@@ -355,6 +388,7 @@ class Step:
         """Drop the step that is under way: the parameters are x, and the errors as before it."""
         self._prepared.wait()
         self._prepared = Prepared()
+        self._buckets.restart()
         self.restore()
         if self._not_averaged is not None:
             due, before = self._not_averaged

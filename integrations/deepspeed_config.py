@@ -28,7 +28,7 @@ OBJECTS: list[tuple[str, dict[str, type[Any]], tuple[Any, ...]]] = [
 ]
 
 HYPER = {"lr": 1e-3, "momentum": 0.0, "weight_decay": 0.0, "nesterov": False, "maximize": False}
-NOT_IN_JSON = ("model", "optimizer", "grad_scaler", "process_group")  # what the engine knows
+NOT_IN_JSON = ("model", "optimizer", "grad_scaler", "process_group", "transport")  # what the engine knows
 SETTINGS = [name for name in inspect.signature(saef.SAEFState).parameters if name not in NOT_IN_JSON]
 
 ZERO = (

@@ -16,8 +16,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import saef
 from ranks import RankPool
-from saef.exchange import TorchTransport, _OrderedWorker
 from saef.hooks import saef_hook
+from saef.transport import TorchTransport, _OrderedWorker
 
 
 def collectives(group: dist.ProcessGroup) -> str:
