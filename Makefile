@@ -22,10 +22,11 @@ export NUMBA_CACHE_DIR
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help env demo lint types test reproduce bench soak fuzz clean
+.PHONY: help env horovod demo lint types test reproduce bench soak fuzz clean
 
 help:
 	@echo 'make env        .venv with the exact versions of constraints.txt and saef installed in it'
+	@echo 'make horovod    Horovod for .venv, built once in some minutes (make test does it too)'
 	@echo 'make demo       examples/demo.py'
 	@echo 'make lint       ruff'
 	@echo 'make types      mypy --strict on the installed package'
@@ -68,6 +69,13 @@ $(VENV)/.saef: $(VENV)/.deps pyproject.toml $(SOURCES)
 	rm -rf build *.egg-info
 	touch $@
 
+horovod: $(VENV)/.horovod
+
+# Without this make's own flags, which the make inside would obey.
+$(VENV)/.horovod: $(VENV)/.deps integrations/build_horovod.sh
+	MAKEFLAGS= integrations/build_horovod.sh $(PY) -c constraints.txt
+	touch $@
+
 # ---- checks -------------------------------------------------------------------------------------------------
 
 lint: env
@@ -76,7 +84,7 @@ lint: env
 types: env
 	$(PY) -m mypy --strict -p saef $(ARGS)
 
-test: env
+test: env horovod
 	$(PY) -m pytest $(ARGS)
 
 # ---- programs -----------------------------------------------------------------------------------------------
