@@ -65,10 +65,16 @@ class Attachment:
         """Whether the model's parameters are still this one's: no other state has been made for the model since."""
         return _newest.get(self._trained) is self._token
 
+    @property
+    def attached(self) -> bool:
+        """Whether the hooks are there."""
+        return bool(self._handles)
+
     def remove(self) -> None:
         """Take all hooks away."""
         for handle in self._handles:
             handle.remove()
+        self._handles = []
         del self._optimizer._saef_attached, self._optimizer._step_supports_amp_scaling  # type: ignore[attr-defined]
 
     def _before_forward(self, module: nn.Module, args: Any) -> None:

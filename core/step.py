@@ -175,6 +175,11 @@ class Step:
         """Whether a step has begun: there was a forward at x_half, or gradients were exchanged."""
         return self._at_half or bool(self._prepared.buckets)
 
+    @property
+    def attached(self) -> bool:
+        """False after `detach`."""
+        return self._attachment.attached
+
     def errors_before_step(self) -> Tensor:
         """A copy of e_k as it was before the step that is under way averaged it."""
         e = self.e.clone()

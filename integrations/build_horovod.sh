@@ -8,7 +8,9 @@
 # Horovod 0.28.1, its last release, does not build against a current torch as it is. Changed in its source:
 #   - C++17 instead of 14, which torch's headers need, in two places: with only one of them linking fails;
 #   - with Gloo a vector was reserved where it had to be resized, so that no stall limit worked, and ranks that wait
-#     for one another waited for ever.
+#     for one another waited for ever;
+#   - a rank that waited for a collective took and dropped Python's lock in a loop, so that with fewer cores than threads
+#     little else ran: now it sleeps in between.
 # HOROVOD_* variables that are set already win, for a build with more in it.
 set -euo pipefail
 
@@ -34,6 +36,8 @@ if ! ls "$wheels"/horovod-*.whl > /dev/null 2>&1; then
     source="$work/horovod-$version"
     sed -i 's/CMAKE_CXX_STANDARD 14/CMAKE_CXX_STANDARD 17/' "$source/CMakeLists.txt" "$source/horovod/torch/CMakeLists.txt"
     sed -i 's/global_ranks_.reserve(size_)/global_ranks_.resize(size_)/' "$source/horovod/common/gloo/gloo_controller.cc"
+    sed -i 's/std::this_thread::yield();/std::this_thread::sleep_for(std::chrono::microseconds(100));/' \
+        "$source/horovod/torch/mpi_ops_v2.cc"
     pip install -q --target "$work/cmake" cmake==3.31.10
 
     export HOROVOD_WITH_PYTORCH=1 HOROVOD_WITHOUT_TENSORFLOW=1 HOROVOD_WITHOUT_MXNET=1
@@ -50,3 +54,4 @@ if ! ls "$wheels"/horovod-*.whl > /dev/null 2>&1; then
     mv "$work"/wheels/horovod-*.whl "$wheels/"
 fi
 pip install -q "${@:2}" "$wheels"/horovod-*.whl
+pip install -q --no-deps --force-reinstall "$wheels"/horovod-*.whl  # another build has the same version

@@ -21,6 +21,22 @@ def make_net(dtype: torch.dtype = torch.float64, sizes: tuple[int, ...] = SIZES)
     return nn.Sequential(*sum(layers, [])[:-1]).to(dtype)
 
 
+class Branches(nn.Module):
+    """Parallel branches, so that gradients can be ready in another order on each rank; and an unused parameter."""
+
+    def __init__(self, rank: int, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.branches = nn.ModuleList(nn.Linear(6, n) for n in (5, 3, 8, 4))
+        self.unused, self.head = nn.Parameter(torch.ones(3)), nn.Linear(20, 1)
+        self.order = [0, 1, 2, 3] if rank % 2 else [3, 1, 0, 2]
+        self.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = {i: torch.tanh(self.branches[i](x)) for i in self.order}  # the last one's backward is the first
+        return self.head(torch.cat([found[i] for i in range(4)], dim=1))  # type: ignore[no-any-return]
+
+
 def batch(k: int, t: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     """Worker k's batch in step t: the same wherever it is asked for, different for each worker."""
     generator = torch.Generator().manual_seed(1000 * k + t)
@@ -40,7 +56,7 @@ def wild_lrs(steps: int) -> list[float]:
 class Job:
     """What one run varies. `groups`: options of two param groups (weights, biases), or of one.
 
-    sizes: of the network's layers; first: the number of its first batch.
+    sizes: of the network's layers; first: the number of its first batch; branches: train `Branches` instead.
     """
 
     state: dict[str, Any] = field(default_factory=dict)
@@ -53,6 +69,11 @@ class Job:
     sizes: tuple[int, ...] = SIZES
     first: int = 0
     device: str = "cpu"
+    branches: bool = False
+
+
+def make_model(job: Job, rank: int) -> nn.Module:
+    return (Branches(rank, job.dtype) if job.branches else make_net(job.dtype, job.sizes)).to(job.device)
 
 
 def param_groups(net: nn.Module, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -78,8 +99,9 @@ def make_state(model: nn.Module, optimizer: torch.optim.Optimizer, job: Job) -> 
 
 def train(group: dist.ProcessGroup, job: Job) -> dict[str, Any]:
     """Train with DDP and saef_hook; what the tests look at afterwards."""
-    net = make_net(job.dtype, job.sizes).to(job.device)
-    model = DDP(net, process_group=group, **{"bucket_cap_mb": 0.0005, **job.ddp})
+    net = make_model(job, dist.get_rank(group))
+    options = {"bucket_cap_mb": 0.0005, "find_unused_parameters": job.branches, **job.ddp}
+    model = DDP(net, process_group=group, **options)
     optimizer = make_optimizer(net, job.groups)
     state = make_state(model, optimizer, job)
     model.register_comm_hook(state, saef_hook)

@@ -1,0 +1,225 @@
+"""Horovod: `hvd.DistributedOptimizer(optimizer, compression=SAEFCompression(net, optimizer, ...))`.
+
+    hvd.init()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    optimizer = hvd.DistributedOptimizer(optimizer, named_parameters=net.named_parameters(),
+                                         compression=SAEFCompression(net, optimizer, compressor=saef.ScaledSign()))
+
+The path of a gradient:
+
+    net(x)               x_half into the parameters                        SAEFState, by its hook on the model
+    loss.backward()      Horovod calls compress(p.grad); a bucket that is  SAEFCompression.compress
+                         complete is compressed and exchanged
+    optimizer.step()     Horovod synchronizes and calls decompress: what   SAEFCompression.decompress
+                         is left is exchanged; then SGD's own step, where
+                         the state commits or skips                        `_followed`, the optimizer's class
+
+Horovod reduces what `compress` returns, one tensor a parameter under the parameter's name; here that is a dummy of
+one float32. The messages travel by Horovod's all-gather, all-to-all and all-reduce, called from one thread in one
+order on every rank, whatever the order in which gradients become ready.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saef import SAEFState
+from saef.transport import Ordered
+
+try:
+    import horovod.torch as hvd
+except ImportError as error:
+    raise ImportError(
+        "saef.integrations.horovod needs Horovod with PyTorch support, which current versions of torch only build with "
+        f"changes: run integrations/build_horovod.sh (or `make horovod`) of saef's repository. The cause: {error}"
+    ) from error
+
+POLL_S = 1e-4  # a tenth of the cycle in which Horovod looks for work
+_numbers = count()  # of transports; every rank makes them in one order
+
+
+class HorovodTransport(Ordered):
+    """A `saef.exchange.Transport` over Horovod's collectives among all ranks.
+
+    They run on CPU tensors: on a GPU, messages (not gradients) are copied to the host and back.
+    """
+
+    silence = "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS (which Horovod does not limit unless you set it)"
+    restart = "horovodrun ends it"
+
+    def __init__(self, device: torch.device) -> None:
+        if not hvd.is_initialized():
+            raise RuntimeError("call hvd.init() before creating SAEFCompression")
+        super().__init__(hvd.rank(), hvd.size(), device, thread=True)
+        self._prefix = f"saef.{next(_numbers)}"
+
+    def all_gather(self, message: Tensor, sizes: Sequence[int], purpose: str) -> Tensor:
+        self.sent_bytes[purpose] += message.numel() * (self.size - 1)
+        out: Tensor = _wait(hvd.allgather_async(message.cpu(), f"{self._prefix}.{purpose}.{sum(sizes)}"))
+        return out.to(self.device)
+
+    def all_to_all(self, message: Tensor, sizes: Sequence[int], received: int, purpose: str) -> Tensor:
+        self.sent_bytes[purpose] += sum(sizes) - sizes[self.rank]
+        splits, name = torch.tensor(sizes, dtype=torch.int32), f"{self._prefix}.{purpose}.{message.numel()}"
+        out: Tensor = _wait(hvd.alltoall_async(message.cpu(), splits, name))[0]
+        return out.to(self.device).view(self.size, received)
+
+    def mean(self, v: Tensor, purpose: str) -> None:
+        self.sent_bytes[purpose] += 2 * (self.size - 1) * v.numel() * v.element_size() // self.size
+        host = v.cpu()
+        _wait(hvd.allreduce_async_(host, op=hvd.Sum, name=f"{self._prefix}.{purpose}.{v.numel()}"))
+        v.copy_(host).div_(self.size)
+
+
+def _wait(handle: Any) -> Any:
+    """The result of a collective. Horovod's own wait keeps a core and Python's lock busy, which others need."""
+    _sleep_until_done(handle)
+    return hvd.synchronize(handle)
+
+
+def _sleep_until_done(handle: int) -> None:
+    while not hvd.poll(handle):
+        time.sleep(POLL_S)
+
+
+class SAEFCompression:
+    """Horovod's `compression`, and the `SAEFState` behind it.
+
+    Create it on all ranks after hvd.init(), for one DistributedOptimizer (a collective call).
+
+    Args:
+        model: the module that is trained.
+        optimizer: the torch.optim.SGD that DistributedOptimizer is given too. Its class becomes a subclass of SGD.
+        settings: keyword arguments of SAEFState.
+
+    Attributes:
+        state: the SAEFState, for metrics(), checkpoints and the like. After state.detach() gradients travel as
+            without compression.
+
+    Raises:
+        TypeError, ValueError: as SAEFState; and on a DistributedOptimizer that does not average dense gradients
+            over all ranks, at the first gradient.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, **settings: Any) -> None:
+        if "transport" in settings or "process_group" in settings:
+            raise TypeError("SAEFCompression exchanges among all Horovod ranks: it takes no transport or process_group")
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self.state = SAEFState(model, optimizer, transport=HorovodTransport(device), **settings)
+        optimizer.__class__ = _followed(self)
+        self._optimizer: Any = None  # the DistributedOptimizer
+        self._guess = 0  # the parameter that is likely the next: one backward is like another
+        self._pending = False  # whether gradients came that were not all exchanged
+
+    def compress(self, tensor: Tensor) -> tuple[Tensor, int | None]:
+        """Horovod calls it with a p.grad that is ready: a dummy for Horovod to reduce, and the parameter's number."""
+        if not self.state.attached:
+            return tensor, None
+        if not self._pending:
+            self._check()
+            self._pending = True
+        i = self._number(tensor)
+        self.state.gradient_ready(i)
+        return torch.zeros(1), i
+
+    def decompress(self, tensor: Tensor, ctx: int | None) -> Tensor:
+        """Horovod calls it for each parameter after the last compress: this rank's own gradient, as it was."""
+        if ctx is None:
+            return tensor
+        if self._pending:
+            self._pending = False
+            self.state.exchange_gradients()
+        self.state.expect_change(ctx)  # Horovod sets p.grad to what is returned
+        grad = self.state.weights.parameters[ctx].grad
+        if grad is None:
+            raise RuntimeError("a gradient was set to None between backward() and optimizer.step()")
+        return grad
+
+    def step(self, optimizer: torch.optim.SGD, closure: Any, sgd_step: Callable[[], Any]) -> Any:
+        """The optimizer's step, after Horovod has synchronized: commit or skip around SGD's own step."""
+        state = self.state
+        self._check()
+        gradients = [p.grad for p in state.weights.parameters if p.grad is not None]
+        if not state.under_way and not any(bool(g.any()) for g in gradients):
+            optimizer.zero_grad()  # hvd.broadcast_optimizer_state fills a new optimizer by a step of zeros
+            return None
+        if state.transport.size == 1 and gradients:  # Horovod calls neither compress nor decompress
+            state.exchange_gradients()
+        state.before_step(optimizer, (optimizer, closure), {})
+        try:
+            return sgd_step()
+        finally:
+            state.after_step(optimizer, (), {})
+
+    def adopt(self, optimizer: torch.optim.SGD) -> None:
+        """Take Horovod's optimizer, with the same groups, in the place of the one it was made from."""
+        if self._optimizer is not None:
+            raise ValueError("this SAEFCompression serves a DistributedOptimizer already: create one for each")
+        self._optimizer = self.state.optimizer = optimizer
+        optimizer.register_step_pre_hook(self._before_synchronize)
+
+    def _before_synchronize(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        """Wait for the dummies as `_wait` does, so that the exchange goes on beside it."""
+        for handle, _ in optimizer._handles.values():
+            if isinstance(handle, int):
+                _sleep_until_done(handle)
+
+    def _number(self, tensor: Tensor) -> int:
+        parameters = self.state.weights.parameters
+        for k in range(len(parameters)):
+            i = (self._guess - k) % len(parameters)
+            if parameters[i].grad is tensor:
+                self._guess = i - 1
+                return i
+        raise TypeError(
+            "Horovod has the gradient of a parameter that SAEFCompression does not know: create it with the model and "
+            "the optimizer that DistributedOptimizer is for"
+        )
+
+    def _check(self) -> None:
+        """Raise unless the DistributedOptimizer averages dense gradients over all ranks, the same as ever."""
+        found, transport = self._optimizer, self.state.transport
+        if found is None:
+            raise ValueError("give hvd.DistributedOptimizer the optimizer that SAEFCompression was created with")
+        if (hvd.rank(), hvd.size()) != (transport.rank, transport.size):
+            raise RuntimeError(
+                f"Horovod was started anew: rank {transport.rank} of {transport.size} is rank {hvd.rank()} of "
+                f"{hvd.size()} now. Create SAEFCompression and DistributedOptimizer again and load a checkpoint"
+            )
+        if not hasattr(found, "op"):  # Horovod's other class
+            raise ValueError("DistributedOptimizer has op=hvd.Adasum, SAEFCompression needs op=hvd.Average")
+        for name, expected, advice in (
+            ("op", hvd.Average, "Algorithm 1 averages; multiply lr instead"),
+            ("gradient_predivide_factor", 1.0, "nothing is summed here that could overflow"),
+            ("sparse_as_dense", False, "use dense gradients: Embedding(sparse=False)"),
+            ("process_set", hvd.global_process_set, "SAEF exchanges among all ranks"),
+        ):
+            if (value := getattr(found, name)) != expected:
+                raise ValueError(f"DistributedOptimizer has {name}={value}, SAEFCompression needs {expected}: {advice}")
+
+
+def _followed(compression: SAEFCompression) -> type[torch.optim.SGD]:
+    """SGD that tells `compression` of its instances and steps. Horovod derives its optimizer's class from it.
+
+    Step hooks would not do: Horovod makes a new optimizer, without them, and its step would run them twice.
+    """
+
+    class SGD(torch.optim.SGD):
+        _step_supports_amp_scaling = True  # as `saef.attachment` has it, for a GradScaler
+
+        def __init__(self, params: Any) -> None:
+            super().__init__(params)
+            compression.adopt(self)
+
+        def step(self, closure: Any = None) -> Any:
+            if not compression.state.attached:
+                return super().step(closure)
+            return compression.step(self, closure, super().step)
+
+    return SGD
