@@ -14,8 +14,8 @@ The path of a gradient:
                          is left is exchanged; then SGD's own step, where
                          the state commits or skips                        `_followed`, the optimizer's class
 
-Horovod reduces what `compress` returns, one tensor a parameter under the parameter's name; here that is a dummy of
-one float32. The messages travel by Horovod's all-gather, all-to-all and all-reduce, called from one thread in one
+Horovod reduces what `compress` returns, one tensor a parameter under the parameter's name; here that is a dummy, one
+float32 that is 1 (a rank in hvd.join() counts as 0, and so is noticed). The messages travel by Horovod's all-gather, all-to-all and all-reduce, called from one thread in one
 order on every rank, whatever the order in which gradients become ready.
 """
 
@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from saef import SAEFState
+from saef.buckets import SPARSE
 from saef.transport import Ordered
 
 try:
@@ -41,6 +42,7 @@ except ImportError as error:
     ) from error
 
 POLL_S = 1e-4  # a tenth of the cycle in which Horovod looks for work
+UNEVEN = "a rank without data has no gradient at its own x_half: give all ranks the same number of batches"
 _numbers = count()  # of transports; every rank makes them in one order
 
 
@@ -50,7 +52,10 @@ class HorovodTransport(Ordered):
     They run on CPU tensors: on a GPU, messages (not gradients) are copied to the host and back.
     """
 
-    silence = "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS (which Horovod does not limit unless you set it)"
+    silence = (
+        "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS (without limit unless it is set), or called hvd.join(), which cannot work "
+        f"with SAEF ({UNEVEN})"
+    )
     restart = "horovodrun ends it"
 
     def __init__(self, device: torch.device) -> None:
@@ -126,14 +131,19 @@ class SAEFCompression:
             self._pending = True
         i = self._number(tensor)
         self.state.gradient_ready(i)
-        return torch.zeros(1), i
+        return torch.ones(1), i
 
     def decompress(self, tensor: Tensor, ctx: int | None) -> Tensor:
         """Horovod calls it for each parameter after the last compress: this rank's own gradient, as it was."""
-        if ctx is None:
+        if not self.state.attached:
             return tensor
+        if ctx is None:  # Horovod has gathered a sparse gradient itself, without `compress`
+            raise TypeError(SPARSE)
         if self._pending:
             self._pending = False
+            size = self.state.transport.size
+            if round(float(tensor) * size) != size:
+                raise RuntimeError(f"hvd.join() cannot work with SAEFCompression: {UNEVEN}")
             self.state.exchange_gradients()
         self.state.expect_change(ctx)  # Horovod sets p.grad to what is returned
         grad = self.state.weights.parameters[ctx].grad
@@ -165,10 +175,12 @@ class SAEFCompression:
         optimizer.register_step_pre_hook(self._before_synchronize)
 
     def _before_synchronize(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        """Wait for the dummies as `_wait` does, so that the exchange goes on beside it."""
+        """Wait for the dummies as `_wait` does, so that the exchange goes on beside it, and say if it has failed."""
         for handle, _ in optimizer._handles.values():
             if isinstance(handle, int):
                 _sleep_until_done(handle)
+        if (cause := self.state.transport.failure) is not None:
+            raise self.state.transport.lost(cause) from cause
 
     def _number(self, tensor: Tensor) -> int:
         parameters = self.state.weights.parameters

@@ -15,7 +15,7 @@ from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import Any
 
-TIMEOUT_S = 240
+TIMEOUT_S = 120
 STALL_S = 12  # after which Horovod ends a job with a silent rank, in these tests
 TESTS = Path(__file__).resolve().parent
 
@@ -65,22 +65,27 @@ class HorovodPool:
             self._launcher = subprocess.Popen(
                 words, env=environment(), stdout=self._output, stderr=self._output, text=True
             )
-            listener._listener._socket.settimeout(TIMEOUT_S)  # type: ignore[attr-defined]
-            try:
-                found = [listener.accept() for _ in range(self.ranks)]
-            except TimeoutError:
-                raise AssertionError(f"horovodrun did not start {self.ranks} ranks:\n{self.stop()}") from None
-        self._pipes = [pipe for _, pipe in sorted(((pipe.recv(), pipe) for pipe in found), key=lambda pair: pair[0])]
+            listener._listener._socket.settimeout(1)  # type: ignore[attr-defined]
+            pipes: dict[int, Connection] = {}
+            while len(pipes) < self.ranks:
+                try:
+                    pipe = listener.accept()
+                    pipes[pipe.recv()] = pipe
+                except TimeoutError:
+                    if self._launcher.poll() is not None:
+                        raise AssertionError(f"horovodrun ended at once:\n{self.stop()}") from None
+        self._pipes = [pipes[rank] for rank in range(self.ranks)]
 
     def stop(self) -> str:
         """End all ranks; what they have printed."""
+        if self._launcher is None:
+            return ""
         for pipe in self._pipes:
             pipe.close()
-        if self._launcher is not None:
-            try:
-                self._launcher.wait(30)
-            except subprocess.TimeoutExpired:
-                self._launcher.kill()
+        try:
+            self._launcher.wait(30)
+        except subprocess.TimeoutExpired:
+            self._launcher.kill()
         self._launcher, self._pipes = None, []
         self._output.seek(0)
         return str(self._output.read())
@@ -94,7 +99,7 @@ def main() -> None:
 
     torch.set_num_threads(1)
     buckets.BUCKET_BYTES = 256  # so small that there are several
-    hvd.init(process_sets=[hvd.ProcessSet([0])])
+    hvd.init()
     pipe = Client(sys.argv[1])
     pipe.send(hvd.rank())
     while True:

@@ -16,7 +16,7 @@ import saef
 from horovod_ranks import HorovodPool
 from ranks import RankPool
 from test_ddp import close, reference_settings, start
-from training import Job, gradient
+from training import Job, gradient, wild_lrs
 from training import train as train_ddp
 
 COMPRESSORS = {"sign": saef.ScaledSign(block=7), "topk": saef.TopK(0.3, block="layer")}
@@ -46,7 +46,7 @@ def job_of(case: Case, dtype: torch.dtype) -> Job:
     compressor, period, exchange, options, _ = case
     averaging = None if period is None else saef.AllReduce(period)
     state = {"compressor": COMPRESSORS[compressor], "averaging": averaging, "exchange": exchange}
-    return Job(state, GROUPS, dtype=dtype, **options)
+    return Job(state, GROUPS, lrs=wild_lrs(30), dtype=dtype, **options)
 
 
 @pytest.fixture(scope="module", params=[2, 3, 4])
