@@ -15,8 +15,9 @@ The path of a gradient:
                          the state commits or skips                        `_followed`, the optimizer's class
 
 Horovod reduces what `compress` returns, one tensor a parameter under the parameter's name; here that is a dummy, one
-float32 that is 1 (a rank in hvd.join() counts as 0, and so is noticed). The messages travel by Horovod's all-gather, all-to-all and all-reduce, called from one thread in one
-order on every rank, whatever the order in which gradients become ready.
+float32 that is 1 (a rank in hvd.join() counts as 0, and so is noticed). The messages travel by Horovod's all-gather,
+all-to-all and all-reduce, called from one thread in one order on every rank, whatever the order in which gradients
+become ready.
 """
 
 from __future__ import annotations

@@ -79,3 +79,20 @@ def test_train_deepspeed_runs_under_both_launchers(tmp_path: Path, launcher: str
     saved = {p.name for p in (tmp_path / "saved").iterdir()}
     assert saved == {"latest", "global_step10", "global_step20", "global_step30"}
     assert (tmp_path / "saved" / "global_step20" / "saef").is_dir()
+
+
+def test_train_horovod_runs_and_resumes_on_other_ranks(tmp_path: Path) -> None:
+    """fp16, then sign; then from the checkpoint at step 20 with one rank more."""
+    pytest.importorskip("horovod", reason="needs Horovod: `make horovod` builds it")
+    found = []
+    for ranks, flags in (
+        ("2", ["--compression", "fp16", "--steps", "11"]),
+        ("2", ["--compression", "saef-sign", "--steps", "22", "--checkpoint", "saved", "--checkpoint-every", "10"]),
+        ("4", ["--compression", "saef-sign", "--steps", "33", "--checkpoint", "saved"]),
+    ):
+        launcher = [str(Path(sys.executable).parent / "horovodrun"), "--gloo", "-np", ranks, sys.executable]
+        run(*launcher, str(EXAMPLES / "train_horovod.py"), *flags, "--out", str(tmp_path / "out"), cwd=tmp_path)
+        found.append([json.loads(line) for line in (tmp_path / "out").read_text().splitlines()])
+    assert [[r["step"] for r in records] for records in found] == [[11], [11, 22], [22, 33]]
+    assert found[2][-1]["loss"] < 0.8 * found[1][0]["loss"] < 0.8 * 2.3  # log(10): better than guessing, and falling
+    assert found[1][-1]["bytes_per_step"] < found[0][0]["bytes_per_step"] / 5
