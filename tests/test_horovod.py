@@ -79,3 +79,15 @@ def test_horovod_equals_the_reference(horovod: HorovodPool, case: Case) -> None:
         close(run["x"], x)
         close(run["e"], workers.e[k])
         close(run["m"], workers.m[k])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("case", [case for case in PLAIN if case[1]] + SPECIAL[:2], ids=name)
+def test_horovod_on_a_gpu_is_ddp_bit_for_bit(pool: RankPool, horovod: HorovodPool, case: Case) -> None:
+    """The ranks share one GPU; messages travel from host memory."""
+    job = job_of(case, torch.float32)
+    job.device = "cuda"
+    runs = horovod.run(jobs.train, job, {})
+    for run, other in zip(runs, pool.run(train_ddp, job, ranks=horovod.ranks), strict=True):
+        for part in ("x", "e", "m", "e_server"):
+            assert torch.equal(run[part], other[part]), part

@@ -107,6 +107,13 @@ def misuse() -> None:
         hvd.DistributedOptimizer(sgd, **options)
     with pytest.raises(TypeError, match="needs torch.optim.SGD"):
         saef.SAEFState(net, optimizer)
+    transport: Any = compression.state.transport
+    transport.rank += 2
+    with pytest.raises(RuntimeError, match="Horovod was started anew"):
+        backward(net, optimizer, JOB, 0)
+    transport.rank -= 2
+    net = make_model(JOB, hvd.rank())
+    optimizer, _ = make(JOB, net)
     backward(net, optimizer, JOB, 0)
     optimizer.synchronize()
     nn.utils.clip_grad_norm_(net.parameters(), 1e-3)
