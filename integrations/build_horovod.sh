@@ -7,6 +7,7 @@
 #
 # Horovod 0.28.1, its last release, does not build against a current torch as it is. Changed in its source:
 #   - C++17 instead of 14, which torch's headers need, in two places: with only one of them linking fails;
+#   - headers it forgets, <string>, <cstdint> and <stdexcept>, which GCC 13 and newer do not include by the way;
 #   - with Gloo a vector was reserved where it had to be resized, so that no stall limit worked, and ranks that wait
 #     for one another waited for ever;
 #   - a rank that waited for a collective took and dropped Python's lock in a loop, so that with fewer cores than threads
@@ -43,11 +44,12 @@ if ! ls "$wheels"/horovod-*.whl > /dev/null 2>&1; then
     export HOROVOD_WITH_PYTORCH=1 HOROVOD_WITHOUT_TENSORFLOW=1 HOROVOD_WITHOUT_MXNET=1
     export HOROVOD_WITH_GLOO=1 HOROVOD_WITHOUT_MPI="${HOROVOD_WITHOUT_MPI-1}"
     export HOROVOD_CPU_OPERATIONS="${HOROVOD_CPU_OPERATIONS-GLOO}"
+    export CXXFLAGS="${CXXFLAGS-} -include string -include cstdint -include stdexcept"
     export CMAKE_POLICY_VERSION_MINIMUM=3.5 LDFLAGS="${LDFLAGS-} -s" MAKEFLAGS="${MAKEFLAGS:--j$(nproc)}"
     export PATH="$work/cmake/cmake/data/bin:$(dirname "$python"):$PATH"  # Horovod's own build calls `python`
     pip wheel --no-deps --no-build-isolation -w "$work/wheels" "$source" > "$work/log" 2>&1 || {
-        tail -n 60 "$work/log" >&2
-        echo "Horovod could not be built; above is the end of what the build printed." >&2
+        grep -n -A 4 'error:' "$work/log" | head -n 60 >&2 || tail -n 60 "$work/log" >&2
+        echo "Horovod could not be built; above is what the build printed about errors." >&2
         exit 1
     }
     mkdir -p "$wheels"
