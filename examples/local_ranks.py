@@ -34,4 +34,5 @@ def _rank(rank: int, ranks: int, folder: str, work: Callable, args: tuple) -> No
     result = work(*args)
     if rank == 0:
         torch.save(result, Path(folder, "result"))
+    dist.barrier()  # a process that ends while gloo's threads let go of the last step's tensors may abort
     dist.destroy_process_group()

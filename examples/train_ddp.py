@@ -235,6 +235,7 @@ def main() -> None:
         dist.init_process_group("gloo", **rendezvous())
     records = train(args, load(args.data, args.fm14).to(device), device, label=args.method)
     report(records, args.out)
+    dist.barrier()  # a process that ends while gloo's threads let go of the last step's tensors may abort
     dist.destroy_process_group()
 
 
