@@ -4,12 +4,11 @@
 """
 
 import argparse
-import time
 from typing import Any
 
 import horovod.torch as hvd
 import torch
-from machine import describe, table
+from machine import describe, interleaved, table
 from torch import nn
 
 import saef
@@ -52,15 +51,8 @@ def main() -> None:
     torch.set_num_threads(1)
     hvd.init()
     trainers = {name: Trainer(args, method) for name, method in METHODS.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in trainers}
-    for r in range(args.rounds + 2):  # two to compile and to allocate
-        for name, trainer in trainers.items():
-            hvd.barrier()
-            start = time.perf_counter()
-            trainer.step()
-            hvd.barrier()
-            if r >= 2:
-                seconds[name].append(time.perf_counter() - start)
+    work = {name: trainer.step for name, trainer in trainers.items()}
+    seconds = interleaved(work, args.rounds, barrier=hvd.barrier, warm_up=2)
     if hvd.rank() == 0:
         plain = next(iter(trainers))
         d = sum(p.numel() for p in trainers[plain].model.parameters())

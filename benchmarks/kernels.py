@@ -106,22 +106,11 @@ def main() -> None:
         "torch operations: decode and sum 4 signs": lambda: torch_sum_chain(bits, n),
     }
     print(describe())
-    where = "1 thread"
-    if device.type == "cuda":
-        where = torch.cuda.get_device_name(device)
-        work = {name: synchronized(run) for name, run in work.items()}
+    gpu = device.type == "cuda"
+    where = torch.cuda.get_device_name(device) if gpu else "1 thread"
     print(f"kernels   {n:,} float32, block {block}, {where}, {args.rounds} interleaved rounds, ratio to torch.clone\n")
-    print(table(interleaved(work, args.rounds), "torch.clone"))
-
-
-def synchronized(run: Callable[[], object]) -> Callable[[], object]:
-    """`run`, to the end of what it has launched on the GPU."""
-
-    def wait() -> None:
-        run()
-        torch.cuda.synchronize()
-
-    return wait
+    wait = {"barrier": torch.cuda.synchronize} if gpu else {}
+    print(table(interleaved(work, args.rounds, **wait), "torch.clone"))
 
 
 if __name__ == "__main__":

@@ -28,16 +28,27 @@ def describe() -> str:
     )
 
 
-def interleaved(work: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each piece of work, `rounds` times in turn, so that a noisy neighbour hits all alike."""
-    for run in work.values():
-        run()  # compile, allocate
+def interleaved(
+    work: dict[str, Callable[[], object]],
+    rounds: int,
+    *,
+    barrier: Callable[[], object] = lambda: None,
+    warm_up: int = 1,
+) -> dict[str, list[float]]:
+    """Seconds of each piece of work, `rounds` times in turn, so that a noisy neighbour hits all alike.
+
+    barrier: waits for the other ranks, or for a GPU, before and after each piece.
+    warm_up: rounds that do not count: to compile, to allocate.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in work}
-    for _ in range(rounds):
+    for r in range(warm_up + rounds):
         for name, run in work.items():
+            barrier()
             start = time.perf_counter()
             run()
-            seconds[name].append(time.perf_counter() - start)
+            barrier()
+            if r >= warm_up:
+                seconds[name].append(time.perf_counter() - start)
     return seconds
 
 

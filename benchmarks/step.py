@@ -13,13 +13,12 @@ import argparse
 import json
 import os
 import tempfile
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from machine import describe, table
+from machine import describe, interleaved, table
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -146,15 +145,9 @@ def run_rank(rank: int, args: argparse.Namespace, store: str) -> None:
     os.environ["LOCAL_RANK"] = str(rank)
     kind, methods = (EngineTrainer, ENGINES) if args.deepspeed else (Trainer, METHODS)
     trainers = {name: kind(args, settings) for name, settings in methods.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in trainers}
-    for r in range(args.rounds + 2):  # two to compile, to allocate, and for DDP to rebuild its buckets
-        for name, trainer in trainers.items():
-            dist.barrier()
-            start = time.perf_counter()
-            trainer.step()
-            dist.barrier()
-            if r >= 2:
-                seconds[name].append(time.perf_counter() - start)
+    # Two rounds to compile, to allocate, and for DDP to rebuild its buckets.
+    work = {name: trainer.step for name, trainer in trainers.items()}
+    seconds = interleaved(work, args.rounds, barrier=dist.barrier, warm_up=2)
     if rank == 0:
         report(args, trainers, seconds)
     if args.trace:

@@ -5,12 +5,12 @@ from typing import Any
 
 import horovod.torch as hvd
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 import saef
 from saef.integrations.horovod import SAEFCompression
-from training import Job, batch, flat, make_model, make_optimizer
+from training import Job, flat, make_model, make_optimizer, micro_batches, outcome, set_lr
 
 
 def make(job: Job, net: nn.Module, **options: Any) -> tuple[Any, saef.SAEFState]:
@@ -29,11 +29,9 @@ def make(job: Job, net: nn.Module, **options: Any) -> tuple[Any, saef.SAEFState]
 
 def backward(net: nn.Module, optimizer: Any, job: Job, t: int) -> None:
     """The gradients of step t."""
-    for g, options in zip(optimizer.param_groups, job.groups, strict=True):
-        g["lr"] = job.lrs[t] * options.get("lr", 1.0)
+    set_lr(optimizer, job, job.lrs[t])
     optimizer.zero_grad()
-    x, y = (v.to(job.device) for v in batch(hvd.rank(), job.first + t, job.dtype))
-    parts = list(zip(x.chunk(job.micro_batches), y.chunk(job.micro_batches), strict=True))
+    parts = micro_batches(job, hvd.rank(), t)
     for xs, ys in parts:
         (F.mse_loss(net(xs), ys) / len(parts)).backward()
 
@@ -42,10 +40,6 @@ def steps(net: nn.Module, optimizer: Any, job: Job, which: Iterable[int]) -> Non
     for t in which:
         backward(net, optimizer, job, t)
         optimizer.step()
-
-
-def everything(state: saef.SAEFState) -> list[Tensor]:
-    return [v.cpu().clone() for v in (state.weights.x(), state.e, state.m, state.e_server)]
 
 
 def train(job: Job, options: dict[str, Any]) -> dict[str, Any]:
@@ -61,13 +55,4 @@ def train(job: Job, options: dict[str, Any]) -> dict[str, Any]:
     for t in range(len(job.lrs)):
         steps(net, optimizer, job, [t])
         trajectory.append(flat(net))
-    _, e, m, e_server = everything(state)
-    return {
-        "x": torch.stack(trajectory),
-        "e": e,
-        "m": m,
-        "e_server": e_server,
-        "metrics": state.metrics(),
-        "strategy": state.strategy,
-        "buckets": len(state._plans),
-    }
+    return outcome(state, trajectory)

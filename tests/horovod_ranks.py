@@ -9,11 +9,12 @@ import pickle
 import subprocess
 import sys
 import tempfile
-import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import Any
+
+from ranks import answer, receive
 
 TIMEOUT_S = 120
 STALL_S = 12  # after which Horovod ends a job with a silent rank, in these tests
@@ -44,15 +45,7 @@ class HorovodPool:
             self._start()
         for pipe in self._pipes:
             pipe.send_bytes(pickle.dumps((job, args)))
-        results, failures = [], []
-        for rank, pipe in enumerate(self._pipes):
-            try:
-                if not pipe.poll(TIMEOUT_S):
-                    raise EOFError
-                ok, value = pickle.loads(pipe.recv_bytes())
-            except (EOFError, OSError):
-                ok, value = False, "died, or gave no answer in time"
-            (results if ok else failures).append(value if ok else f"rank {rank}: {value}")
+        results, failures = receive(self._pipes, TIMEOUT_S)
         if failures:
             said = self.stop()
             raise AssertionError("\n".join([*failures, "horovodrun printed:", said[-3000:]]))
@@ -108,11 +101,7 @@ def main() -> None:
         except EOFError:  # the pool was stopped
             os._exit(0)
         torch.manual_seed(0)
-        try:
-            answer = pickle.dumps((True, job(*args)))
-        except BaseException:
-            answer = pickle.dumps((False, traceback.format_exc()))
-        pipe.send_bytes(answer)
+        pipe.send_bytes(answer(job, *args))
 
 
 if __name__ == "__main__":

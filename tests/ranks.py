@@ -31,15 +31,7 @@ class RankPool:
             self._start()
         for pipe in self._pipes[:ranks]:
             pipe.send_bytes(pickle.dumps((job, ranks, args)))
-        results, failures = [], []
-        for rank, pipe in enumerate(self._pipes[:ranks]):
-            try:
-                if not pipe.poll(2 * TIMEOUT_S):
-                    raise EOFError
-                ok, value = pickle.loads(pipe.recv_bytes())
-            except (EOFError, OSError):
-                ok, value = False, "died, or gave no answer in time"
-            (results if ok else failures).append(value if ok else f"rank {rank}: {value}")
+        results, failures = receive(self._pipes[:ranks], 2 * TIMEOUT_S)
         if failures:
             self.stop()
             raise AssertionError("\n".join(failures))
@@ -63,6 +55,28 @@ class RankPool:
         self._processes, self._pipes = [], []
 
 
+def receive(pipes: list[Any], timeout_s: float) -> tuple[list[Any], list[str]]:
+    """The ranks' answers: (results, what went wrong on which rank)."""
+    results, failures = [], []
+    for rank, pipe in enumerate(pipes):
+        try:
+            if not pipe.poll(timeout_s):
+                raise EOFError
+            ok, value = pickle.loads(pipe.recv_bytes())
+        except (EOFError, OSError):
+            ok, value = False, "died, or gave no answer in time"
+        (results if ok else failures).append(value if ok else f"rank {rank}: {value}")
+    return results, failures
+
+
+def answer(job: Callable[..., Any], *args: Any) -> bytes:
+    """What `receive` takes: the job's result, or its traceback."""
+    try:
+        return pickle.dumps((True, job(*args)))
+    except BaseException:
+        return pickle.dumps((False, traceback.format_exc()))
+
+
 def _serve(rank: int, world: int, store: str, pipe: Any) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["LOCAL_RANK"] = str(rank)  # as launchers set it; DeepSpeed asks for it
@@ -84,8 +98,4 @@ def _serve(rank: int, world: int, store: str, pipe: Any) -> None:
         except EOFError:  # the parent is gone
             os._exit(0)
         torch.manual_seed(0)
-        try:
-            answer = pickle.dumps((True, job(groups[ranks], *args)))
-        except BaseException:
-            answer = pickle.dumps((False, traceback.format_exc()))
-        pipe.send_bytes(answer)
+        pipe.send_bytes(answer(job, groups[ranks], *args))

@@ -18,11 +18,12 @@ import horovod.torch as hvd
 from horovod.torch import mpi_ops
 
 import saef
-from horovod_jobs import backward, everything, make, steps, train
+from horovod_jobs import backward, make, steps, train
 from horovod_ranks import HorovodPool
 from ranks import RankPool
 from saef import buckets
 from saef.agreement import checksum
+from test_bad_numbers import same, snapshot
 from training import Job, batch, flat, make_model, make_net
 from training import train as train_ddp
 
@@ -102,7 +103,7 @@ def save(job: Job, folder: Path) -> tuple[list[Tensor], Tensor]:
     x_tilde = state.x_tilde()
     state.abandon()
     steps(net, optimizer, job, range(STOP, END))
-    return everything(state), x_tilde
+    return snapshot(state), x_tilde
 
 
 def resume(job: Job, folder: Path) -> tuple[list[Tensor], Tensor]:
@@ -116,7 +117,7 @@ def resume(job: Job, folder: Path) -> tuple[list[Tensor], Tensor]:
     optimizer.load_state_dict(extra["optimizer"])
     x_tilde = state.x_tilde()
     steps(net, optimizer, job, range(STOP, END))
-    return everything(state), x_tilde
+    return snapshot(state), x_tilde
 
 
 @pytest.mark.parametrize("exchange", ["replicated", "sharded"])
@@ -127,7 +128,7 @@ def test_a_job_resumes_bit_for_bit_and_with_another_np(
     saved = horovods[2].run(save, job, tmp_path)
     horovods[2].stop()  # by other processes
     for (ends, x_tilde), (again, x_tilde_again) in zip(saved, horovods[2].run(resume, job, tmp_path), strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(ends, again, strict=True))
+        assert same(ends, again)
         assert torch.equal(x_tilde, x_tilde_again)
     for ranks in (1, 3):
         for ends, x_tilde in (resumed := horovods[ranks].run(resume, job, tmp_path)):
@@ -190,13 +191,13 @@ def skip() -> None:
     net = make_model(job, hvd.rank())
     optimizer, state = make(job, net)
     steps(net, optimizer, job, range(20))
-    before = everything(state)
+    before = snapshot(state)
     optimizer.zero_grad()
     x, y = batch(hvd.rank(), 20, torch.float32)
     (F.mse_loss(net(x), y) * (math.nan if hvd.rank() == 1 else 1.0)).backward()
     optimizer.step()
     assert (state.steps, state.skipped) == (20, 1)
-    assert all(torch.equal(a, b) for a, b in zip(before, everything(state), strict=True))
+    assert same(before, snapshot(state))
     optimizer.zero_grad()  # a backward that is given up
     F.mse_loss(net(x), y).backward()
     optimizer.synchronize()

@@ -107,11 +107,9 @@ def train(group: dist.ProcessGroup, job: Job) -> dict[str, Any]:
     model.register_comm_hook(state, saef_hook)
     rank, trajectory = dist.get_rank(group), [flat(net)]
     for t, lr in enumerate(job.lrs):
-        for g, options in zip(optimizer.param_groups, job.groups, strict=True):
-            g["lr"] = lr * options.get("lr", 1.0)
+        set_lr(optimizer, job, lr)
         optimizer.zero_grad()
-        x, y = (v.to(job.device) for v in batch(rank, job.first + t, job.dtype))
-        parts = list(zip(x.chunk(job.micro_batches), y.chunk(job.micro_batches), strict=True))
+        parts = micro_batches(job, rank, t)
         for xs, ys in parts[:-1]:
             with model.no_sync():
                 (nn.functional.mse_loss(model(xs), ys) / len(parts)).backward()
@@ -119,6 +117,21 @@ def train(group: dist.ProcessGroup, job: Job) -> dict[str, Any]:
         (nn.functional.mse_loss(model(xs), ys) / len(parts)).backward()
         optimizer.step()
         trajectory.append(flat(net))
+    return outcome(state, trajectory)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, job: Job, lr: float) -> None:
+    for g, options in zip(optimizer.param_groups, job.groups, strict=True):
+        g["lr"] = lr * options.get("lr", 1.0)
+
+
+def micro_batches(job: Job, rank: int, t: int) -> list[tuple[Tensor, Tensor]]:
+    x, y = (v.to(job.device) for v in batch(rank, job.first + t, job.dtype))
+    return list(zip(x.chunk(job.micro_batches), y.chunk(job.micro_batches), strict=True))
+
+
+def outcome(state: SAEFState, trajectory: list[Tensor]) -> dict[str, Any]:
+    """What the tests look at after training: x before and after every step, and the state at the end."""
     return {
         "x": torch.stack(trajectory),
         "e": state.e.cpu().clone(),
