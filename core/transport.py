@@ -11,6 +11,7 @@ import os
 import queue
 import threading
 import weakref
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -26,8 +27,8 @@ T = TypeVar("T")
 Context = Callable[[], AbstractContextManager[Any]]
 
 
-class Ordered:
-    """The part of a `saef.exchange.Transport` that keeps collectives in order; subclasses have the collectives.
+class Ordered(ABC):
+    """The part of a `saef.exchange.Transport` that keeps collectives in order, and counts; subclasses have them.
 
     Args:
         rank, size: of this process among those that exchange.
@@ -96,6 +97,32 @@ class Ordered:
             f"cause: {cause}"
         )
 
+    def all_gather(self, message: Tensor, sizes: Sequence[int], purpose: str) -> Tensor:
+        self.sent_bytes[purpose] += message.numel() * (self.size - 1)
+        return message if self.size == 1 else self._all_gather(message, sizes, purpose)
+
+    def all_to_all(self, message: Tensor, sizes: Sequence[int], received: int, purpose: str) -> Tensor:
+        self.sent_bytes[purpose] += sum(sizes) - sizes[self.rank]
+        out = message if self.size == 1 else self._all_to_all(message, sizes, received, purpose)
+        return out.view(self.size, received)
+
+    def mean(self, v: Tensor, purpose: str) -> None:
+        self.sent_bytes[purpose] += 2 * (self.size - 1) * v.numel() * v.element_size() // self.size
+        if self.size > 1:
+            self._sum(v, purpose)
+            v.div_(self.size)
+
+    # What subclasses move, among more than one rank.
+
+    @abstractmethod
+    def _all_gather(self, message: Tensor, sizes: Sequence[int], purpose: str) -> Tensor: ...
+
+    @abstractmethod
+    def _all_to_all(self, message: Tensor, sizes: Sequence[int], received: int, purpose: str) -> Tensor: ...
+
+    @abstractmethod
+    def _sum(self, v: Tensor, purpose: str) -> None: ...
+
 
 class TorchTransport(Ordered):
     """A `Transport` over a torch.distributed process group.
@@ -118,10 +145,7 @@ class TorchTransport(Ordered):
         super().__init__(rank, dist.get_world_size(group), device, thread=cpu)
         self.group: Any = _private_gloo(group) if cpu else group  # a gloo backend has the same methods
 
-    def all_gather(self, message: Tensor, sizes: Sequence[int], purpose: str) -> Tensor:
-        self.sent_bytes[purpose] += message.numel() * (self.size - 1)
-        if self.size == 1:
-            return message
+    def _all_gather(self, message: Tensor, sizes: Sequence[int], purpose: str) -> Tensor:
         out = message.new_empty(sum(sizes))
         if len(set(sizes)) == 1:
             self.group._allgather_base(out, message).wait()
@@ -130,19 +154,13 @@ class TorchTransport(Ordered):
             self.group.alltoall_base(out, copies, list(sizes), [message.numel()] * self.size).wait()
         return out
 
-    def all_to_all(self, message: Tensor, sizes: Sequence[int], received: int, purpose: str) -> Tensor:
-        self.sent_bytes[purpose] += sum(sizes) - sizes[self.rank]
-        if self.size == 1:
-            return message.view(1, -1)
+    def _all_to_all(self, message: Tensor, sizes: Sequence[int], received: int, purpose: str) -> Tensor:
         out = message.new_empty(self.size * received)
         self.group.alltoall_base(out, message, [received] * self.size, list(sizes)).wait()
-        return out.view(self.size, received)
+        return out
 
-    def mean(self, v: Tensor, purpose: str) -> None:
-        self.sent_bytes[purpose] += 2 * (self.size - 1) * v.numel() * v.element_size() // self.size
-        if self.size > 1:
-            self.group.allreduce([v]).wait()
-            v.div_(self.size)
+    def _sum(self, v: Tensor, purpose: str) -> None:
+        self.group.allreduce([v]).wait()
 
 
 def _private_gloo(group: dist.ProcessGroup) -> Any:

@@ -65,22 +65,19 @@ class HorovodTransport(Ordered):
         super().__init__(hvd.rank(), hvd.size(), device, thread=True)
         self._prefix = f"saef.{next(_numbers)}"
 
-    def all_gather(self, message: Tensor, sizes: Sequence[int], purpose: str) -> Tensor:
-        self.sent_bytes[purpose] += message.numel() * (self.size - 1)
+    def _all_gather(self, message: Tensor, sizes: Sequence[int], purpose: str) -> Tensor:
         out: Tensor = _wait(hvd.allgather_async(message.cpu(), f"{self._prefix}.{purpose}.{sum(sizes)}"))
         return out.to(self.device)
 
-    def all_to_all(self, message: Tensor, sizes: Sequence[int], received: int, purpose: str) -> Tensor:
-        self.sent_bytes[purpose] += sum(sizes) - sizes[self.rank]
+    def _all_to_all(self, message: Tensor, sizes: Sequence[int], received: int, purpose: str) -> Tensor:
         splits, name = torch.tensor(sizes, dtype=torch.int32), f"{self._prefix}.{purpose}.{message.numel()}"
         out: Tensor = _wait(hvd.alltoall_async(message.cpu(), splits, name))[0]
-        return out.to(self.device).view(self.size, received)
+        return out.to(self.device)
 
-    def mean(self, v: Tensor, purpose: str) -> None:
-        self.sent_bytes[purpose] += 2 * (self.size - 1) * v.numel() * v.element_size() // self.size
+    def _sum(self, v: Tensor, purpose: str) -> None:
         host = v.cpu()
         _wait(hvd.allreduce_async_(host, op=hvd.Sum, name=f"{self._prefix}.{purpose}.{v.numel()}"))
-        v.copy_(host).div_(self.size)
+        v.copy_(host)
 
 
 def _wait(handle: Any) -> Any:
