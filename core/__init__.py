@@ -8,24 +8,31 @@ model.register_comm_hook(state, saef.hooks.saef_hook)
 
 from importlib.metadata import version
 
-from .averaging import AllReduce, Averaging, Rotating
+from .averaging import AllReduce, Averaging, LocalStep, Rotating, Slack
 from .codec import Codec, message_bytes
 from .compressors import Compressor, Identity, MajorityVote, MinSize, ScaledSign, TopK
+from .gossip import AsyncParameterServer, AsyncRing, Gossip, Ring
 from .state import SAEFState
 from .storage import load_checkpoint, save_checkpoint
 
 __version__ = version("saef")
 __all__ = [
     "AllReduce",
+    "AsyncParameterServer",
+    "AsyncRing",
     "Averaging",
     "Codec",
     "Compressor",
+    "Gossip",
     "Identity",
+    "LocalStep",
     "MajorityVote",
     "MinSize",
+    "Ring",
     "Rotating",
     "SAEFState",
     "ScaledSign",
+    "Slack",
     "TopK",
     "__version__",
     "load_checkpoint",

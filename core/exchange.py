@@ -80,6 +80,13 @@ class Transport(Protocol):
         """v <- mean over the ranks, in place; the same bits on every rank."""
         ...
 
+    def send_receive(self, v: Tensor, to: Sequence[int], sources: Sequence[int], purpose: str) -> list[Tensor]:
+        """Send v to the ranks of `to`; receive one vector like it from each of `sources`, in this order.
+
+        Both are ascending and without this rank. A rank with nothing to send or receive calls it too.
+        """
+        ...
+
 
 def two_way(
     transport: Transport,

@@ -28,7 +28,7 @@ from torch.futures import Future
 
 from . import agreement, kernels
 from .attachment import Attachment
-from .averaging import Averaging
+from .averaging import Averaging, check_for_errors
 from .buckets import SPARSE, Buckets, gather
 from .codec import message_bytes
 from .compressors import DENSE, Compressor, ScaledSign
@@ -92,6 +92,8 @@ class Step:
         group = process_group or getattr(model, "process_group", None)
         self.transport = transport or TorchTransport(group, weights.device)
         agreement.compare_settings(self)
+        if settings.averaging is not None:
+            check_for_errors(settings.averaging, self.transport.size)
         self._place_servers()
         self._allocate(hyper)
 

@@ -112,6 +112,10 @@ class Ordered(ABC):
             self._sum(v, purpose)
             v.div_(self.size)
 
+    def send_receive(self, v: Tensor, to: Sequence[int], sources: Sequence[int], purpose: str) -> list[Tensor]:
+        self.sent_bytes[purpose] += len(to) * v.numel() * v.element_size()
+        return self._send_receive(v, to, sources, purpose) if self.size > 1 else []
+
     # What subclasses move, among more than one rank.
 
     @abstractmethod
@@ -122,6 +126,11 @@ class Ordered(ABC):
 
     @abstractmethod
     def _sum(self, v: Tensor, purpose: str) -> None: ...
+
+    @abstractmethod
+    def _send_receive(
+        self, v: Tensor, to: Sequence[int], sources: Sequence[int], purpose: str
+    ) -> list[Tensor]: ...
 
 
 class TorchTransport(Ordered):
@@ -144,6 +153,7 @@ class TorchTransport(Ordered):
             raise ValueError("this rank is not a member of process_group; create the state on its members only")
         super().__init__(rank, dist.get_world_size(group), device, thread=cpu)
         self.group: Any = _private_gloo(group) if cpu else group  # a gloo backend has the same methods
+        self._nccl = not cpu and group._get_backend(device).name() == "nccl"
 
     def _all_gather(self, message: Tensor, sizes: Sequence[int], purpose: str) -> Tensor:
         out = message.new_empty(sum(sizes))
@@ -161,6 +171,22 @@ class TorchTransport(Ordered):
 
     def _sum(self, v: Tensor, purpose: str) -> None:
         self.group.allreduce([v]).wait()
+
+    def _send_receive(self, v: Tensor, to: Sequence[int], sources: Sequence[int], purpose: str) -> list[Tensor]:
+        if self._nccl:
+            received = [torch.empty_like(v) for _ in sources]
+            peer = partial(dist.get_global_rank, self.group)
+            batch = [dist.P2POp(dist.irecv, t, peer(r), self.group) for r, t in zip(sources, received, strict=True)]
+            batch += [dist.P2POp(dist.isend, v, peer(r), self.group) for r in to]
+            works = dist.batch_isend_irecv(batch) if batch else []
+        else:  # gloo sends to single ranks from the host only
+            host = v.cpu()
+            received = [torch.empty_like(host) for _ in sources]
+            works = [self.group.recv([out], r, 0) for r, out in zip(sources, received, strict=True)]
+            works += [self.group.send([host], r, 0) for r in to]
+        for work in works:
+            work.wait()
+        return [out.to(v.device) for out in received]
 
 
 def _private_gloo(group: dist.ProcessGroup) -> Any:

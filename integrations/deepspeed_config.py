@@ -19,7 +19,15 @@ COMPRESSORS: dict[str, type[Any]] = {
     "majority_vote": saef.MajorityVote,
     "min_size": saef.MinSize,
 }
-AVERAGING: dict[str, type[Any]] = {"allreduce": saef.AllReduce, "rotating": saef.Rotating}
+AVERAGING: dict[str, type[Any]] = {
+    "allreduce": saef.AllReduce,
+    "local_step": saef.LocalStep,
+    "rotating": saef.Rotating,
+    "slack": saef.Slack,
+    "ring": saef.Ring,
+    "async_ring": saef.AsyncRing,
+    "gossip": saef.Gossip,
+}
 # Settings that are objects in JSON, of which types, and what else they can be.
 OBJECTS: list[tuple[str, dict[str, type[Any]], tuple[Any, ...]]] = [
     ("compressor", COMPRESSORS, ()),

@@ -79,6 +79,13 @@ class HorovodTransport(Ordered):
         _wait(hvd.allreduce_async_(host, op=hvd.Sum, name=f"{self._prefix}.{purpose}.{v.numel()}"))
         v.copy_(host)
 
+    def _send_receive(self, v: Tensor, to: Sequence[int], sources: Sequence[int], purpose: str) -> list[Tensor]:
+        """Horovod has nothing between two ranks alone: an all-to-all in which others get nothing."""
+        splits = torch.tensor([v.numel() if r in to else 0 for r in range(self.size)], dtype=torch.int32)
+        host, name = v.cpu().repeat(len(to)), f"{self._prefix}.{purpose}.neighbours.{v.numel()}"
+        out: Tensor = _wait(hvd.alltoall_async(host, splits, name))[0]
+        return list(out.to(self.device).view(len(sources), v.numel()).unbind()) if sources else []
+
 
 def _wait(handle: Any) -> Any:
     """The result of a collective. Horovod's own wait keeps a core and Python's lock busy, which others need."""

@@ -21,6 +21,7 @@ Compressor = Callable[[Tensor], Tensor]  # one block (n,) -> what arrives of it 
 PerParameter = float | Sequence[float]  # one value for all parameters, or a list with one for each
 Gradient = Tensor | Sequence[Tensor]  # flat (d,), or a list of tensors in the order of the parameters
 GradFn = Callable[[int, int, list[Tensor]], Gradient]  # (k, t, parameters) -> worker k's gradient at step t
+Protocol = Callable[[int, list[Tensor]], list[Tensor]]  # (t, the workers' states) -> their states after step t
 
 
 def sign(v: Tensor) -> Tensor:
@@ -84,7 +85,7 @@ class Settings:
     compressor      C, applied to each block; block: "layer" or a maximal size, see `Partition`
     server          "same": double-way with C; None: single-way, R = D; or the server's own compressor
     step_ahead      s in x_half = x - s e_k; 1: SAEF, 0: plain error feedback (EF)
-    averaging       None (p = inf), ("allreduce", p) or ("rotating", p), see `SAEF.begin_step`
+    averaging       None (p = inf), ("allreduce", p) or ("rotating", p), see `SAEF.begin_step`; or a `Protocol`
     momentum        mu; u = m, or g + mu m if nesterov; no dampening
     weight_decay    lambda; mode "coupled": in g, at x_half; "outer": uncompressed, at x (dist-EF appendix A)
     max_grad_norm   clips each worker's whole gradient, before weight decay and momentum
@@ -96,7 +97,7 @@ class Settings:
     server: str | Compressor | None = "same"
     block: str | int = "layer"
     step_ahead: float = 1.0
-    averaging: tuple[str, int] | None = None
+    averaging: tuple[str, int] | Protocol | None = None
     momentum: PerParameter = 0.0
     nesterov: bool | Sequence[bool] = False
     weight_decay: PerParameter = 0.0
@@ -167,6 +168,34 @@ class Workers:
         return self.x
 
 
+def ring(t: int, X: list[Tensor]) -> list[Tensor]:
+    """Each worker takes the mean of both its neighbours and itself; of two workers, of both. MixML SyncDR."""
+    K = len(X)
+    return [mean([X[j] for j in sorted({(k - 1) % K, k, (k + 1) % K})]) for k in range(K)]
+
+
+def slack(gamma: float) -> Protocol:
+    """x_k <- x_k + gamma/K sum_j (x_j - x_k). MixML section 6."""
+    return lambda t, X: [x + gamma / len(X) * sum(y - x for y in X) for x in X]
+
+
+def pairs(meetings: Callable[[int, int], list[tuple[int, int]]]) -> Protocol:
+    """In step t the pairs meetings(t, K) average, one after the other. MixML AsyncDR."""
+
+    def protocol(t: int, X: list[Tensor]) -> list[Tensor]:
+        X = list(X)
+        for i, j in meetings(t, len(X)):
+            X[i] = X[j] = mean([X[i], X[j]])
+        return X
+
+    return protocol
+
+
+def every(period: int, protocol: Protocol) -> Protocol:
+    """The protocol in those steps t with (t + 1) % period == 0; nothing in the others."""
+    return lambda t, X: protocol(t, X) if (t + 1) % period == 0 else X
+
+
 class SAEF(Workers):
     """SAEF Algorithm 1: EF-SGD(M) at step_ahead = 0, SAEF-SGD(M) at 1. Errors are in parameter units.
 
@@ -189,13 +218,16 @@ class SAEF(Workers):
 
         allreduce p: all d of them iff (t+1) % p == 0. rotating p: [d j // p, d (j+1) // p) with j = t % p.
         """
+        self.begun = True
+        if callable(self.settings.averaging):
+            self.e = self.settings.averaging(self.t, self.e)
+            return
         kind, p = self.settings.averaging or (None, 1)
         j, d = self.t % p, self.d
         everything = (0, d) if (self.t + 1) % p == 0 else (0, 0)  # Alg. 1, line 6
         a, b = {None: (0, 0), "allreduce": everything, "rotating": (d * j // p, d * (j + 1) // p)}[kind]
         average = mean(self.e)
         self.e = [torch.cat([e[:a], average[a:b], e[b:]]) for e in self.e]  # Alg. 1, line 7
-        self.begun = True
 
     def x_half(self, k: int) -> list[Tensor]:
         """x_half = x - s e_k, tensors with the parameters' shapes. Alg. 1, line 9."""

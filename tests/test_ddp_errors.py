@@ -218,7 +218,7 @@ def lose_a_rank(group: dist.ProcessGroup, averaging: Any) -> str:
     return "nothing was raised"
 
 
-@pytest.mark.parametrize("averaging", [None, saef.AllReduce(1)], ids=["in the exchange", "in averaging"])
+@pytest.mark.parametrize("averaging", [None, saef.AllReduce(1), saef.Ring(), saef.AsyncRing(5)], ids=repr)
 def test_a_silent_rank_is_an_error_within_the_timeout(pool: RankPool, averaging: Any) -> None:
     said = pool.run(silent, averaging)
     assert said[1] == "silent"

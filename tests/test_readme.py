@@ -7,7 +7,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 
 import saef
-from saef.integrations.deepspeed_config import COMPRESSORS, HYPER, SETTINGS
+from saef.integrations.deepspeed_config import AVERAGING, COMPRESSORS, HYPER, SETTINGS
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
 
@@ -21,8 +21,8 @@ def test_the_keys_of_deepspeeds_json_and_their_defaults() -> None:
     for key in (*HYPER, *SETTINGS):
         shown = json.loads(listed[key][2].strip("`"))
         assert (saef.ScaledSign() if shown == {"type": "sign"} else shown) == defaults[key], key
-    for name, kind in COMPRESSORS.items():
-        (row,) = [row for row in rows if row[0] == f'| `"{name}"`']
+    for name, kind in {**COMPRESSORS, **AVERAGING}.items():
+        (row,) = [row for row in rows if f'`"{name}"`' in row[0]]
         shown = dict(re.findall(r"`(\w+)`(?: \(([^)]*)\))?", row[1]))
         assert shown == {f.name: "" if f.default is MISSING else str(f.default) for f in fields(kind)}, name
 
