@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
 from torch.futures import Future
 
 T = TypeVar("T")
@@ -190,17 +191,25 @@ class TorchTransport(Ordered):
 
 
 def _private_gloo(group: dist.ProcessGroup) -> Any:
-    """A gloo group of the same ranks that nobody else uses. Collective over `group`.
+    """A gloo group of the same ranks that nobody else uses. Collective over `group`."""
+    return gloo(private_store(group), dist.get_rank(group), dist.get_world_size(group), group)
+
+
+def private_store(group: dist.ProcessGroup) -> Store:
+    """A key-value store for these ranks alone, in which new groups find their members. Collective over `group`.
 
     Not `dist.new_group`: it needs all ranks of the job to call it or, with use_local_synchronization, that
     its members have created equally many groups before; both can hang. Rank 0 draws the name instead.
     """
     token = torch.randint(2**62, (1,), dtype=torch.int64, generator=torch.Generator().manual_seed(_seed()))
     dist.broadcast(token, dist.get_global_rank(group, 0), group=group)
-    c10d = dist.distributed_c10d
-    store = c10d.PrefixStore(f"saef-{token.item()}", c10d._get_default_store())
-    timeout = group._get_backend(torch.device("cpu")).options._timeout
-    return c10d.ProcessGroupGloo(store, dist.get_rank(group), dist.get_world_size(group), timeout)
+    return PrefixStore(f"saef-{token.item()}", _get_default_store())
+
+
+def gloo(store: Store, rank: int, size: int, like: dist.ProcessGroup) -> Any:
+    """A gloo group of `size` ranks that meet in `store`, with the timeout of `like`."""
+    timeout = like._get_backend(torch.device("cpu")).options._timeout
+    return dist.distributed_c10d.ProcessGroupGloo(store, rank, size, timeout)
 
 
 def _seed() -> int:

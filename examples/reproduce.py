@@ -29,6 +29,10 @@ METHODS = {
     "SAEF top-1 %, p = 20": ["--method", "saef-topk", "--averaging", "allreduce", "--period", "20"],
     "SAEF top-1 %, p = 1": ["--method", "saef-topk", "--averaging", "allreduce", "--period", "1"],
     "SAEF top-1 %, Rotating(20)": ["--method", "saef-topk", "--averaging", "rotating", "--period", "20"],
+    "SAEF top-1 %, AllReduce(5)": ["--method", "saef-topk", "--averaging", "allreduce", "--period", "5"],
+    "SAEF top-1 %, Rotating(5)": ["--method", "saef-topk", "--averaging", "rotating", "--period", "5"],
+    "SAEF top-1 %, Ring()": ["--method", "saef-topk", "--averaging", "ring", "--period", "1"],
+    "SAEF top-1 %, AsyncRing()": ["--method", "saef-topk", "--averaging", "async-ring", "--period", "1"],
     "EF sign": ["--method", "ef-sign"],
     "SAEF sign": ["--method", "saef-sign"],
 }

@@ -27,6 +27,7 @@ from resnet import ResNet
 from saef.hooks import saef_hook
 
 METHODS = ("full", "ef-sign", "ef-topk", "saef-sign", "saef-topk")
+AVERAGING = {"allreduce": saef.AllReduce, "rotating": saef.Rotating, "ring": saef.Ring, "async-ring": saef.AsyncRing}
 HELP_FORMAT = argparse.RawDescriptionHelpFormatter
 EVALUATION_IMAGES = 5000  # the training loss, and batch norm's statistics, are taken on the first this many
 
@@ -40,7 +41,7 @@ def parse(arguments: list[str] | None = None) -> Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HELP_FORMAT)
     add = parser.add_argument
     add("--method", choices=METHODS, default="saef-sign")
-    add("--averaging", choices=("none", "allreduce", "rotating"), default="none", help="of the local errors")
+    add("--averaging", choices=("none", *AVERAGING), default="none", help="of the local errors")
     add("--period", type=int, default=20, help="steps between two averages of an error")
     add("--ratio", type=float, default=0.01, help="share of the coordinates that top-k sends")
     add("--block", type=block, default="layer", help='"layer" (one block a tensor) or a maximal block size')
@@ -84,8 +85,7 @@ def build(
     sign = args.method.endswith("sign")
     compressor = saef.ScaledSign(block=args.block) if sign else saef.TopK(args.ratio, block=args.block)
     ahead = 1.0 if args.method.startswith("saef") else 0.0  # 0: plain error feedback
-    protocols = {"none": None, "allreduce": saef.AllReduce, "rotating": saef.Rotating}
-    averaging = protocols[args.averaging] and protocols[args.averaging](period=args.period)
+    averaging = None if args.averaging == "none" else AVERAGING[args.averaging](period=args.period)
 
     # ---- these two lines switch saef on ----
     state = saef.SAEFState(model, optimizer, compressor=compressor, step_ahead=ahead, averaging=averaging)

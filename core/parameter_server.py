@@ -1,0 +1,222 @@
+"""The asynchronous parameter server (MixML: AsyncPS): rank 0 keeps x; workers pull, compute and push without a barrier.
+
+    server = saef.ParameterServer(model.parameters())       # on every rank
+    if server.is_server:
+        served = server.serve(torch.optim.SGD(model.parameters(), lr=0.1))      # until all workers have left
+    else:
+        for images, labels in batches:
+            server.pull()                                   # the parameters <- x
+            model.zero_grad()
+            loss(model(images), labels).backward()
+            server.push()                                   # x <- the server's optimizer with this gradient
+        server.leave()
+
+Each worker has a connection of its own to the server, a process group of two, so that the death of one ends nothing
+but itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+
+from . import agreement
+from .transport import TorchTransport, gloo, private_store
+
+logger = logging.getLogger("saef")
+
+PULL, PUSH, LEAVE = range(3)
+POLL_S = 0.1  # between two looks at whether a thread has failed
+
+
+@dataclass
+class Served:
+    """What a server did.
+
+    pushes: (worker's rank, x's version that the gradient is of, version that it made), in the order applied;
+        version t is x_t of MixML eq. (5), and the difference less 1 is the delay.
+    skipped: pushes that were not applied because a number in them was not finite, by worker.
+    lost: why the connection to a worker ended before it left, by rank.
+    """
+
+    pushes: list[tuple[int, int, int]] = field(default_factory=list)
+    skipped: dict[int, int] = field(default_factory=dict)
+    lost: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def max_delay(self) -> int:
+        """tau: the largest number of steps that others made between a gradient's pull and its push."""
+        return max((after - before - 1 for _, before, after in self.pushes), default=0)
+
+
+class ParameterServer:
+    """What both sides need: the server of rank 0, and the connections of the others to it.
+
+    Create it on all ranks of the group (a collective call: parameters are compared). Nothing after that is collective.
+
+    Args:
+        params: the parameters, the same on every rank; the server's are x. Half precision travels as float32.
+        process_group: None: all ranks. Its timeout is how long a worker may be silent before the server lets go of it.
+
+    Raises:
+        ValueError: if parameters differ between ranks, or there is no worker.
+    """
+
+    def __init__(self, params: Iterable[Tensor], process_group: dist.ProcessGroup | None = None) -> None:
+        group = process_group if process_group is not None else dist.distributed_c10d._get_default_group()
+        self.params = list(params)
+        self.rank, size = dist.get_rank(group), dist.get_world_size(group)
+        if size < 2:
+            raise ValueError("a parameter server needs a worker besides rank 0: start at least 2 ranks")
+        transport = TorchTransport(group, torch.device("cpu"))
+        found = [(tuple(p.shape), p.dtype) for p in self.params]
+        agreement.compare({"parameters": found}, transport, transport.device)
+        self.dtype = torch.float64 if any(p.dtype == torch.float64 for p in self.params) else torch.float32
+        store = private_store(group)
+        self._workers: dict[int, Any] = {}
+        self._server: Any = None
+        for k in range(1, size):
+            link = partial(gloo, PrefixStore(str(k), store))
+            if self.is_server:
+                self._workers[k] = link(0, 2, group)
+            elif k == self.rank:
+                self._server = link(1, 2, group)
+        self._pulled = False
+
+    @property
+    def is_server(self) -> bool:
+        return self.rank == 0
+
+    # -- workers ------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def pull(self) -> int:
+        """The parameters <- x; returns its version, the number of gradients that are in it."""
+        version = torch.empty(1, dtype=torch.int64)
+        x = torch.empty(sum(p.numel() for p in self.params), dtype=self.dtype)
+        self._ask(PULL, [], [version, x])
+        for p, new in zip(self.params, x.split([p.numel() for p in self.params]), strict=True):
+            p.copy_(new.view_as(p))
+        self._pulled = True
+        return int(version)
+
+    def push(self) -> None:
+        """Give the server the gradients, p.grad, taken at what was pulled; where there is none, zeros."""
+        if not self._pulled:
+            raise RuntimeError("pull() before the gradient is computed: there is nothing yet that it is of")
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
+        self._ask(PUSH, [self._flat(grads)], [])
+
+    def leave(self) -> None:
+        """Say that this worker is done. Without it the server takes the end of the process for a death."""
+        self._ask(LEAVE, [], [])
+        self._server = None
+
+    def _ask(self, what: int, send: list[Tensor], receive: list[Tensor]) -> None:
+        if self._server is None:
+            raise RuntimeError("rank 0 is the server: call serve()" if self.is_server else "this worker has left")
+        try:
+            for t in (torch.tensor([what]), *send):
+                self._server.send([t], 0, 0).wait()
+            for t in receive:
+                self._server.recv([t], 0, 0).wait()
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"rank {self.rank}: the parameter server is gone, or let go of this worker after it was silent for "
+                f"longer than the process group's timeout: look at what rank 0 printed. The cause: {error}"
+            ) from error
+
+    # -- the server ---------------------------------------------------------------------------
+
+    def serve(
+        self, optimizer: torch.optim.Optimizer, after_step: Callable[[int], None] | None = None
+    ) -> Served:
+        """Serve until every worker has left or is lost. On rank 0.
+
+        Gradients are applied one at a time, as they come (MixML eq. (5)): x is never between two steps when it is
+        pulled. One with a number that is not finite is not applied. A worker that dies is let go of, with a warning.
+
+        Args:
+            optimizer: of the server's parameters; any.
+            after_step: called with x's version after each step, before anything else is served: for schedulers,
+                checkpoints, logs.
+
+        Raises:
+            RuntimeError: if every worker was lost. And what the optimizer or after_step raises.
+        """
+        if not self.is_server:
+            raise RuntimeError(f"rank {self.rank} is a worker: pull, push and leave; rank 0 serves")
+        served, lock, failures = Served(), threading.Lock(), list[BaseException]()
+
+        def one(k: int) -> None:
+            try:
+                self._serve_worker(k, optimizer, after_step, served, lock)
+            except BaseException as error:  # not the connection's: raised again below
+                failures.append(error)
+
+        threads = [threading.Thread(target=one, args=(k,), name=f"saef-worker-{k}", daemon=True) for k in self._workers]
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads) and not failures:
+            for thread in threads:
+                thread.join(POLL_S)
+        if failures:
+            raise failures[0]
+        if len(served.lost) == len(self._workers):
+            raise RuntimeError(f"all workers were lost, x is at version {len(served.pushes)}: {served.lost}")
+        return served
+
+    def _serve_worker(
+        self,
+        k: int,
+        optimizer: torch.optim.Optimizer,
+        after_step: Callable[[int], None] | None,
+        served: Served,
+        lock: threading.Lock,
+    ) -> None:
+        link, before = self._workers[k], 0
+        what, g = torch.empty(1, dtype=torch.int64), self._flat(self.params)
+        while True:
+            try:
+                link.recv([what], 1, 0).wait()
+                if what == LEAVE:
+                    return
+                if what == PULL:
+                    with lock:
+                        before, x = len(served.pushes), self._flat(self.params)
+                    for t in (torch.tensor([before]), x):
+                        link.send([t], 1, 0).wait()
+                    continue
+                link.recv([g], 1, 0).wait()
+            except RuntimeError as error:
+                served.lost[k] = str(error)
+                logger.warning("parameter server: lost worker %d, going on without it: %s", k, error)
+                return
+            with lock:
+                if not bool(g.isfinite().all()):
+                    served.skipped[k] = served.skipped.get(k, 0) + 1
+                    logger.warning("parameter server: a gradient of worker %d is NaN or infinite; not applied", k)
+                    continue
+                self._apply(g, optimizer)
+                served.pushes.append((k, before, len(served.pushes) + 1))
+                if after_step is not None:
+                    after_step(len(served.pushes))
+
+    def _apply(self, g: Tensor, optimizer: torch.optim.Optimizer) -> None:
+        for p, part in zip(self.params, g.split([p.numel() for p in self.params]), strict=True):
+            p.grad = part.view_as(p).to(p.device, p.dtype, copy=True)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def _flat(self, tensors: Iterable[Tensor]) -> Tensor:
+        """One vector on the host, a copy."""
+        return torch.cat([t.detach().reshape(-1).to("cpu", self.dtype) for t in tensors])
