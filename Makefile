@@ -22,7 +22,7 @@ export NUMBA_CACHE_DIR
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help env horovod demo lint types test reproduce bench soak fuzz clean
+.PHONY: help env horovod demo lint types test reproduce mixing bench soak fuzz clean
 
 help:
 	@echo 'make env        .venv with the exact versions of constraints.txt and saef installed in it'
@@ -32,6 +32,7 @@ help:
 	@echo 'make types      mypy --strict on the installed package'
 	@echo 'make test       the whole test suite'
 	@echo 'make reproduce  examples/reproduce.py on Fashion-MNIST; DATA=folder if you have it already'
+	@echo 'make mixing     examples/mixing.py: mixing times, and training under weak consistency, drawn'
 	@echo 'make bench      the benchmarks behind the figures in the README'
 	@echo 'make soak       10,000 steps with NaNs and killed ranks, for two methods: about 15 minutes'
 	@echo 'make fuzz       hostile bytes for the decoders, every access checked, then coverage-guided'
@@ -110,6 +111,9 @@ $(FASHION)/.complete:
 	echo "Put its four files into $(FASHION), or name their folder with make reproduce DATA=folder:" >&2; \
 	for g in $(FASHION_FILES); do echo "    $$g" >&2; done; exit 1; }; done
 	@touch $@
+
+mixing: env
+	OMP_NUM_THREADS=1 $(PY) examples/mixing.py $(ARGS)
 
 bench: env
 	$(PY) benchmarks/kernels.py $(ARGS)

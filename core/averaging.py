@@ -79,10 +79,17 @@ class Averaging(ABC):
             M.apply(v, transport)
 
     def events(self, n: int, part: int = 0) -> Iterator[Operator | None]:
-        """What happens to slice `part` of the coordinates, event by event, without end. None: nothing."""
+        """What happens to slice `part` of the coordinates, event by event, without end. None: nothing.
+
+        Raises:
+            ValueError: if the protocol is not for n workers, or there is only one and no server.
+        """
         self.check_workers(n)
         if n + self.servers < 2:
             raise ValueError(f"{self} among {n} worker has nobody to average with: it takes at least 2")
+        return self._events(n, part)
+
+    def _events(self, n: int, part: int) -> Iterator[Operator | None]:
         for t in count():
             due = part in range(self.parts)[self.due(t, self.parts)]
             found = self.step_operators(t, n) if due else []

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
@@ -104,7 +105,11 @@ class Gossip(Averaging):
             )
 
     def step_operators(self, step: int, n: int) -> Sequence[Operator]:
-        return [Links({k: {j: w for j, w in enumerate(row) if w} for k, row in enumerate(self.weights)})]
+        return [self._links]
+
+    @cached_property
+    def _links(self) -> Links:
+        return Links({k: {j: w for j, w in enumerate(row) if w} for k, row in enumerate(self.weights)})
 
     def consensus(self, n: int) -> Matrix:
         values, vectors = np.linalg.eig(np.asarray(self.weights).T)

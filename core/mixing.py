@@ -40,6 +40,9 @@ class MixingTime(float):
         time.events = found
         return time
 
+    def __reduce__(self) -> tuple[type[MixingTime], tuple[tuple[int, ...]]]:  # to copy and pickle
+        return MixingTime, (self.events,)
+
     def quantile(self, q: float) -> float:
         """The number of events that is enough for a share q of the seeds."""
         return float(np.quantile(self.events, q, method="inverted_cdf"))
@@ -143,7 +146,7 @@ def estimate_mixing_time(
     """
     transport = TorchTransport(process_group, torch.device(device))
     n = transport.size - protocol.servers
-    next(protocol.events(n))  # raises if it is not for n workers
+    protocol.events(n)  # raises if it is not for n workers
     runs = [p for p, _ in zip(_seeded(protocol), range(seeds), strict=False)]
     return MixingTime(transport.call(lambda: [_probe(run, n, seed, transport) for seed, run in enumerate(runs)]))
 

@@ -90,8 +90,11 @@ class Links(Operator):
         received = transport.send_receive(v, to, sources, "averaging")
         if sources:
             states = dict(zip(sources, received, strict=True)) | {own: v}
-            terms = [states[j] * row[j] for j in sorted(row)]
-            v.copy_(sum(terms[1:], terms[0]))
+            first, *others = sorted(row)
+            out = states[first] * row[first]
+            for j in others:
+                out.add_(states[j], alpha=row[j])
+            v.copy_(out)
 
     def preserves_mean(self, n: int) -> bool:
         column: defaultdict[int, float] = defaultdict(float)

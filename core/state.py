@@ -36,7 +36,8 @@ class SAEFState(Step):
         compressor: C on the way to the servers.
         server_compressor: C on the way back: "same" (double-way), None (single-way), or a compressor.
         step_ahead: s in x_half = x - s e_k: 1 is SAEF, 0 plain error feedback (EF), between is SA-PEF.
-        averaging: error averaging protocol, e.g. AllReduce(20) or Rotating(20); None: p = infinity.
+        averaging: of the local errors, a protocol of `saef.averaging` or `saef.gossip` that preserves their mean, e.g.
+            AllReduce(20), Rotating(20) or Ring(); None: p = infinity.
         weight_decay_mode: "coupled": in the gradient, at x_half, as torch.optim.SGD does it; "outer":
             dist-EF appendix A: uncompressed, at x, with a momentum of its own.
         exchange: "replicated", "sharded", or "auto" (the cost rule `saef.exchange.choose`).

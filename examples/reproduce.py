@@ -32,6 +32,7 @@ METHODS = {
     "SAEF top-1 %, AllReduce(5)": ["--method", "saef-topk", "--averaging", "allreduce", "--period", "5"],
     "SAEF top-1 %, Rotating(5)": ["--method", "saef-topk", "--averaging", "rotating", "--period", "5"],
     "SAEF top-1 %, Ring()": ["--method", "saef-topk", "--averaging", "ring", "--period", "1"],
+    "SAEF top-1 %, Ring(5)": ["--method", "saef-topk", "--averaging", "ring", "--period", "5"],
     "SAEF top-1 %, AsyncRing()": ["--method", "saef-topk", "--averaging", "async-ring", "--period", "1"],
     "EF sign": ["--method", "ef-sign"],
     "SAEF sign": ["--method", "saef-sign"],
@@ -42,6 +43,10 @@ INEQUALITIES = [
     ("SAEF top-1 %, p = inf", "SAEF top-1 %, p = 1", 0.03),
     ("full precision", "SAEF top-1 %, p = 1", -0.03),
     ("EF sign", "SAEF sign", 0.06),
+]
+# accuracies that must be within so many points of each other
+CLOSE = [
+    ("SAEF top-1 %, AllReduce(5)", f"SAEF top-1 %, {other}", 1.0) for other in ("Rotating(5)", "Ring()", "AsyncRing()")
 ]
 NOTE = (
     "SAEF below full precision is the effect of averaging iterates: full precision with an average of its "
@@ -84,6 +89,11 @@ def report(results: dict[str, list[dict]]) -> tuple[str, bool]:
         passed &= gap >= margin
         verdict = "pass" if gap >= margin else "FAIL"
         lines.append(f"- {verdict}: loss of {worse} - {better}: {gap:.3f}, at least {margin:.2f} wanted")
+    for one, other, margin in CLOSE:
+        gap = mean(r["accuracy"] for r in results[other]) - mean(r["accuracy"] for r in results[one])
+        passed &= abs(gap) <= margin
+        verdict = "pass" if abs(gap) <= margin else "FAIL"
+        lines.append(f"- {verdict}: accuracy of {other} - {one}: {gap:+.2f}, at most {margin:.0f} point wanted")
     return "\n".join(lines), passed
 
 

@@ -360,7 +360,7 @@ def test_bad_settings_are_refused(make: Any, error: type[Exception], message: st
 def test_one_worker_has_nobody_to_average_with(protocol: saef.Averaging) -> None:
     alone = 1 - protocol.servers
     with pytest.raises(ValueError, match=r"nobody to average with|needs a worker"):
-        next(protocol.operators(alone))
+        protocol.operators(alone)
 
 
 def test_descriptions_are_values() -> None:

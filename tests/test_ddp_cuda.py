@@ -13,9 +13,10 @@ import reference
 import saef
 from ranks import RankPool
 from saef.hooks import saef_hook
+from test_averaging import ERRORS
 from test_bad_numbers import same, snapshot
 from test_ddp import close, job_of, reference_settings, start
-from training import batch, flat, gradient, make_net, train, wild_lrs
+from training import Job, batch, flat, gradient, make_net, train, wild_lrs
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 RANKS = 2
@@ -37,6 +38,64 @@ def test_ddp_on_a_gpu_equals_the_reference(
         close(run["x"], x)
         close(run["e"], expected.e[k])
         close(run["m"], expected.m[k])
+
+
+@pytest.mark.parametrize("protocol, oracle", ERRORS, ids=[str(p) for p, _ in ERRORS])
+def test_other_averaging_on_a_gpu_equals_the_reference(pool: RankPool, protocol: saef.Averaging, oracle: Any) -> None:
+    """gloo sends to single ranks from the host's memory only: errors are staged there."""
+    job = Job(
+        state={"compressor": saef.TopK(0.1, block="layer"), "averaging": protocol},
+        groups=[{"momentum": 0.9}],
+        device="cuda",
+    )
+    settings = reference.Settings(reference.top_k(0.1), averaging=oracle, momentum=0.9)
+    expected, x, _ = reference.run(settings, start(), gradient, job.lrs, RANKS)
+    for k, run in enumerate(pool.run(train, job, ranks=RANKS)):
+        close(run["x"], x)
+        close(run["e"], expected.e[k])
+
+
+def average_models(group: dist.ProcessGroup) -> tuple[Tensor, float]:
+    net = make_net().cuda()
+    nn.utils.vector_to_parameters(torch.full_like(flat(net), dist.get_rank(group)).cuda(), net.parameters())
+    averager = saef.ModelAverager(saef.Ring(), process_group=group)
+    before = saef.stationary_distance(net.parameters(), group)
+    averager.average_parameters(net.parameters())
+    assert next(net.parameters()).is_cuda
+    return flat(net), before
+
+
+def test_models_are_averaged_on_a_gpu(pool: RankPool) -> None:
+    for x, before in pool.run(average_models, ranks=RANKS):
+        assert torch.equal(x, torch.full_like(x, 0.5)) and before == pytest.approx(x.numel() / 4)
+
+
+def live(group: dist.ProcessGroup) -> tuple[float, float]:
+    return tuple(saef.estimate_mixing_time(p, group, device="cuda") for p in (saef.Slack(0.3), saef.LocalStep(2)))
+
+
+def test_mixing_time_is_measured_on_a_gpu(pool: RankPool) -> None:
+    assert pool.run(live, ranks=RANKS) == [(4.0, 4.0)] * RANKS
+
+
+def serve(group: dist.ProcessGroup) -> Tensor:
+    net = make_net(torch.float32).cuda()
+    server = saef.ParameterServer(net.parameters(), group)
+    if server.is_server:
+        server.serve(torch.optim.SGD(net.parameters(), lr=1.0))
+    else:
+        server.pull()
+        for p in net.parameters():
+            p.grad = torch.ones_like(p)
+        server.push()
+        server.pull()
+        server.leave()
+    return flat(net)
+
+
+def test_a_parameter_server_with_gpus(pool: RankPool) -> None:
+    for x in pool.run(serve, ranks=RANKS):
+        torch.testing.assert_close(x, flat(make_net(torch.float32)) - 1.0)
 
 
 def make(group: dist.ProcessGroup, **settings: Any) -> tuple[nn.Module, DDP, torch.optim.SGD, saef.SAEFState]:

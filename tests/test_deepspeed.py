@@ -57,6 +57,27 @@ def test_fp64_equals_the_reference_and_ddp(
     compare(pools[ranks], compressor, period, micro_batches, ranks, torch.float64, SIZES, 0, expected, TOLERANCE_64)
 
 
+PROTOCOLS = [
+    ({"type": "local_step", "period": 3}, saef.LocalStep(3)),
+    ({"type": "slack", "gamma": 0.3}, saef.Slack(0.3)),
+    ({"type": "ring", "period": 2}, saef.Ring(2)),
+    ({"type": "async_ring", "seed": 4}, saef.AsyncRing(4)),
+    ({"type": "gossip", "weights": [[0.75, 0.25], [0.25, 0.75]]}, saef.Gossip([[0.75, 0.25], [0.25, 0.75]])),
+]
+
+
+@pytest.mark.parametrize("as_json, protocol", PROTOCOLS, ids=lambda v: v["type"] if isinstance(v, dict) else "")
+def test_other_averaging_equals_ddp(pools: dict[int, RankPool], as_json: dict[str, Any], protocol: Any) -> None:
+    params = {"lr": 0.1, "momentum": 0.9, "compressor": COMPRESSORS["topk"][0], "averaging": as_json}
+    runs = pools[2].run(train, Setup(params, [{}], torch.float64, 1, {}, SIZES, 0), 20, ranks=2)
+    state = {"compressor": COMPRESSORS["topk"][1], "averaging": protocol}
+    job = Job(state=state, groups=[{"momentum": 0.9}], lrs=[0.1] * 20, ddp={"bucket_cap_mb": 25})
+    for run, ddp in zip(runs, pools[2].run(train_ddp, job, ranks=2), strict=True):
+        for name in ("x", "e", "m"):
+            assert torch.equal(run[name], ddp[name]), name
+        assert run["metrics"]["bytes_sent_averaging"] == ddp["metrics"]["bytes_sent_averaging"] > 0
+
+
 def compare(
     pool: RankPool,
     compressor: str,

@@ -1,5 +1,6 @@
 """The examples as a user starts them."""
 
+import csv
 import json
 import os
 import subprocess
@@ -58,6 +59,27 @@ def test_demo_prints_a_table_and_saves_a_picture(tmp_path: Path) -> None:
     for method in ("full precision", "EF sign", "SAEF sign", "EF top-1 %", "SAEF top-1 %"):
         assert any(line.startswith(method) for line in out.splitlines())
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
+
+
+def test_mixing_draws_both_figures(tmp_path: Path) -> None:
+    flags = ["--epochs", "1", "--seeds", "3", "--workers", "8", "--live", "3", "--out", "figures"]
+    said = run(str(EXAMPLES / "mixing.py"), *flags, cwd=tmp_path)
+    for figure in ("figure2", "figure3"):
+        assert (tmp_path / "figures" / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
+    with (tmp_path / "figures" / "figure3.csv").open() as file:
+        rows = {(r["protocol"], r["workers"], r["how"]): float(r["mean"]) for r in csv.DictReader(file)}
+    assert rows["Ring", "8", "operators"] == 32 and rows["Local step (m = 2)", "8", "operators"] == 16
+    for (protocol, workers, how), mean in rows.items():
+        assert how == "operators" or rows[protocol, workers, "operators"] == mean  # the same seeds
+    assert {workers for _, workers, how in rows if how == "live"} == {"2", "3"}
+    with (tmp_path / "figures" / "figure2.csv").open() as file:
+        curves = list(csv.DictReader(file))
+    assert {(r["method"], r["t_mix"]) for r in curves} == {
+        (method, t_mix) for method in ("reduced frequency", "slack") for t_mix in ("8", "80", "800", "8000")
+    }
+    apart = {r["t_mix"]: float(r["distance"]) for r in curves if r["method"] == "slack"}
+    assert apart["8"] < apart["80"] < apart["800"]
+    assert "8,000" in said
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])

@@ -68,6 +68,20 @@ def test_horovod_is_ddp_bit_for_bit(pool: RankPool, horovod: HorovodPool, case: 
         assert run["buckets"] > 1
 
 
+@pytest.mark.parametrize("protocol", [saef.Ring(), saef.AsyncRing(4), saef.Slack(0.3, period=2)], ids=repr)
+def test_protocols_between_neighbours_are_ddps_bit_for_bit(
+    pool: RankPool, horovod: HorovodPool, protocol: saef.Averaging
+) -> None:
+    """By an all-to-all in which others get nothing; as many bytes as between two gloo ranks."""
+    state = {"compressor": COMPRESSORS["topk"], "averaging": protocol}
+    job = Job(state, GROUPS, lrs=wild_lrs(30), dtype=torch.float32)
+    runs = horovod.run(jobs.train, job, {})
+    for run, other in zip(runs, pool.run(train_ddp, job, ranks=horovod.ranks), strict=True):
+        for part in ("x", "e", "m", "e_server"):
+            assert torch.equal(run[part], other[part]), part
+        assert run["metrics"]["bytes_sent_averaging"] == other["metrics"]["bytes_sent_averaging"] > 0
+
+
 @pytest.mark.parametrize("case", PLAIN, ids=name)
 def test_horovod_equals_the_reference(horovod: HorovodPool, case: Case) -> None:
     compressor, period, exchange, *_ = case

@@ -6,6 +6,8 @@ import re
 from dataclasses import MISSING, fields
 from pathlib import Path
 
+import pytest
+
 import saef
 from saef.integrations.deepspeed_config import AVERAGING, COMPRESSORS, HYPER, SETTINGS
 
@@ -33,3 +35,22 @@ def test_the_arguments_of_a_state_and_their_defaults() -> None:
     parameters = inspect.signature(saef.SAEFState).parameters
     shown = {name: eval(text, vars(saef).copy()) for name, text in rows.items()}
     assert shown == {n: p.default for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
+
+
+def test_the_mixing_times() -> None:
+    """The columns n = 4, 8 and 32, rounded; at period 1, where a "p" stands for the factor p."""
+    section = README[README.index("## Which averaging") : README.index("**Any network on which")]
+    rows = {line.split("`")[1].split("(")[0]: line.split(" | ")[3:6] for line in section.splitlines() if "`" in line}
+    protocols = {
+        "AllReduce": saef.AllReduce(1),
+        "Rotating": saef.Rotating(1),
+        "Slack": saef.Slack(0.1),
+        "Ring": saef.Ring(),
+        "AsyncRing": saef.AsyncRing(),
+    }
+    for name, protocol in protocols.items():
+        shown = [float(cell.strip(" p")) for cell in rows[name]]
+        times = [saef.mixing_time(protocol, n) for n in (4, 8, 32)]
+        assert shown == [pytest.approx(time, rel=0.005) for time in times], name
+    coupons = [n * sum(1 / k for k in range(1, n + 1)) for n in (4, 8, 32)]
+    assert [float(cell) for cell in rows["AsyncParameterServer"]] == [pytest.approx(c, rel=0.005) for c in coupons]
