@@ -24,6 +24,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
+from numbers import Real
 from typing import ClassVar
 
 import numpy as np
@@ -113,7 +114,9 @@ class Averaging(ABC):
         return all(M.preserves_mean(n) for M in self.step_operators(self.period - 1, n))
 
     def check_workers(self, n: int) -> None:
-        """Raise ValueError if the protocol is not for n workers."""
+        """Raise TypeError or ValueError if the protocol is not for n workers."""
+        if isinstance(n, bool) or not isinstance(n, int):
+            raise TypeError(f"the number of workers must be an integer, got {n!r}")
         if n < 1:
             raise ValueError(f"{self} needs a worker, besides its {self.servers} server: start more ranks")
 
@@ -176,7 +179,7 @@ class Slack(Averaging):
     period: int = 1
 
     def __post_init__(self) -> None:
-        if isinstance(self.gamma, bool) or not isinstance(self.gamma, (int, float)):
+        if isinstance(self.gamma, bool) or not isinstance(self.gamma, Real):
             raise TypeError(f"gamma must be a number in (0, 1], got {self.gamma!r}")
         if not 0.0 < self.gamma <= 1.0:
             raise ValueError(

@@ -5,7 +5,7 @@ The table in `saef.averaging` has them beside the others.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
@@ -104,6 +104,21 @@ class Gossip(Averaging):
                 "absolute value. Give every worker a positive weight on itself"
             )
 
+    @classmethod
+    def metropolis(cls, edges: Iterable[tuple[int, int]], period: int = 1) -> Gossip:
+        """On the graph with these edges (i, j), W_ij = 1 / (1 + the larger of both degrees): symmetric, so it is good
+        for errors. Workers are numbered from 0, and each must be on an edge.
+        """
+        found = {frozenset(edge) for edge in edges}
+        if not found or any(len(edge) != 2 or min(edge) < 0 for edge in found):
+            raise ValueError(f"edges must be pairs of different workers, numbered from 0, got {[*map(sorted, found)]}")
+        W = np.zeros((1 + max(map(max, found)),) * 2)
+        for i, j in found:
+            W[i, j] = W[j, i] = 1.0
+        degree = W.sum(1)
+        W /= 1.0 + np.maximum(degree[:, None], degree)
+        return cls(W + np.diag(1.0 - W.sum(1)), period)  # type: ignore[arg-type]
+
     def step_operators(self, step: int, n: int) -> Sequence[Operator]:
         return [self._links]
 
@@ -117,6 +132,7 @@ class Gossip(Averaging):
         return np.asarray(left / left.sum(), dtype=np.float64)
 
     def check_workers(self, n: int) -> None:
+        super().check_workers(n)
         if n != len(self.weights):
             raise ValueError(f"weights are for {len(self.weights)} workers, and there are {n}")
 

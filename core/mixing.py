@@ -63,9 +63,8 @@ def mixing_time(protocol: Averaging, n: int, *, seeds: int = 100) -> MixingTime:
         ValueError: if the protocol is not for n workers, or n is 1.
         RuntimeError: if it has not mixed after 10 million events.
     """
-    runs = [p for p, _ in zip(_seeded(protocol), range(seeds), strict=False)]
-    if not runs:
-        raise ValueError(f"seeds must be at least 1, got {seeds}")
+    protocol.events(n)  # raises if it is not for n workers
+    runs = _runs(protocol, seeds)
     weights = protocol.consensus(n)
     return MixingTime(
         max(
@@ -77,15 +76,11 @@ def mixing_time(protocol: Averaging, n: int, *, seeds: int = 100) -> MixingTime:
     )
 
 
-def _seeded(protocol: Averaging) -> Iterator[Averaging]:
-    """The protocol with one seed after the other; once if it has none."""
-    if not protocol.random:
-        yield protocol
-        return
-    seed = 0
-    while True:
-        yield replace(protocol, seed=seed)  # type: ignore[type-var]
-        seed += 1
+def _runs(protocol: Averaging, seeds: int) -> list[Averaging]:
+    """The protocol with the seeds 0, 1, ...; once if it has none."""
+    if seeds < 1:
+        raise ValueError(f"seeds must be at least 1, got {seeds}")
+    return [replace(protocol, seed=s) for s in range(seeds)] if protocol.random else [protocol]  # type: ignore[type-var]
 
 
 def _starts(protocol: Averaging, n: int, part: int) -> list[int]:
@@ -147,7 +142,7 @@ def estimate_mixing_time(
     transport = TorchTransport(process_group, torch.device(device))
     n = transport.size - protocol.servers
     protocol.events(n)  # raises if it is not for n workers
-    runs = [p for p, _ in zip(_seeded(protocol), range(seeds), strict=False)]
+    runs = _runs(protocol, seeds)
     return MixingTime(transport.call(lambda: [_probe(run, n, seed, transport) for seed, run in enumerate(runs)]))
 
 

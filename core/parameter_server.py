@@ -12,7 +12,8 @@
         server.leave()
 
 Each worker has a connection of its own to the server, a process group of two, so that the death of one ends nothing
-but itself.
+but itself. Start the ranks by something that sees it so as well: torchrun ends all when one dies;
+srun --kill-on-bad-exit=0, or a container for each rank, does not.
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ class ParameterServer:
     """What both sides need: the server of rank 0, and the connections of the others to it.
 
     Create it on all ranks of the group (a collective call: parameters are compared). Nothing after that is collective.
+    The server holds one gradient for each worker, beside x and its optimizer's state.
 
     Args:
         params: the parameters, the same on every rank; the server's are x. Half precision travels as float32.

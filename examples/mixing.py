@@ -5,13 +5,15 @@
 Figure 3: the mixing time of five protocols against the number of workers, from their operators (up to 64 workers)
 and measured on live groups of 2 to 8 gloo ranks. Figure 2: eight ranks train a ResNet-8 by local SGD, which they
 average at a lower frequency or by a slack matrix, both at mixing times of 8 to 8000 events: training loss and
-stationary distance. Two pictures and two CSV files in the folder --out.
+stationary distance. Beside it, in the table alone, both rings and the asynchronous parameter server. Two pictures and
+two CSV files in the folder --out.
 """
 
 import argparse
 import copy
 import csv
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib
@@ -51,6 +53,8 @@ def averaged_by() -> dict[tuple[str, int], saef.Averaging]:
             protocols = dict.fromkeys(protocols, saef.AllReduce(1))
         for method, protocol in protocols.items():
             found[method, round(saef.mixing_time(protocol, WORKERS))] = protocol
+    for method, protocol in (("ring", saef.Ring()), ("async ring", saef.AsyncRing())):
+        found[method, round(saef.mixing_time(protocol, WORKERS))] = protocol
     return found
 
 
@@ -89,32 +93,72 @@ def live(seeds: int, largest: int) -> list[dict]:
 # -- Figure 2 ---------------------------------------------------------------------------------------------------------
 
 
+def batches(dataset: Dataset, worker: int, epoch: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """A worker's share of each batch of an epoch."""
+    order = torch.randperm(len(dataset.train), generator=torch.Generator().manual_seed(1000 * epoch + seed))
+    share = BATCH // WORKERS
+    for start in range(0, len(order) // BATCH * BATCH, BATCH):
+        yield dataset.train.batch(order[start + worker * share : start + (worker + 1) * share])
+
+
+def backward(net: ResNet, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    net.zero_grad()
+    loss = F.cross_entropy(net(images), labels)
+    loss.backward()
+    return loss.detach()
+
+
+def curve(losses: list[list[torch.Tensor]], distances: list[float]) -> list[dict]:
+    """A record for each epoch: the mean loss of all workers' batches, and the distance."""
+    means = torch.tensor([sum(epoch) / len(epoch) if epoch else 0.0 for epoch in losses])
+    dist.all_reduce(means)
+    rows = zip((means / WORKERS).tolist(), distances, strict=True)
+    return [{"epoch": i, "loss": loss, "distance": distance} for i, (loss, distance) in enumerate(rows, 1)]
+
+
 def train(dataset: Dataset, protocol: saef.Averaging, epochs: int, seed: int) -> list[dict]:
-    """One rank's local SGD; a record for each epoch: mean loss of the batches, distance, at the end the accuracy."""
-    rank, workers = dist.get_rank(), dist.get_world_size()
+    """One rank's local SGD; the last record has the accuracy of the workers' average."""
     torch.manual_seed(seed)
     net = ResNet(dataset.channels, dataset.classes)
     optimizer = torch.optim.SGD(net.parameters(), lr=LR)
     averager = saef.ModelAverager(protocol)
-    share, records = BATCH // workers, []
+    losses, distances = [], []
     for epoch in range(epochs):
-        order = torch.randperm(len(dataset.train), generator=torch.Generator().manual_seed(1000 * epoch + seed))
-        batches, total = len(order) // BATCH, torch.zeros(1)
-        for start in range(0, batches * BATCH, BATCH):
-            images, labels = dataset.train.batch(order[start + rank * share : start + (rank + 1) * share])
-            optimizer.zero_grad()
-            loss = F.cross_entropy(net(images), labels)
-            loss.backward()
+        losses.append([])
+        for images, labels in batches(dataset, dist.get_rank(), epoch, seed):
+            losses[-1].append(backward(net, images, labels))
             optimizer.step()
             averager.average_parameters(net.parameters())
-            total += loss.detach()
-        dist.all_reduce(total)
-        distance = saef.stationary_distance(net.parameters())
-        records.append({"epoch": epoch + 1, "loss": total.item() / workers / batches, "distance": distance})
+        distances.append(saef.stationary_distance(net.parameters()))
+    records = curve(losses, distances)
     consensus = copy.deepcopy(net)
     saef.ModelAverager(saef.AllReduce(1)).average_parameters(consensus.parameters())
     records[-1]["accuracy"] = evaluate(consensus, dataset)["accuracy"]
     return records
+
+
+def parameter_server(data: str, epochs: int, seed: int) -> list[dict]:
+    """Runs on every rank, one more than there are workers: rank 0 serves, the others train without a barrier."""
+    dataset = load(data)
+    torch.manual_seed(seed)
+    net = ResNet(dataset.channels, dataset.classes)
+    server = saef.ParameterServer(net.parameters())
+    losses: list[list[torch.Tensor]] = [[] for _ in range(epochs)]
+    if server.is_server:
+        # each push is one worker's gradient, where an average of models has all of them in one
+        server.serve(torch.optim.SGD(net.parameters(), lr=LR / WORKERS))
+    else:
+        for epoch in range(epochs):
+            for images, labels in batches(dataset, server.rank - 1, epoch, seed):
+                server.pull()
+                losses[epoch].append(backward(net, images, labels))
+                server.push()
+        server.leave()
+    records = curve(losses, [0.0] * epochs)
+    if server.is_server:
+        records[-1]["accuracy"] = evaluate(net, dataset)["accuracy"]
+    t_mix = round(saef.mixing_time(saef.AsyncParameterServer(), WORKERS))
+    return [{"method": "async parameter server", "t_mix": t_mix, "accuracy": "", **r, "distance": ""} for r in records]
 
 
 def weakly_consistent(data: str, epochs: int, seed: int) -> list[dict]:
@@ -166,10 +210,10 @@ def draw_figure_2(rows: list[dict], path: Path) -> None:
 
     figure, panels = pyplot.subplots(2, 2, figsize=(10, 7), sharex=True, sharey="row", layout="constrained")
     for column, method in enumerate(("reduced frequency", "slack")):
-        for t_mix in sorted({r["t_mix"] for r in rows}):
-            curve = [r for r in rows if (r["method"], r["t_mix"]) == (method, t_mix)]
+        for t_mix in sorted({r["t_mix"] for r in rows if r["method"] == method}):
+            chosen = [r for r in rows if (r["method"], r["t_mix"]) == (method, t_mix)]
             for panel, key in zip(panels[:, column], ("loss", "distance"), strict=True):
-                points = [(r["epoch"], max(r[key], 1e-5)) for r in curve]  # it is 0 after an all-reduce
+                points = [(r["epoch"], max(r[key], 1e-5)) for r in chosen]  # it is 0 after an all-reduce
                 panel.plot(*zip(*points, strict=True), label=f"$t_{{mix}}$ = {t_mix}")
         panels[0, column].set(title=method, yscale="log")
         panels[1, column].set(xlabel="epochs", yscale="log")
@@ -193,7 +237,8 @@ def report(figure_3: list[dict], figure_2: list[dict]) -> str:
     lines += ["", f"{'training, 8 workers':24}{'t_mix':>12}{'loss':>12}{'distance':>12}{'accuracy':>12}"]
     for r in figure_2:
         if r["accuracy"] != "":
-            numbers = f"{r['t_mix']:12,}{r['loss']:12.4f}{r['distance']:12.3g}{r['accuracy']:10.1f} %"
+            distance = f"{r['distance']:12.3g}" if r["distance"] != "" else " " * 12
+            numbers = f"{r['t_mix']:12,}{r['loss']:12.4f}{distance}{r['accuracy']:10.1f} %"
             lines.append(f"{r['method']:24}{numbers}")
     return "\n".join(lines)
 
@@ -218,6 +263,7 @@ def main() -> None:
     write(args.out / "figure3.csv", figure_3)
     draw_figure_3(figure_3, args.out / "figure3.png")
     figure_2 = local_ranks.run(weakly_consistent, args.data, args.epochs, args.seed, ranks=WORKERS)
+    figure_2 += local_ranks.run(parameter_server, args.data, args.epochs, args.seed, ranks=WORKERS + 1)
     write(args.out / "figure2.csv", figure_2)
     draw_figure_2(figure_2, args.out / "figure2.png")
     print(report(figure_3, figure_2))

@@ -11,9 +11,9 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import reference
 import saef
+from protocols import ERRORS
 from ranks import RankPool
 from saef.hooks import saef_hook
-from test_averaging import ERRORS
 from test_bad_numbers import same, snapshot
 from test_ddp import close, job_of, reference_settings, start
 from training import Job, batch, flat, gradient, make_net, train, wild_lrs

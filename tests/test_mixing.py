@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import saef
+from protocols import PER_WORKERS, PROTOCOLS, TORUS
 from ranks import RankPool
 from saef.mixing import (
     corollary_1,
@@ -23,7 +24,6 @@ from saef.mixing import (
     theorem_1,
 )
 from saef.transport import TorchTransport
-from test_averaging import PER_WORKERS, PROTOCOLS, TORUS
 
 # -- known values -----------------------------------------------------------------------------------------------------
 
@@ -62,6 +62,14 @@ def test_a_graph() -> None:
     assert mixing_time(saef.Gossip(TORUS), 8) == 8 * math.ceil(math.log(2) / -math.log(spectrum))
     ring = saef.Gossip([[1 / 3 if (i - j) % 6 in (0, 1, 5) else 0 for j in range(6)] for i in range(6)])
     assert mixing_time(ring, 6) == mixing_time(saef.Ring(), 6)
+
+
+def test_a_hypercube() -> None:
+    """2^m workers with m neighbours each and weights 1 / (m + 1): the second eigenvalue is 1 - 2 / (m + 1)."""
+    for m in (2, 3, 4):
+        n = 2**m
+        cube = saef.Gossip.metropolis([(k, k ^ (1 << b)) for k in range(n) for b in range(m)])
+        assert mixing_time(cube, n) == n * math.ceil(math.log(2) / -math.log(1 - 2 / (m + 1)) - 1e-9)
 
 
 @pytest.mark.parametrize("n", [1, 4, 16, 32])
@@ -278,6 +286,7 @@ def test_corollary_1_follows_from_theorem_1() -> None:
     [
         (lambda: mixing_time(saef.AllReduce(1), 1), "among 1 worker has nobody"),
         (lambda: mixing_time(saef.AsyncParameterServer(), 0), "needs a worker"),
+        (lambda: mixing_time(saef.Ring(), 2.5), "must be an integer, got 2.5"),
         (lambda: mixing_time(saef.Gossip(TORUS), 4), "weights are for 8 workers"),
         (lambda: mixing_time(saef.AsyncRing(), 4, seeds=0), "seeds must be at least 1"),
         (lambda: lemma_1(-1, 4), "must not be negative"),
@@ -290,5 +299,5 @@ def test_corollary_1_follows_from_theorem_1() -> None:
     ],
 )
 def test_bad_input(call: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         call()

@@ -13,8 +13,8 @@ from torch.distributed.optim import PostLocalSGDOptimizer
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import saef
+from protocols import expected
 from ranks import RankPool
-from test_averaging import expected
 from training import batch, flat, make_net
 
 PROTOCOLS = [
