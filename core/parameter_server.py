@@ -28,7 +28,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from . import agreement
 from .transport import TorchTransport, gloo, private_store
@@ -59,6 +59,26 @@ class Served:
         return max((after - before - 1 for _, before, after in self.pushes), default=0)
 
 
+class _Link:
+    """The connection between the server (side 0) and one worker (side 1)."""
+
+    def __init__(self, store: Store, side: int, like: dist.ProcessGroup) -> None:
+        self._group, self._peer = gloo(store, side, 2, like), 1 - side
+
+    def send(self, *tensors: Tensor) -> None:
+        self._move(self._group.send, tensors)
+
+    def receive(self, *tensors: Tensor) -> None:
+        self._move(self._group.recv, tensors)
+
+    def _move(self, transfer: Callable[..., Any], tensors: Iterable[Tensor]) -> None:
+        try:
+            for t in tensors:
+                transfer([t], self._peer, 0).wait()
+        except RuntimeError as error:  # gloo's, of any kind
+            raise ConnectionError(str(error)) from error
+
+
 class ParameterServer:
     """What both sides need: the server of rank 0, and the connections of the others to it.
 
@@ -84,14 +104,14 @@ class ParameterServer:
         agreement.compare({"parameters": found}, transport, transport.device)
         self.dtype = torch.float64 if any(p.dtype == torch.float64 for p in self.params) else torch.float32
         store = private_store(group)
-        self._workers: dict[int, Any] = {}
-        self._server: Any = None
+        self._workers: dict[int, _Link] = {}
+        self._server: _Link | None = None
         for k in range(1, size):
-            link = partial(gloo, PrefixStore(str(k), store))
+            meeting = PrefixStore(str(k), store)
             if self.is_server:
-                self._workers[k] = link(0, 2, group)
+                self._workers[k] = _Link(meeting, 0, group)
             elif k == self.rank:
-                self._server = link(1, 2, group)
+                self._server = _Link(meeting, 1, group)
         self._pulled = False
 
     @property
@@ -127,11 +147,9 @@ class ParameterServer:
         if self._server is None:
             raise RuntimeError("rank 0 is the server: call serve()" if self.is_server else "this worker has left")
         try:
-            for t in (torch.tensor([what]), *send):
-                self._server.send([t], 0, 0).wait()
-            for t in receive:
-                self._server.recv([t], 0, 0).wait()
-        except RuntimeError as error:
+            self._server.send(torch.tensor([what]), *send)
+            self._server.receive(*receive)
+        except ConnectionError as error:
             raise RuntimeError(
                 f"rank {self.rank}: the parameter server is gone, or let go of this worker after it was silent for "
                 f"longer than the process group's timeout: look at what rank 0 printed. The cause: {error}"
@@ -153,19 +171,45 @@ class ParameterServer:
                 checkpoints, logs.
 
         Raises:
-            RuntimeError: if every worker was lost. And what the optimizer or after_step raises.
+            ValueError: if the optimizer is for other parameters.
+            RuntimeError: if every worker was lost. And what the optimizer or after_step raises: serving ends there.
         """
         if not self.is_server:
             raise RuntimeError(f"rank {self.rank} is a worker: pull, push and leave; rank 0 serves")
+        if {id(p) for g in optimizer.param_groups for p in g["params"]} != {id(p) for p in self.params}:
+            raise ValueError("the optimizer must have the parameters that the server was created with, and no others")
         served, lock, failures = Served(), threading.Lock(), list[BaseException]()
 
-        def one(k: int) -> None:
+        def pull() -> tuple[int, Tensor]:
+            with lock:
+                return len(served.pushes), self._flat(self.params)
+
+        def push(k: int, before: int, g: Tensor) -> None:
+            with lock:
+                if failures:
+                    return
+                if not bool(g.isfinite().all()):
+                    served.skipped[k] = served.skipped.get(k, 0) + 1
+                    logger.warning("parameter server: a gradient of worker %d is NaN or infinite; not applied", k)
+                    return
+                self._apply(g, optimizer)
+                served.pushes.append((k, before, len(served.pushes) + 1))
+                if after_step is not None:
+                    after_step(len(served.pushes))
+
+        def serve_worker(k: int) -> None:
             try:
-                self._serve_worker(k, optimizer, after_step, served, lock)
-            except BaseException as error:  # not the connection's: raised again below
+                self._talk(self._workers[k], pull, partial(push, k))
+            except ConnectionError as error:
+                served.lost[k] = str(error)
+                logger.warning("parameter server: lost worker %d, going on without it: %s", k, error)
+            except BaseException as error:  # raised again below
                 failures.append(error)
 
-        threads = [threading.Thread(target=one, args=(k,), name=f"saef-worker-{k}", daemon=True) for k in self._workers]
+        threads = [
+            threading.Thread(target=serve_worker, args=(k,), name=f"saef-worker-{k}", daemon=True)
+            for k in self._workers
+        ]
         for thread in threads:
             thread.start()
         while any(thread.is_alive() for thread in threads) and not failures:
@@ -177,41 +221,21 @@ class ParameterServer:
             raise RuntimeError(f"all workers were lost, x is at version {len(served.pushes)}: {served.lost}")
         return served
 
-    def _serve_worker(
-        self,
-        k: int,
-        optimizer: torch.optim.Optimizer,
-        after_step: Callable[[int], None] | None,
-        served: Served,
-        lock: threading.Lock,
+    def _talk(
+        self, link: _Link, pull: Callable[[], tuple[int, Tensor]], push: Callable[[int, Tensor], None]
     ) -> None:
-        link, before = self._workers[k], 0
-        what, g = torch.empty(1, dtype=torch.int64), self._flat(self.params)
+        """With one worker, until it leaves. Raises ConnectionError if it is lost."""
+        what, g, version = torch.empty(1, dtype=torch.int64), self._flat(self.params), 0
         while True:
-            try:
-                link.recv([what], 1, 0).wait()
-                if what == LEAVE:
-                    return
-                if what == PULL:
-                    with lock:
-                        before, x = len(served.pushes), self._flat(self.params)
-                    for t in (torch.tensor([before]), x):
-                        link.send([t], 1, 0).wait()
-                    continue
-                link.recv([g], 1, 0).wait()
-            except RuntimeError as error:
-                served.lost[k] = str(error)
-                logger.warning("parameter server: lost worker %d, going on without it: %s", k, error)
+            link.receive(what)
+            if what == LEAVE:
                 return
-            with lock:
-                if not bool(g.isfinite().all()):
-                    served.skipped[k] = served.skipped.get(k, 0) + 1
-                    logger.warning("parameter server: a gradient of worker %d is NaN or infinite; not applied", k)
-                    continue
-                self._apply(g, optimizer)
-                served.pushes.append((k, before, len(served.pushes) + 1))
-                if after_step is not None:
-                    after_step(len(served.pushes))
+            if what == PULL:
+                version, x = pull()
+                link.send(torch.tensor([version]), x)
+            else:
+                link.receive(g)
+                push(version, g)
 
     def _apply(self, g: Tensor, optimizer: torch.optim.Optimizer) -> None:
         for p, part in zip(self.params, g.split([p.numel() for p in self.params]), strict=True):

@@ -150,6 +150,8 @@ def misuse(group: dist.ProcessGroup, case: str) -> str:
         elif case == "left":
             server.leave()
             server.pull()
+        elif case == "other optimizer" and server.is_server:
+            server.serve(torch.optim.SGD(make_net().parameters(), lr=0.1))
         elif case == "optimizer raises" and server.is_server:
             server.serve(torch.optim.SGD(net.parameters(), lr=0.1), after_step=lambda version: 1 / 0)
         elif case == "optimizer raises":
@@ -166,6 +168,7 @@ def misuse(group: dist.ProcessGroup, case: str) -> str:
         ("push first", "nothing was raised", "pull() before the gradient"),
         ("left", "nothing was raised", "this worker has left"),
         ("different parameters", "rank 1 has", "rank 1 has"),
+        ("other optimizer", "the optimizer must have the parameters", "nothing was raised"),
         ("optimizer raises", "ZeroDivisionError", "nothing was raised"),
     ],
 )
