@@ -118,6 +118,7 @@ mixing: env
 bench: env
 	$(PY) benchmarks/kernels.py $(ARGS)
 	$(PY) benchmarks/step.py --trace .cache/step-trace.json $(ARGS)
+	$(PY) benchmarks/averaging.py
 
 soak: env
 	$(PY) tests/soak.py $(ARGS)
