@@ -22,7 +22,6 @@ import logging
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -136,7 +135,7 @@ class ParameterServer:
         if not self._pulled:
             raise RuntimeError("pull() before the gradient is computed: there is nothing yet that it is of")
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
-        self._ask(PUSH, [self._flat(grads)], [])
+        self._ask(PUSH, [_flat(grads, self.dtype)], [])
 
     def leave(self) -> None:
         """Say that this worker is done. Without it the server takes the end of the process for a death."""
@@ -178,71 +177,78 @@ class ParameterServer:
             raise RuntimeError(f"rank {self.rank} is a worker: pull, push and leave; rank 0 serves")
         if {id(p) for g in optimizer.param_groups for p in g["params"]} != {id(p) for p in self.params}:
             raise ValueError("the optimizer must have the parameters that the server was created with, and no others")
-        served, lock, failures = Served(), threading.Lock(), list[BaseException]()
-
-        def pull() -> tuple[int, Tensor]:
-            with lock:
-                return len(served.pushes), self._flat(self.params)
-
-        def push(k: int, before: int, g: Tensor) -> None:
-            with lock:
-                if failures:
-                    return
-                if not bool(g.isfinite().all()):
-                    served.skipped[k] = served.skipped.get(k, 0) + 1
-                    logger.warning("parameter server: a gradient of worker %d is NaN or infinite; not applied", k)
-                    return
-                self._apply(g, optimizer)
-                served.pushes.append((k, before, len(served.pushes) + 1))
-                if after_step is not None:
-                    after_step(len(served.pushes))
-
-        def serve_worker(k: int) -> None:
-            try:
-                self._talk(self._workers[k], pull, partial(push, k))
-            except ConnectionError as error:
-                served.lost[k] = str(error)
-                logger.warning("parameter server: lost worker %d, going on without it: %s", k, error)
-            except BaseException as error:  # raised again below
-                failures.append(error)
-
+        serving = _Serving(self, optimizer, after_step)
         threads = [
-            threading.Thread(target=serve_worker, args=(k,), name=f"saef-worker-{k}", daemon=True)
-            for k in self._workers
+            threading.Thread(target=serving.worker, args=(k, link), name=f"saef-worker-{k}", daemon=True)
+            for k, link in self._workers.items()
         ]
         for thread in threads:
             thread.start()
-        while any(thread.is_alive() for thread in threads) and not failures:
+        while any(thread.is_alive() for thread in threads) and not serving.failures:
             for thread in threads:
                 thread.join(POLL_S)
-        if failures:
-            raise failures[0]
+        if serving.failures:
+            raise serving.failures[0]
+        served = serving.served
         if len(served.lost) == len(self._workers):
             raise RuntimeError(f"all workers were lost, x is at version {len(served.pushes)}: {served.lost}")
         return served
 
-    def _talk(
-        self, link: _Link, pull: Callable[[], tuple[int, Tensor]], push: Callable[[int, Tensor], None]
+
+class _Serving:
+    """What the server's threads share, one for each worker; the lock is over x, the optimizer and the log."""
+
+    def __init__(
+        self, server: ParameterServer, optimizer: torch.optim.Optimizer, after_step: Callable[[int], None] | None
     ) -> None:
-        """With one worker, until it leaves. Raises ConnectionError if it is lost."""
-        what, g, version = torch.empty(1, dtype=torch.int64), self._flat(self.params), 0
-        while True:
+        self._params, self._dtype = server.params, server.dtype
+        self._optimizer, self._after_step = optimizer, after_step
+        self._lock = threading.Lock()
+        self.served, self.failures = Served(), list[BaseException]()
+
+    def worker(self, k: int, link: _Link) -> None:
+        """Serve one worker until it leaves, is lost, or a step raises."""
+        try:
+            self._serve(k, link)
+        except ConnectionError as error:
+            self.served.lost[k] = str(error)
+            logger.warning("parameter server: lost worker %d, going on without it: %s", k, error)
+        except BaseException as error:  # raised again by `ParameterServer.serve`
+            self.failures.append(error)
+
+    def _serve(self, k: int, link: _Link) -> None:
+        what, g, version = torch.empty(1, dtype=torch.int64), _flat(self._params, self._dtype), 0
+        while not self.failures:
             link.receive(what)
             if what == LEAVE:
                 return
             if what == PULL:
-                version, x = pull()
+                with self._lock:
+                    version, x = len(self.served.pushes), _flat(self._params, self._dtype)
                 link.send(torch.tensor([version]), x)
             else:
                 link.receive(g)
-                push(version, g)
+                with self._lock:
+                    self._push(k, version, g)
 
-    def _apply(self, g: Tensor, optimizer: torch.optim.Optimizer) -> None:
-        for p, part in zip(self.params, g.split([p.numel() for p in self.params]), strict=True):
+    def _push(self, k: int, before: int, g: Tensor) -> None:
+        """One step of MixML eq. (5)."""
+        served = self.served
+        if self.failures:
+            return
+        if not bool(g.isfinite().all()):
+            served.skipped[k] = served.skipped.get(k, 0) + 1
+            logger.warning("parameter server: a gradient of worker %d is NaN or infinite; not applied", k)
+            return
+        for p, part in zip(self._params, g.split([p.numel() for p in self._params]), strict=True):
             p.grad = part.view_as(p).to(p.device, p.dtype, copy=True)
-        optimizer.step()
-        optimizer.zero_grad()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        served.pushes.append((k, before, len(served.pushes) + 1))
+        if self._after_step is not None:
+            self._after_step(len(served.pushes))
 
-    def _flat(self, tensors: Iterable[Tensor]) -> Tensor:
-        """One vector on the host, a copy."""
-        return torch.cat([t.detach().reshape(-1).to("cpu", self.dtype) for t in tensors])
+
+def _flat(tensors: Iterable[Tensor], dtype: torch.dtype) -> Tensor:
+    """One vector on the host, a copy."""
+    return torch.cat([t.detach().reshape(-1).to("cpu", dtype) for t in tensors])

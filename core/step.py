@@ -28,7 +28,7 @@ from torch.futures import Future
 
 from . import agreement, kernels
 from .attachment import Attachment
-from .averaging import Averaging, check_for_errors
+from .averaging import Averaging, ErrorAveraging
 from .buckets import SPARSE, Buckets, gather
 from .codec import message_bytes
 from .compressors import DENSE, Compressor, ScaledSign
@@ -92,8 +92,7 @@ class Step:
         group = process_group or getattr(model, "process_group", None)
         self.transport = transport or TorchTransport(group, weights.device)
         agreement.compare_settings(self)
-        if settings.averaging is not None:
-            check_for_errors(settings.averaging, self.transport.size)
+        self._averaging = ErrorAveraging(settings.averaging, self.transport)
         self._place_servers()
         self._allocate(hyper)
 
@@ -101,8 +100,6 @@ class Step:
         self.counted_from = 0  # the step since when bytes are counted
         self.clock = Clock()
         self.committed: list[tuple[Tensor, Tensor]] = []  # tables and messages of the last step, until the next
-        self._averaged_for = -1  # the step whose averaging has been done
-        self._not_averaged: tuple[slice, Tensor] | None = None  # e before that, where it was due
         self.compared_at: int | None = None  # the step when the ranks were last compared
         self._at_half = False
         self._sizes = group_sizes(optimizer)
@@ -144,27 +141,9 @@ class Step:
         self.weights.absorb()
         agreement.audit(self)
         self.committed = []
-        self.weights.begin(self._errors, self._average())
+        self.weights.begin(self._errors, self._averaging.make(self.steps, self.e))
         self.weights.watch()
         self._at_half = True
-
-    def _average(self) -> slice:
-        """Average the errors if this step has not done so (Alg. 1, lines 6-8); the coordinates that changed."""
-        averaging, t = self.settings.averaging, self.steps
-        if averaging is None or self._averaged_for == t:
-            return slice(0, 0)
-        due = averaging.due(t, self.e.numel())
-        part = self.e[due]
-        if part.numel():
-            before = part.clone()
-            try:
-                self.transport.call(lambda: averaging.average(t, part, self.transport))
-            except RuntimeError:
-                part.copy_(before)
-                raise
-            self._not_averaged = (due, before)
-        self._averaged_for = t
-        return due
 
     def restore(self) -> None:
         """Put x into the parameters if they are at x_half. The next training forward steps ahead again."""
@@ -184,11 +163,7 @@ class Step:
 
     def errors_before_step(self) -> Tensor:
         """A copy of e_k as it was before the step that is under way averaged it."""
-        e = self.e.clone()
-        if self._not_averaged is not None:
-            due, before = self._not_averaged
-            e[due] = before
-        return e
+        return self._averaging.before(self.e)
 
     # -- backward: compress and exchange ------------------------------------------------------
 
@@ -369,7 +344,8 @@ class Step:
         self.steps += 1
         self.skipped_in_a_row = 0
         self.committed = [(b.plan.send.table, b.message) for b in self._prepared.buckets]
-        self._prepared, self._not_averaged = Prepared(), None
+        self._prepared = Prepared()
+        self._averaging.commit()
         self._at_half = False
         self.weights.restore()
 
@@ -397,10 +373,8 @@ class Step:
         self._prepared = Prepared()
         self._buckets.restart()
         self.restore()
-        if self._not_averaged is not None:
-            due, before = self._not_averaged
-            self.e[due] = before
-        self._not_averaged, self._averaged_for, self.committed = None, -1, []
+        self._averaging.undo(self.e)
+        self.committed = []
 
     # -- shared -------------------------------------------------------------------------------
 
