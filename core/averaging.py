@@ -41,19 +41,18 @@ def check_integer(name: str, value: object, least: int, unit: str) -> None:
         raise ValueError(f"{name} must be at least {least}{unit}, got {value}")
 
 
-def check_period(period: object) -> None:
-    try:
-        check_integer("period", period, 1, " (steps)")
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{error}; averaging=None never averages") from None
-
-
 class Averaging(ABC):
     """What all protocols answer. Subclasses are frozen dataclasses with `period`, and `seed` if they are random."""
 
     period: int
     random: ClassVar[bool] = False
     servers: ClassVar[int] = 0  # ranks, from 0 on, that are not workers but hold a state
+
+    def __post_init__(self) -> None:
+        try:
+            check_integer("period", self.period, 1, " (steps)")
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{error}; averaging=None never averages") from None
 
     @property
     def parts(self) -> int:
@@ -130,9 +129,6 @@ class AllReduce(Averaging):
 
     period: int
 
-    def __post_init__(self) -> None:
-        check_period(self.period)
-
     def step_operators(self, step: int, n: int) -> Sequence[Operator]:
         return [Mean()]
 
@@ -151,9 +147,6 @@ class Rotating(Averaging):
     """
 
     period: int
-
-    def __post_init__(self) -> None:
-        check_period(self.period)
 
     @property
     def parts(self) -> int:
@@ -179,13 +172,13 @@ class Slack(Averaging):
     period: int = 1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if isinstance(self.gamma, bool) or not isinstance(self.gamma, Real):
             raise TypeError(f"gamma must be a number in (0, 1], got {self.gamma!r}")
         if not 0.0 < self.gamma <= 1.0:
             raise ValueError(
                 f"gamma must be in (0, 1], got {self.gamma}: at 0 nobody moves, above 1 workers go past the mean"
             )
-        check_period(self.period)
 
     def step_operators(self, step: int, n: int) -> Sequence[Operator]:
         return [Mean(float(self.gamma))]

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from .averaging import Averaging, check_integer, check_period
+from .averaging import Averaging, check_integer
 from .operators import SUM_TOLERANCE, Links, Matrix, Operator
 
 
@@ -25,9 +25,6 @@ class Ring(Averaging):
     """
 
     period: int = 1
-
-    def __post_init__(self) -> None:
-        check_period(self.period)
 
     def step_operators(self, step: int, n: int) -> Sequence[Operator]:
         neighbours = {k: sorted({(k - 1) % n, k, (k + 1) % n}) for k in range(n)}
@@ -48,8 +45,8 @@ class AsyncRing(Averaging):
     period: int = 1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_seed(self.seed)
-        check_period(self.period)
 
     def step_operators(self, step: int, n: int) -> Sequence[Operator]:
         if n == 1:
@@ -76,7 +73,7 @@ class Gossip(Averaging):
     period: int = 1
 
     def __post_init__(self) -> None:
-        check_period(self.period)
+        super().__post_init__()
         try:
             W = np.asarray(self.weights, dtype=np.float64)
         except (TypeError, ValueError) as error:
@@ -152,6 +149,7 @@ class AsyncParameterServer(Averaging):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_seed(self.seed)
 
     def step_operators(self, step: int, n: int) -> Sequence[Operator]:

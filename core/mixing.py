@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -212,18 +212,12 @@ def lemma_1(events: int, t_mix: float, norm: float = 1.0, xi: float = 1.0) -> fl
     return 2.0 ** -math.floor(events / t_mix) * (1.0 + xi) * xi * norm
 
 
-class _Sizes(NamedTuple):
-    """What both bounds on SGD share: 2 (f(0) - f(x_T)) and (1 + xi)^2 xi^2."""
-
-    gap: float
-    spread: float
-
-
-def _sizes(t_mix: float, smoothness: float, noise: float, gap: float, xi: float) -> _Sizes:
+def _spread(t_mix: float, smoothness: float, noise: float, gap: float, xi: float) -> float:
+    """(1 + xi)^2 xi^2, which both bounds on SGD have, after a look at their constants."""
     _check_positive(t_mix=t_mix, smoothness=smoothness, gap=gap, xi=xi)
     if not noise >= 0:
         raise ValueError(f"noise must not be negative, got {noise}")
-    return _Sizes(2.0 * gap, (1.0 + xi) ** 2 * xi**2)
+    return (1.0 + xi) ** 2 * xi**2
 
 
 def theorem_1(
@@ -249,18 +243,18 @@ def theorem_1(
     Raises:
         ValueError: if an alpha_t is so large that c_t is not positive, when the theorem says nothing, or they grow.
     """
-    sizes = _sizes(t_mix, smoothness, noise, gap, xi)
+    spread = _spread(t_mix, smoothness, noise, gap, xi)
     alpha = np.asarray(lrs, dtype=np.float64)
     if alpha.ndim != 1 or not len(alpha) or not (alpha > 0).all() or (np.diff(alpha) > 0).any():
         raise ValueError("lrs must be positive and must not grow (Lemma 2)")
-    c = 1.0 - 16.0 * sizes.spread * (t_mix * smoothness * alpha) ** 2
+    c = 1.0 - 16.0 * spread * (t_mix * smoothness * alpha) ** 2
     if c.min() <= 0:
-        largest = 1.0 / (4.0 * math.sqrt(sizes.spread) * t_mix * smoothness)
+        largest = 1.0 / (4.0 * math.sqrt(spread) * t_mix * smoothness)
         bound = f"1 / (4 (1 + xi) xi t_mix L) = {largest:.3g}"
         raise ValueError(f"Theorem 1 needs step sizes below {bound}, got {alpha.max():.3g}")
     noisy = noise**2 * smoothness * (alpha**2).sum()
-    apart = 4.0 * sizes.spread * t_mix * noise**2 * smoothness**2 * (alpha**3).sum()
-    return float((sizes.gap + noisy + apart) / (alpha * c).sum())
+    apart = 4.0 * spread * t_mix * noise**2 * smoothness**2 * (alpha**3).sum()
+    return float((2.0 * gap + noisy + apart) / (alpha * c).sum())
 
 
 def corollary_1(
@@ -276,15 +270,15 @@ def corollary_1(
     Raises:
         ValueError: if T < 64 gap xi^2 (1 + xi)^2 t_mix^2 L / sigma^2, naming the least T.
     """
-    sizes = _sizes(t_mix, smoothness, noise, gap, xi)
+    spread = _spread(t_mix, smoothness, noise, gap, xi)
     _check_positive(noise=noise)
-    least = 32.0 * sizes.gap * sizes.spread * t_mix**2 * smoothness / noise**2
+    least = 64.0 * gap * spread * t_mix**2 * smoothness / noise**2
     if events < least:
         raise ValueError(f"Corollary 1 needs T of at least {math.ceil(least)} events here, got {events}")
-    root = math.sqrt(sizes.gap)
+    root = math.sqrt(2.0 * gap)
     alpha = root / (noise * math.sqrt(smoothness * events) + t_mix)
     leading = 4.0 * noise * math.sqrt(smoothness / events) * root
-    return alpha, leading + (2.0 * root + 8.0 * sizes.spread * sizes.gap * smoothness) * t_mix / events
+    return alpha, leading + (2.0 * root + 16.0 * spread * gap * smoothness) * t_mix / events
 
 
 def _check_positive(**values: Any) -> None:

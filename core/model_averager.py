@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._utils import _unflatten_dense_tensors
 from torch.distributed.algorithms.model_averaging import averagers
 
 from . import agreement
@@ -86,8 +87,8 @@ class ModelAverager(averagers.ModelAverager):
             if due.stop > due.start:
                 x = torch.cat([p.detach().reshape(-1).to(torch.float64 if doubles else torch.float32) for p in parts])
                 transport.call(partial(self.protocol.average, t, x[due], transport))
-                for p, new in zip(parts, x.split([p.numel() for p in parts]), strict=True):
-                    p.copy_(new.view_as(p))
+                for p, new in zip(parts, _unflatten_dense_tensors(x, parts), strict=True):
+                    p.copy_(new)
         self.step += 1
 
     def _connect(self, device: torch.device) -> TorchTransport:

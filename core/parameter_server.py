@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._utils import _unflatten_dense_tensors
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from . import agreement
@@ -125,8 +126,8 @@ class ParameterServer:
         version = torch.empty(1, dtype=torch.int64)
         x = torch.empty(sum(p.numel() for p in self.params), dtype=self.dtype)
         self._ask(PULL, [], [version, x])
-        for p, new in zip(self.params, x.split([p.numel() for p in self.params]), strict=True):
-            p.copy_(new.view_as(p))
+        for p, new in zip(self.params, _unflatten_dense_tensors(x, self.params), strict=True):
+            p.copy_(new)
         self._pulled = True
         return int(version)
 
@@ -240,8 +241,8 @@ class _Serving:
             served.skipped[k] = served.skipped.get(k, 0) + 1
             logger.warning("parameter server: a gradient of worker %d is NaN or infinite; not applied", k)
             return
-        for p, part in zip(self._params, g.split([p.numel() for p in self._params]), strict=True):
-            p.grad = part.view_as(p).to(p.device, p.dtype, copy=True)
+        for p, part in zip(self._params, _unflatten_dense_tensors(g, self._params), strict=True):
+            p.grad = part.to(p.device, p.dtype, copy=True)
         self._optimizer.step()
         self._optimizer.zero_grad()
         served.pushes.append((k, before, len(served.pushes) + 1))

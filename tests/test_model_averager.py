@@ -58,14 +58,18 @@ def by_operators(protocol: saef.Averaging, K: int, steps: int) -> Tensor:
     for t in range(steps):
         for k in range(K):
             local_step(nets[k], optimizers[k], k, t)
-        X = torch.stack([flat(net) for net in nets])
-        due = protocol.due(t, X.shape[1])
-        if due.stop > due.start:
-            for M in protocol.step_operators(t, K):
-                X[:, due] = torch.from_numpy(M.matrix(K)) @ X[:, due]
+        X = one_step(protocol, torch.stack([flat(net) for net in nets]), t)
         for net, x in zip(nets, X, strict=True):
             nn.utils.vector_to_parameters(x, net.parameters())
     return torch.stack([flat(net) for net in nets])
+
+
+def one_step(protocol: saef.Averaging, X: Tensor, t: int) -> Tensor:
+    """The rows of X after the operators of step t."""
+    X, due = X.clone(), protocol.due(t, X.shape[1])
+    for M in protocol.step_operators(t, len(X)) if due.stop > due.start else []:
+        X[:, due] = torch.from_numpy(M.matrix(len(X))) @ X[:, due]
+    return X
 
 
 # float64; 30 local steps on numbers of order 1, each amplifying roundings of 1e-16 by at most 1 / (1 - mu) = 10
@@ -216,13 +220,11 @@ def test_bad_input(pool: RankPool, case: str, message: str) -> None:
         assert message in said
 
 
-def test_the_expected_mean_is_that_of_the_operators() -> None:
-    """`by_operators` and `test_averaging.expected` are two ways to the same."""
+def test_one_step_is_that_of_the_events() -> None:
+    """`one_step`, which goes step by step, and `protocols.expected`, event by event, are two ways to the same."""
     X = torch.randn(4, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for protocol in PROTOCOLS:
-        Y = X.clone()
+        Y = X
         for t in range(4):
-            due = protocol.due(t, 12)
-            for M in protocol.step_operators(t, 4) if due.stop > due.start else []:
-                Y[:, due] = torch.from_numpy(M.matrix(4)) @ Y[:, due]
+            Y = one_step(protocol, Y, t)
         torch.testing.assert_close(Y, expected(protocol, X, 4), rtol=0, atol=1e-14)
