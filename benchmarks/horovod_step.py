@@ -1,6 +1,6 @@
 """A training step under Horovod: plain, Horovod's fp16, and SAEF, interleaved, on the ranks of this machine.
 
-    horovodrun --gloo -np 4 .venv/bin/python benchmarks/horovod_step.py [--layers 10] [--width 1024] [--rounds 15]
+horovodrun --gloo -np 4 .venv/bin/python benchmarks/horovod_step.py [--layers 10] [--width 1024] [--rounds 15]
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """The hot loops against one torch.clone of the same vector: float32, one CPU thread or a GPU, interleaved runs.
 
-    python benchmarks/kernels.py [--device cpu|cuda] [--numel 25000000] [--rounds 9] [--block 65536|layer]
+python benchmarks/kernels.py [--device cpu|cuda] [--numel 25000000] [--rounds 9] [--block 65536|layer]
 """
 
 import argparse
@@ -18,9 +18,7 @@ from saef.kernels import Rule, select
 
 
 def blocks(numel: int, worker: Compressor, server: Compressor) -> list[Block]:
-    return [
-        Block(worker, server, start, start, start, n, 0) for start, n in cut(numel, worker.block_numel(numel))
-    ]
+    return [Block(worker, server, start, start, start, n, 0) for start, n in cut(numel, worker.block_numel(numel))]
 
 
 def compress_path(numel: int, compressor: Compressor, rule: Rule, vectors: list[Tensor]) -> Callable[[], object]:

@@ -39,4 +39,3 @@ class OuterDecay:
                 m.mul_(hyper[i].momentum).add_(u)
                 u = u + m * hyper[i].momentum if hyper[i].nesterov else m
             x.sub_(u * hyper[i].lr)
-

@@ -157,9 +157,7 @@ class ParameterServer:
 
     # -- the server ---------------------------------------------------------------------------
 
-    def serve(
-        self, optimizer: torch.optim.Optimizer, after_step: Callable[[int], None] | None = None
-    ) -> Served:
+    def serve(self, optimizer: torch.optim.Optimizer, after_step: Callable[[int], None] | None = None) -> Served:
         """Serve until every worker has left or is lost. On rank 0.
 
         Gradients are applied one at a time, as they come (MixML eq. (5)): x is never between two steps when it is

@@ -162,9 +162,7 @@ class Plans:
     def __len__(self) -> int:
         return len(self._plans)
 
-    def find(
-        self, parameters: Sequence[Tensor], views: Sequence[Tensor], flat: Tensor
-    ) -> tuple[tuple[int, ...], Plan]:
+    def find(self, parameters: Sequence[Tensor], views: Sequence[Tensor], flat: Tensor) -> tuple[tuple[int, ...], Plan]:
         """The numbers of a bucket's parameters, and its plan; `views` are their gradients, views of `flat`."""
         where = []
         for p, view in zip(parameters, views, strict=True):

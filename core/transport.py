@@ -129,9 +129,7 @@ class Ordered(ABC):
     def _sum(self, v: Tensor, purpose: str) -> None: ...
 
     @abstractmethod
-    def _send_receive(
-        self, v: Tensor, to: Sequence[int], sources: Sequence[int], purpose: str
-    ) -> list[Tensor]: ...
+    def _send_receive(self, v: Tensor, to: Sequence[int], sources: Sequence[int], purpose: str) -> list[Tensor]: ...
 
 
 class TorchTransport(Ordered):
@@ -241,9 +239,7 @@ class _OrderedWorker:
     def failure(self) -> Exception | None:
         return self._failures[0] if self._failures else None
 
-    def submit(
-        self, work: Callable[[], Tensor], future: Future[Tensor], otherwise: Tensor | None
-    ) -> Future[Tensor]:
+    def submit(self, work: Callable[[], Tensor], future: Future[Tensor], otherwise: Tensor | None) -> Future[Tensor]:
         if not self._started:
             self._started = True
             parts = self._items, self._failures, self._context  # not self, which the thread would keep alive

@@ -158,9 +158,7 @@ def test_saef_with_it_equals_the_reference(
     compressor = saef.TopK(0.1, block="layer") if exchange == "replicated" else saef.ScaledSign(block=7)
     C, block = (reference.top_k(0.1), "layer") if exchange == "replicated" else (reference.scaled_sign, 7)
     settings = reference.Settings(C, block=block, averaging=oracle, momentum=0.9)
-    job = Job(
-        state={"compressor": compressor, "averaging": protocol, "exchange": exchange}, groups=[{"momentum": 0.9}]
-    )
+    job = Job(state={"compressor": compressor, "averaging": protocol, "exchange": exchange}, groups=[{"momentum": 0.9}])
     for ranks in (1, 2, 4):
         want, x, x_tilde = reference.run(settings, start(), gradient, job.lrs, ranks)
         runs = pool.run(train, job, ranks=ranks)

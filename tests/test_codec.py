@@ -262,7 +262,7 @@ def test_a_message_may_be_any_slice():
     message = codec.encode([torch.arange(9.0)])
     for step, offset in ((1, 3), (2, 1)):  # not aligned; not contiguous
         buffer = torch.zeros(100, dtype=torch.uint8)
-        part = buffer[offset :: step][: message.numel()]
+        part = buffer[offset::step][: message.numel()]
         part.copy_(message)
         assert codec.decode(part)[0].tolist() == [0, 0, 0, 0, 4, 5, 6, 7, 8]
 

@@ -25,9 +25,7 @@ BRANCHES, TWICE = {"branches": True}, {"micro_batches": 2}
 
 # (compressor, period, exchange, options of the job, of DistributedOptimizer)
 Case = tuple[str, int | None, str, dict[str, Any], dict[str, Any]]
-PLAIN: list[Case] = [
-    (c, p, e, {}, {}) for c in COMPRESSORS for p in (None, 4) for e in ("replicated", "sharded")
-]
+PLAIN: list[Case] = [(c, p, e, {}, {}) for c in COMPRESSORS for p in (None, 4) for e in ("replicated", "sharded")]
 SPECIAL: list[Case] = [
     ("topk", 4, "sharded", BRANCHES, {}),
     ("sign", 4, "replicated", BRANCHES | TWICE, {}),

@@ -121,8 +121,10 @@ def test_nothing_is_unpickled() -> None:
                     names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
                     assert names.isdisjoint({"pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}), path
                 if isinstance(node, ast.Attribute):
-                    assert not node.attr.endswith(("_object", "_object_list")) and node.attr != "loads" or (
-                        ast.unparse(node) == "json.loads"
+                    assert (
+                        not node.attr.endswith(("_object", "_object_list"))
+                        and node.attr != "loads"
+                        or (ast.unparse(node) == "json.loads")
                     ), (path, node.lineno)
                 if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
                     safe = {ast.unparse(word) for word in node.keywords if word.arg == "weights_only"}
