@@ -22,7 +22,7 @@ export NUMBA_CACHE_DIR
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help env horovod demo lint types test reproduce mixing bench soak fuzz clean
+.PHONY: help env horovod demo lint types test quick reproduce mixing bench soak fuzz clean
 
 help:
 	@echo 'make env        .venv with the exact versions of constraints.txt and saef installed in it'
@@ -31,6 +31,7 @@ help:
 	@echo 'make lint       ruff'
 	@echo 'make types      mypy --strict on the installed package'
 	@echo 'make test       the whole test suite'
+	@echo 'make quick      the tests that need no Horovod, DeepSpeed or launcher, without the slow ones: 90 s at most'
 	@echo 'make reproduce  examples/reproduce.py on Fashion-MNIST; DATA=folder if you have it already'
 	@echo 'make mixing     examples/mixing.py: mixing times, and training under weak consistency, drawn'
 	@echo 'make bench      the benchmarks behind the figures in the README'
@@ -88,6 +89,9 @@ types: env
 test: env horovod
 	$(PY) -m pytest $(ARGS)
 
+quick: env
+	$(PY) -m pytest -m 'not slow' tests/pure tests/workers tests/ranks $(ARGS)
+
 # ---- programs -----------------------------------------------------------------------------------------------
 
 demo: env
@@ -121,11 +125,11 @@ bench: env
 	$(PY) benchmarks/averaging.py
 
 soak: env
-	$(PY) tests/soak.py $(ARGS)
+	$(PY) tests/support/soak.py $(ARGS)
 
 fuzz: env
-	NUMBA_BOUNDSCHECK=1 NUMBA_CACHE_DIR=$(NUMBA_CACHE_DIR)-checked $(PY) tests/fuzz.py $(ARGS)
-	NUMBA_DISABLE_JIT=1 $(PY) tests/fuzz.py --atheris --messages 100000
+	NUMBA_BOUNDSCHECK=1 NUMBA_CACHE_DIR=$(NUMBA_CACHE_DIR)-checked $(PY) tests/support/fuzz.py $(ARGS)
+	NUMBA_DISABLE_JIT=1 $(PY) tests/support/fuzz.py --atheris --messages 100000
 
 clean:
 	rm -rf $(VENV) .cache build dist *.egg-info .hypothesis .ruff_cache .mypy_cache .pytest_cache

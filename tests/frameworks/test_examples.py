@@ -1,0 +1,125 @@
+"""The examples as a user starts them."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from support import EXAMPLES
+
+pytestmark = pytest.mark.ahead
+
+
+def run(*command: str, cwd: Path) -> str:
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, *command]
+    done = subprocess.run(words, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "ratio"),
+    [
+        (["--method", "full"], 1.0),
+        (["--method", "saef-sign", "--nesterov"], 10.0),
+        (["--method", "saef-topk", "--averaging", "rotating", "--period", "5", "--ratio", "0.05"], 1.5),
+    ],
+    ids=lambda v: v[1] if isinstance(v, list) else "",
+)
+def test_train_ddp_runs_under_torchrun(tmp_path: Path, flags: list[str], ratio: float) -> None:
+    out = tmp_path / "records.jsonl"
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(EXAMPLES / "train_ddp.py")]
+    run(*command, *flags, "--steps", "22", "--out", str(out), cwd=tmp_path)
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [r["step"] for r in records] == [11, 22]
+    assert records[1]["loss"] < records[0]["loss"] < 2.3  # log(10): better than guessing, and falling
+    assert records[1]["ratio"] >= ratio
+
+
+def test_tensorboard_gets_counters_and_measurements(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(EXAMPLES / "train_ddp.py")]
+    run(*command, "--method", "saef-topk", "--steps", "20", "--tensorboard", str(tmp_path / "board"), cwd=tmp_path)
+    board = EventAccumulator(str(tmp_path / "board")).Reload()
+    tags = board.Tags()["scalars"]
+    for name in ("loss", "steps_skipped", "bytes_per_step", "mean_gradient_mismatch", "stationary_distance"):
+        assert f"saef/{name}" in tags
+    assert sum(tag.startswith("saef/delta/") for tag in tags) > 10
+    assert [(e.step, e.value) for e in board.Scalars("saef/steps")] == [(10, 10.0), (20, 20.0)]
+    assert all(0 <= e.value <= 1 for tag in tags if tag.startswith("saef/delta/") for e in board.Scalars(tag))
+
+
+def test_demo_prints_a_table_and_saves_a_picture(tmp_path: Path) -> None:
+    picture = tmp_path / "demo.png"
+    out = run(str(EXAMPLES / "demo.py"), "--epochs", "1", "--picture", str(picture), cwd=tmp_path)
+    for method in ("full precision", "EF sign", "SAEF sign", "EF top-1 %", "SAEF top-1 %"):
+        assert any(line.startswith(method) for line in out.splitlines())
+    assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
+
+
+def test_mixing_draws_both_figures(tmp_path: Path) -> None:
+    flags = ["--epochs", "1", "--seeds", "3", "--workers", "8", "--live", "3", "--out", "figures"]
+    said = run(str(EXAMPLES / "mixing.py"), *flags, cwd=tmp_path)
+    for figure in ("figure2", "figure3"):
+        assert (tmp_path / "figures" / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
+    with (tmp_path / "figures" / "figure3.csv").open() as file:
+        rows = {(r["protocol"], r["workers"], r["how"]): float(r["mean"]) for r in csv.DictReader(file)}
+    assert rows["Ring", "8", "operators"] == 32 and rows["Local step (m = 2)", "8", "operators"] == 16
+    for (protocol, workers, how), mean in rows.items():
+        assert how == "operators" or rows[protocol, workers, "operators"] == mean  # the same seeds
+    assert {workers for _, workers, how in rows if how == "live"} == {"2", "3"}
+    with (tmp_path / "figures" / "figure2.csv").open() as file:
+        curves = list(csv.DictReader(file))
+    assert {(r["method"], r["t_mix"]) for r in curves} == {
+        *((method, t_mix) for method in ("reduced frequency", "slack") for t_mix in ("8", "80", "800", "8000")),
+        ("ring", "32"),
+        ("async ring", "32"),
+        ("async parameter server", "22"),
+    }
+    apart = {r["t_mix"]: float(r["distance"]) for r in curves if r["method"] == "slack"}
+    assert apart["8"] < apart["80"] < apart["800"]
+    assert "8,000" in said and all(float(r["loss"]) < 2.4 for r in curves)  # log(10) is guessing
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_train_deepspeed_runs_under_both_launchers(tmp_path: Path, launcher: str) -> None:
+    """bf16 and top-1 % as ds_config.json says; then from the checkpoint at step 10, on other ranks."""
+    words = {
+        "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"],
+        "deepspeed": [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators"],
+    }[launcher]
+    script = [str(EXAMPLES / "train_deepspeed.py"), "--deepspeed_config", str(EXAMPLES / "ds_config.json")]
+    files = ["--checkpoint", "saved", "--checkpoint-every", "10", "--out", "records.jsonl"]
+    found = []
+    for ranks, steps in (("2", "22"), ("1", "33")):
+        run(*words, ranks, *script, *files, "--steps", steps, cwd=tmp_path)
+        found.append([json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()])
+    assert [[r["step"] for r in records] for records in found] == [[11, 22], [22, 33]]
+    assert found[1][-1]["loss"] < 1.5 < found[0][0]["loss"]
+    assert found[0][-1]["ratio"] > 7  # to bf16; 2 * 19,074 parameters send 38 kB plain
+    saved = {p.name for p in (tmp_path / "saved").iterdir()}
+    assert saved == {"latest", "global_step10", "global_step20", "global_step30"}
+    assert (tmp_path / "saved" / "global_step20" / "saef").is_dir()
+
+
+def test_train_horovod_runs_and_resumes_on_other_ranks(tmp_path: Path) -> None:
+    """fp16, then sign; then from the checkpoint at step 20 with one rank more."""
+    pytest.importorskip("horovod", reason="needs Horovod: `make horovod` builds it")
+    found = []
+    for ranks, flags in (
+        ("2", ["--compression", "fp16", "--steps", "11"]),
+        ("2", ["--compression", "saef-sign", "--steps", "22", "--checkpoint", "saved", "--checkpoint-every", "10"]),
+        ("4", ["--compression", "saef-sign", "--steps", "33", "--checkpoint", "saved"]),
+    ):
+        launcher = [str(Path(sys.executable).parent / "horovodrun"), "--gloo", "-np", ranks, sys.executable]
+        run(*launcher, str(EXAMPLES / "train_horovod.py"), *flags, "--out", str(tmp_path / "out"), cwd=tmp_path)
+        found.append([json.loads(line) for line in (tmp_path / "out").read_text().splitlines()])
+    assert [[r["step"] for r in records] for records in found] == [[11], [11, 22], [22, 33]]
+    assert found[2][-1]["loss"] < 0.8 * found[1][0]["loss"] < 0.8 * 2.3  # log(10): better than guessing, and falling
+    assert found[1][-1]["bytes_per_step"] < found[0][0]["bytes_per_step"] / 5

@@ -1,0 +1,687 @@
+"""The numba kernels against the reference kernels: signs, indices, errors and momentum bit for bit.
+
+The same numbers in the same order, products and sums rounded separately, give the same bits. The one exception
+is a scale, a sum that the two form in different orders (`scale_tolerance`).
+"""
+
+import math
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from saef import Codec, Compressor, Identity, MajorityVote, MinSize, ScaledSign, TopK
+from saef.codec import Block, Layout, cut, lay_out
+from saef.compressors import SIGN, index_bytes
+from saef.kernels import BYTE, COUNT, FLOAT, KIND, NUMEL, UNIT, Rule, cpu, reference, select
+from saef.plan import partition, plan_bucket
+
+DTYPES = (torch.float32, torch.float64)
+both_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
+CHUNK = cpu.CHUNK  # the kernels go through a block in chunks; sizes here leave whole chunks and rests
+BLOCK_SIZES = sorted({1, 7, 8, 9, 1000, 2048, 2049, CHUNK, CHUNK + 1, 65536})
+DATA = ("normal", "zeros", "negative zeros", "denormal", "ties", "huge", "NaN", "Inf", "all of it", "first chunk large")
+ONE_GROUP = [[0.1, 0.0, 1.0, 0.0, 0.0, 1.0]]  # eta, mu, gain, Nesterov, decay, factor
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Torch's threads wait for each other; beside other ranks' that takes longer than the work."""
+    with threads(1):
+        yield
+
+
+@contextmanager
+def threads(n: int):
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# --- comparing ----------------------------------------------------------------------------------------------
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal, zeros of different sign told apart; any NaN equals any other."""
+    integer = {4: torch.int32, 8: torch.int64}[a.element_size()]
+    number = ~(a.isnan() & b.isnan())
+    return a.dtype == b.dtype and torch.equal(a[number].view(integer), b[number].view(integer))
+
+
+def scale_tolerance(scale: Tensor, n: int) -> Tensor:
+    """What may lie between two scales of a block of n.
+
+    Each is a float64 sum of n numbers of one sign: n - 1 roundings, each at most 2^-53 of the sum, and that of the
+    division. In float32 this is rounded once more and cannot be seen, but where the two sums lie on either side
+    of a midpoint: one unit in the last place. In float64 it is all there is: 2 n 2^-53 of the scale, and one
+    unit for a quotient that is denormal.
+    """
+    ulp = torch.nextafter(scale, torch.full_like(scale, math.inf)) - scale
+    return ulp if scale.dtype == torch.float32 else ulp + 2 * n * 2.0**-53 * scale
+
+
+def assert_same_message(layout: Layout, a: Tensor, b: Tensor, dtype: torch.dtype) -> None:
+    assert torch.equal(a[layout.scalars * dtype.itemsize :], b[layout.scalars * dtype.itemsize :])
+    fa, fb = (message[: layout.scalars * dtype.itemsize].view(dtype) for message in (a, b))
+    scale = torch.zeros(layout.scalars, dtype=torch.bool)
+    for row in layout.table.tolist():
+        if row[KIND] == SIGN and not row[UNIT]:
+            at = row[FLOAT]
+            scale[at] = True
+            s, t = fa[at], fb[at]
+            near = (s - t).abs() <= scale_tolerance(torch.minimum(s, t), row[NUMEL])
+            assert near or same_bits(fa[at : at + 1], fb[at : at + 1]), (row, s, t)
+    assert same_bits(fa[~scale], fb[~scale])
+
+
+@contextmanager
+def unchanged(*tensors):
+    """Fails if a tensor is not, bit for bit, what it was."""
+    before = [t.clone() for t in tensors]
+    yield
+    assert all(torch.equal(t.view(torch.uint8), b.view(torch.uint8)) for t, b in zip(tensors, before, strict=True))
+
+
+# --- cases --------------------------------------------------------------------------------------------------
+
+
+def numbers(kind: str, n: int, dtype: torch.dtype, gen: torch.Generator) -> Tensor:
+    v = torch.randn(n, dtype=dtype, generator=gen)
+    tiny, large = torch.finfo(dtype).smallest_normal, torch.finfo(dtype).max / 8
+    spread = torch.randint(0, 5, (n,), generator=gen)
+    if kind == "zeros":
+        return torch.zeros(n, dtype=dtype)
+    if kind == "negative zeros":
+        return torch.where(spread < 3, -0.0, torch.where(spread < 4, 0.0, v))
+    if kind == "denormal":
+        return v * tiny / 4
+    if kind == "ties":
+        return torch.sign(v) * spread
+    if kind == "huge":
+        return torch.where(spread == 0, torch.sign(v) * large / max(n, 1), v)
+    if kind == "NaN":
+        return torch.where(spread == 0, math.nan, v)
+    if kind == "Inf":
+        return torch.where(spread == 0, torch.sign(v) * math.inf, v)
+    if kind == "first chunk large":
+        return torch.where(torch.arange(n) < CHUNK, 1000 * v, v)
+    if kind == "all of it":
+        v = numbers("ties", n, dtype, gen) * tiny / 2 + v * (v > 1)
+        return torch.where(torch.arange(n) % 997 == 5, math.nan, v)
+    return v
+
+
+@dataclass
+class Case:
+    """Blocks in a bucket whose order is not the state's, and vectors for them, with gaps between the blocks."""
+
+    dtype: torch.dtype
+    send: Layout
+    receive: Layout
+    reply: Layout
+    g: Tensor
+    m: Tensor
+    e: Tensor
+    x: Tensor
+    e_server: Tensor
+
+    @property
+    def worker(self) -> list[Tensor]:
+        return [self.g, self.m, self.e, self.x]
+
+
+def make_case(
+    codes: list[tuple[Compressor, Compressor, int]],
+    dtype: torch.dtype,
+    data: str = "normal",
+    *,
+    groups: int = 1,
+    momentum: bool = True,
+    feedback: bool = True,
+    seed: int = 0,
+) -> Case:
+    """`codes`: of each tensor the worker's and the server's compressor, and its size."""
+    gen = torch.Generator().manual_seed(seed)
+    blocks, at = [], 3
+    for i, (up, down, numel) in enumerate(codes):
+        size = up.block_numel(numel) or down.block_numel(numel)
+        for start, n in cut(numel, size):
+            blocks.append(Block(up, down, at + start, at + start, 0, n, i % groups))
+        at += numel + 2
+    d, served = at + 5, 1
+    for i, block in reversed(list(enumerate(blocks))):  # the server error is in the opposite order
+        blocks[i] = block._replace(grad=d - block.grad - block.numel, served=served)
+        served += block.numel
+    g, m, e, x = (numbers(data, d, dtype, gen) for _ in range(4))
+    empty = torch.empty(0, dtype=dtype)
+    return Case(
+        dtype,
+        send=lay_out(blocks, dtype.itemsize, server=False, served=False),
+        receive=lay_out(blocks, dtype.itemsize, server=False, served=True),
+        reply=lay_out(blocks, dtype.itemsize, server=True, served=True),
+        g=g,
+        m=m if momentum else empty,
+        e=e if feedback else empty,
+        x=x,
+        e_server=numbers(data, served + 1, dtype, gen) if feedback else empty,
+    )
+
+
+def make_rule(hyper: list[list[float]], dtype: torch.dtype, step_ahead: float = 1.0, feedback: bool = True) -> Rule:
+    return Rule(torch.tensor(hyper, dtype=dtype), step_ahead, feedback)
+
+
+def compress(kernels, case: Case, rule: Rule) -> Tensor:
+    """The message; everything else is asserted to stay as it is, and a second call to give the same."""
+    message = torch.full((case.send.message_bytes,), 0xA5, dtype=torch.uint8)
+    again = message.clone()
+    with unchanged(case.send.table, rule.hyper, *case.worker):
+        kernels.compress(case.send.table, rule, *case.worker, message)
+        kernels.compress(case.send.table, rule, *case.worker, again)
+    assert torch.equal(message, again)
+    return message
+
+
+def commit(kernels, case: Case, rule: Rule, message: Tensor) -> tuple[Tensor, Tensor]:
+    """(m, e) afterwards."""
+    m, e = case.m.clone(), case.e.clone()
+    with unchanged(case.send.table, rule.hyper, case.g, case.x, message):
+        kernels.commit(case.send.table, rule, case.g, m, e, case.x, message)
+    return m, e
+
+
+def serve(kernels, case: Case, messages: Tensor) -> Tensor:
+    reply = torch.full((case.reply.message_bytes,), 0xA5, dtype=torch.uint8)
+    again = reply.clone()
+    with unchanged(case.receive.table, case.reply.table, messages, case.e_server):
+        kernels.serve(case.receive.table, case.reply.table, messages, case.e_server, reply)
+        kernels.serve(case.receive.table, case.reply.table, messages, case.e_server, again)
+    assert torch.equal(reply, again)
+    return reply
+
+
+def settle(kernels, case: Case, messages: Tensor, reply: Tensor) -> Tensor:
+    e = case.e_server.clone()
+    with unchanged(case.receive.table, case.reply.table, messages, reply):
+        kernels.settle(case.receive.table, case.reply.table, messages, e, reply)
+    return e
+
+
+def subtract(kernels, layout: Layout, message: Tensor, v: Tensor) -> Tensor:
+    v = v.clone()
+    with unchanged(layout.table, message):
+        kernels.subtract(layout.table, message, v)
+    return v
+
+
+def check_worker(case: Case, rule: Rule) -> Tensor:
+    """Compress and commit; the reference's message."""
+    message = compress(reference, case, rule)
+    fast = compress(cpu, case, rule)
+    assert_same_message(case.send, fast, message, case.dtype)
+    for sent in (message, fast):
+        (m, e), (m_fast, e_fast) = commit(reference, case, rule, sent), commit(cpu, case, rule, sent)
+        assert same_bits(m, m_fast) and same_bits(e, e_fast)
+        assert rule.feedback or same_bits(e, case.e)
+    assert same_bits(subtract(reference, case.send, message, case.x), subtract(cpu, case.send, message, case.x))
+    return message
+
+
+def check_server(case: Case, messages: Tensor) -> None:
+    """Serve and settle."""
+    reply, fast = serve(reference, case, messages), serve(cpu, case, messages)
+    assert_same_message(case.reply, fast, reply, case.dtype)
+    if case.e_server.numel():
+        assert same_bits(settle(reference, case, messages, reply), settle(cpu, case, messages, reply))
+
+
+def check(codes, dtype, data="normal", K=2, hyper=ONE_GROUP, step_ahead=1.0, momentum=True, seed=0) -> None:
+    """All five kernels."""
+    feedback = all(up.feedback for up, _, _ in codes)
+    rule = make_rule(hyper, dtype, step_ahead, feedback)
+    messages = []
+    for k in range(K):
+        case = make_case(
+            codes, dtype, data, groups=len(hyper), momentum=momentum, feedback=feedback, seed=100 * seed + k
+        )
+        messages.append(check_worker(case, rule) if k == 0 else compress(reference, case, rule))
+    check_server(case, torch.stack(messages))
+
+
+def codes_for(block) -> list[Compressor]:
+    return [ScaledSign(block), TopK(0.01, block), TopK(0.6, block), TopK(1.0, block), Identity()]
+
+
+MIXED = [
+    (ScaledSign("layer"), ScaledSign("layer"), 100),
+    (TopK(0.1, "layer"), TopK(0.1, "layer"), 300),
+    (Identity(), Identity(), 17),
+    (ScaledSign("layer"), TopK(0.2, "layer"), CHUNK + 1),
+    (TopK(0.01, "layer"), ScaledSign("layer"), 2 * CHUNK + 1),
+    (ScaledSign("layer"), Identity(), 33),
+    (TopK(0.5, "layer"), Identity(), 10),
+    (Identity(), ScaledSign("layer"), 9),
+    (Identity(), TopK(0.3, "layer"), CHUNK + 952),
+    (TopK(1e-9, "layer"), TopK(1.0, "layer"), CHUNK + 452),
+    (ScaledSign("layer"), ScaledSign("layer"), 1),
+]
+
+
+# --- against the reference ----------------------------------------------------------------------------------
+
+
+def test_cpu_tensors_get_these_kernels():
+    assert select(torch.device("cpu")) is cpu
+
+
+@both_dtypes
+@pytest.mark.parametrize("block", BLOCK_SIZES)
+def test_every_code_at_every_block_size(block, dtype):
+    """Tensors of two whole blocks and a rest, and one smaller than a block."""
+    rest = min(block - 1, 77)
+    for code in codes_for(block):
+        check([(code, code, 2 * block + rest), (code, code, max(1, block // 3))], dtype, hyper=[[0.1, 0.9, 1, 0, 0, 1]])
+
+
+@both_dtypes
+@pytest.mark.parametrize("server", ["same", "single-way"])
+def test_one_large_block(server, dtype):
+    """300,000 coordinates: indices of three bytes, many chunks."""
+    for code in (ScaledSign("layer"), TopK(0.01, "layer")):
+        check([(code, code if server == "same" else Identity(), 300_000)], dtype)
+
+
+@both_dtypes
+@pytest.mark.parametrize("data", DATA)
+def test_every_kind_of_number(data, dtype):
+    """In mixed tables, whose blocks have other codes on the way back."""
+    check(MIXED, dtype, data, K=3, hyper=[[0.5, 0.9, 1, 1, 0.25, 1]])
+    check(MIXED, dtype, data, K=2, momentum=False)
+
+
+@both_dtypes
+@pytest.mark.parametrize("up", [Identity(), ScaledSign("layer"), TopK(0.1, "layer")])
+@pytest.mark.parametrize("data", ["first chunk large", "zeros", "ties", "NaN"])
+def test_a_first_chunk_unlike_the_others(data, up, dtype):
+    """What the largest entries of the first chunk suggest for all others may be wrong, and k not reached."""
+    check([(up, TopK(ratio, "layer"), 6 * CHUNK + 5) for ratio in (0.01, 0.1)], dtype, data)
+    check([(TopK(ratio, "layer"), up, 6 * CHUNK + 5) for ratio in (0.01, 0.1)], dtype, data, momentum=False)
+
+
+@both_dtypes
+@pytest.mark.parametrize("data", DATA)
+def test_majority_vote(data, dtype):
+    """Signum: momentum with a gain, no errors."""
+    vote = [(MajorityVote(b), MajorityVote(b), n) for b, n in (("layer", CHUNK + 952), (7, 50), (8, 16), (1, 3))]
+    check(vote, dtype, data, K=3, hyper=[[0.1, 0.9, 1.0 - 0.9, 0, 0, 1]])
+    check(vote, dtype, data, K=4, momentum=False)
+
+
+@both_dtypes
+@pytest.mark.parametrize("K", [1, 2, 3, 4, 8])
+def test_every_number_of_workers(K, dtype):
+    """1 / K is rounded for K = 3; the sum runs in rank order."""
+    check(MIXED, dtype, K=K)
+
+
+RULES = {
+    "no momentum": [0.1, 0.0, 1.0, 0.0, 0.0, 1.0],
+    "heavy ball": [0.1, 0.9, 1.0, 0.0, 0.0, 1.0],
+    "nesterov": [0.3, 0.9, 1.0, 1.0, 0.0, 1.0],
+    "signum's gain": [0.1, 0.9, 0.1, 0.0, 0.0, 1.0],
+    "nesterov with a gain": [0.1, 0.9, 0.1, 1.0, 0.0, 1.0],
+    "decay": [0.1, 0.0, 1.0, 0.0, 5e-4, 1.0],
+    "clipped": [0.1, 0.9, 1.0, 0.0, 0.01, 0.37],
+    "maximize": [0.1, 0.9, 1.0, 1.0, 0.01, -1.0],
+    "learning rate 0": [0.0, 0.9, 1.0, 0.0, 0.01, 1.0],
+}
+
+
+@both_dtypes
+@pytest.mark.parametrize("step_ahead", [0.0, 0.5, 1.0, 0.3])
+@pytest.mark.parametrize("momentum", [True, False], ids=["m", "no m"])
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_every_rule(rule, momentum, step_ahead, dtype):
+    codes = [MIXED[0], MIXED[1], MIXED[2], (ScaledSign("layer"), ScaledSign("layer"), CHUNK + 452)]
+    case = make_case(codes, dtype, momentum=momentum)
+    check_worker(case, make_rule([rule], dtype, step_ahead))
+
+
+@both_dtypes
+def test_parameter_groups_each_with_its_own_rule(dtype):
+    """All of RULES in one table, the blocks taking turns: each block as if all groups had its rule."""
+    hyper = list(RULES.values())
+    case = make_case(MIXED, dtype, groups=len(hyper))
+    message = check_worker(case, make_rule(hyper, dtype, 0.5))
+    for i in range(len(MIXED)):
+        alone = case.send.table[i : i + 1]
+        own = torch.zeros_like(message)
+        reference.compress(alone, make_rule([hyper[i % len(hyper)]] * len(hyper), dtype, 0.5), *case.worker, own)
+        row = alone[0].tolist()
+        a, b = row[FLOAT] * dtype.itemsize, (row[FLOAT] + row[COUNT]) * dtype.itemsize
+        assert torch.equal(own[a:b], message[a:b])
+
+
+@both_dtypes
+def test_no_server_error(dtype):
+    """An empty e: the reply is C of the mean."""
+    case = make_case(MIXED, dtype)
+    messages = torch.stack([compress(reference, case, make_rule(ONE_GROUP, dtype))] * 3)
+    case.e_server = torch.empty(0, dtype=dtype)
+    check_server(case, messages)
+
+
+@both_dtypes
+def test_an_empty_table(dtype):
+    """All tensors of a bucket may be empty."""
+    case, rule = make_case([], dtype), make_rule(ONE_GROUP, dtype)
+    for kernels in (reference, cpu):
+        message = compress(kernels, case, rule)
+        m, e = commit(kernels, case, rule, message)
+        x = subtract(kernels, case.send, message, case.x)
+        assert message.numel() == 0 and same_bits(m, case.m) and same_bits(e, case.e) and same_bits(x, case.x)
+
+
+@both_dtypes
+def test_worker_by_hand(dtype):
+    """Nesterov with decay at x_half, in binary fractions; signs and scale of D, then the residual."""
+    C = ScaledSign("layer")
+    table = lay_out([Block(C, C, 0, 0, 0, 2, 0)], dtype.itemsize, server=False, served=False).table
+    rule = make_rule([[0.5, 0.5, 1.0, 1.0, 0.25, -2.0]], dtype, 0.5)
+    g, m, e, x = (torch.tensor(v, dtype=dtype) for v in ([1, -2], [4, 8], [2, -4], [5, 6]))
+    # x_half = (4, 8); g = (-2, 4) + (1, 2) = (-1, 6); m = (1, 10); u = (-0.5, 11); D = (1.75, 1.5); scale 1.625
+    for kernels in (reference, cpu):
+        message, m_new, e_new = torch.zeros(16, dtype=torch.uint8), m.clone(), e.clone()
+        kernels.compress(table, rule, g, m_new, e_new, x, message)
+        assert message.view(dtype)[0] == 1.625 and message[dtype.itemsize] == 0b11
+        kernels.commit(table, rule, g, m_new, e_new, x, message)
+        assert m_new.tolist() == [1, 10] and e_new.tolist() == [0.125, -0.125]
+
+
+@both_dtypes
+def test_server_by_hand(dtype):
+    C = TopK(0.5, "layer")
+    codec = Codec(C, [3], dtype)
+    table = codec.layout.table
+    messages = torch.stack([codec.encode([torch.tensor(v, dtype=dtype)]) for v in ([8, 4, 1], [0, 16, -4])])
+    # sent (8, 4, 0) and (0, 16, -4); D = (1, 1, 1) + (4, 10, -2) = (5, 11, -1); R = (5, 11, 0)
+    for kernels in (reference, cpu):
+        reply, e = torch.zeros_like(messages[0]), torch.ones(3, dtype=dtype)
+        kernels.serve(table, table, messages, e, reply)
+        assert codec.decode(reply)[0].tolist() == [5, 11, 0] and e.tolist() == [1, 1, 1]
+        kernels.settle(table, table, messages, e, reply)
+        assert e.tolist() == [0, 0, -1]
+        kernels.subtract(table, reply, e)
+        assert e.tolist() == [-5, -11, -1]
+
+
+# --- top-k --------------------------------------------------------------------------------------------------
+
+
+def adversaries(n: int, k: int) -> dict[str, np.ndarray]:
+    """Orders that a selection by threshold or by pivot may find hard."""
+    i, gen = np.arange(n, dtype=np.float64), np.random.default_rng(n + k)
+    kth = np.where(i % 3 == 0, 5.0, np.where(i % 3 == 1, 5.0, 1.0))
+    kth[gen.permutation(n)[: max(0, k - 2)]] = 9.0  # fewer than k above, and more than enough ties for the rest
+    nan = gen.normal(size=n)
+    nan[gen.random(n) < 0.5] = np.nan
+    few_nan = gen.normal(size=n)
+    few_nan[gen.permutation(n)[: max(1, k // 2)]] = np.nan
+    return {
+        "ascending": i,
+        "descending": n - i,
+        "ascending, signs alternate": i * (-1.0) ** i,
+        "all equal": np.full(n, -3.0),
+        "all zero": np.where(i % 2 == 0, 0.0, -0.0),
+        "all NaN": np.full(n, np.nan),
+        "ties around the k-th": kth,
+        "ties, then larger": np.where(i < n - k // 2 - 1, 2.0, 3.0),
+        "many NaN": nan,
+        "fewer NaN than k": few_nan,
+        "NaN last": np.where(i >= n - k, np.nan, i),
+        "Inf and NaN": np.where(i % 5 == 0, np.inf, np.where(i % 7 == 0, np.nan, -np.inf)),
+        "organ pipe": np.minimum(i, n - i),
+        "valley": np.maximum(i, n - i),
+        "saw": i % 13,
+        "denormal": i * 2.0**-149,
+        "k-th at the end": np.where(i >= n - k, 1.0, 0.0),
+        "first chunk large": gen.normal(size=n) * np.where(i < CHUNK, 1000.0, 1.0),
+        "first chunk zero": gen.normal(size=n) * (i >= CHUNK),
+        "only the first chunk": gen.normal(size=n) * (i < CHUNK),
+        "first chunk of ties": np.where(i < CHUNK, 2.0, 2.0 + (i % 2)),
+        "first chunk NaN": np.where(i < CHUNK, np.nan, i),
+        "normal": gen.normal(size=n),
+    }
+
+
+@both_dtypes
+@pytest.mark.parametrize("n, k", [(1, 1), (7, 1), (9, 8), (100, 100), (300, 4), (2049, 1), (5000, 50), (20000, 1000),
+                                  (3 * CHUNK, 64), (70000, 700)])  # fmt: skip
+def test_top_k_is_that_of_a_full_stable_sort(n, k, dtype):
+    """NaN counts as largest, ties go to the lower index; the sort is numpy's."""
+    C = TopK(k / n, "layer")
+    codec = Codec(C, [n], dtype, cpu)
+    assert C.scalars(n) == k
+    for name, a in adversaries(n, k).items():
+        v = torch.from_numpy(a).to(dtype)
+        a = np.abs(v.numpy())
+        order = np.lexsort((np.arange(n), -np.nan_to_num(a, nan=0.0, posinf=np.inf), ~np.isnan(a)))
+        kept = np.sort(order[:k])
+        message, width = codec.encode([v]), index_bytes(n)
+        at = codec.layout.table[0, BYTE]
+        packed = message[at : at + k * width].view(k, width).long()
+        indices = (packed << (8 * torch.arange(width))).sum(1)
+        assert torch.equal(indices, torch.from_numpy(kept)), name
+        assert same_bits(message[: k * dtype.itemsize].view(dtype), v[indices]), name
+
+
+def test_index_widths_are_the_codecs():
+    """Up to blocks of more than 2^24, which are too large to encode here."""
+    edges = [2**8, 2**16, 2**24, 2**31 - 2]
+    for n in [1, 2, *(edge + j for edge in edges for j in (-1, 0, 1))]:
+        assert cpu._index_bytes(n) == index_bytes(n)
+    packed = np.array([0x03020100, 0xFEDCBA98], dtype="<u4").view(np.uint8)
+    assert [cpu._index(packed, 0, 4, j) for j in (0, 1)] == [0x03020100, 0xFEDCBA98]
+
+
+# --- threads ------------------------------------------------------------------------------------------------
+
+PARALLEL = [(ScaledSign(), ScaledSign(), 5 * 65536 + 11), (TopK(), ScaledSign(), 4 * 65536 + 5),
+            (ScaledSign("layer"), TopK(0.01, "layer"), 70001), (Identity(), Identity(), 3),
+            (Identity(), TopK(0.5, 999), 5000)]  # fmt: skip
+
+
+@both_dtypes
+def test_threads_do_not_change_a_bit(dtype):
+    rule = make_rule([[0.1, 0.9, 1, 0, 0.01, 1]], dtype)
+    case = make_case(PARALLEL, dtype)
+    assert case.send.table[:, NUMEL].sum() > cpu.PARALLEL_NUMEL and len(case.send.table) > 8
+    found = []
+    for n in (1, 2, 4, 7):
+        with threads(n):
+            message = compress(cpu, case, rule)
+            m, e = commit(cpu, case, rule, message)
+            messages = torch.stack([message, message])
+            reply = serve(cpu, case, messages)
+            e_server = settle(cpu, case, messages, reply)
+            x = subtract(cpu, case.send, message, case.x)
+        found.append([message, reply, *(v.view(torch.uint8) for v in (m, e, e_server, x))])
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+@both_dtypes
+def test_a_block_alone_gives_what_it_gives_in_a_table(dtype):
+    """Its scale does not depend on the rows around it, nor on how many there are."""
+    rule = make_rule(ONE_GROUP, dtype)
+    case = make_case([*MIXED, (ScaledSign(1000), ScaledSign(1000), 5500)], dtype)
+    message, alone = compress(cpu, case, rule), torch.zeros(case.send.message_bytes, dtype=torch.uint8)
+    for i in reversed(range(len(case.send.table))):
+        cpu.compress(case.send.table[i : i + 1], rule, *case.worker, alone)
+    used = case.send.table[-1, BYTE] + math.ceil(case.send.table[-1, NUMEL] / 8)
+    assert torch.equal(alone[:used], message[:used])
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_a_malformed_block_is_named_whatever_the_threads(n):
+    """The first one of the table, so that the error does not depend on the machine."""
+    codec = Codec(TopK(0.01, 65536), [65536 * 12])
+    message = codec.encode([torch.ones(65536 * 12)])
+    for block in (2, 5, 11):
+        at = codec.layout.table[block, BYTE]
+        message[at : at + 4] = 0
+    with threads(n), pytest.raises(ValueError, match="malformed message: the indices of block 2 are not"):
+        codec.decode(message)
+
+
+# --- messages from elsewhere --------------------------------------------------------------------------------
+
+
+def is_refused(f, *arguments) -> bool:
+    try:
+        f(*arguments)
+    except ValueError as error:
+        assert "malformed message: the indices of block 1 are not increasing, or" in str(error)
+        return True
+    return False
+
+
+@both_dtypes
+def test_malformed_messages_are_refused_by_server_and_worker(dtype):
+    """Any message of the K; nothing is written beyond a block, and the server error stays."""
+    C = TopK(0.3, 10)
+    case = make_case([(C, C, 25)], dtype)
+    good = torch.stack([compress(reference, case, make_rule(ONE_GROUP, dtype))] * 3)
+    reply = serve(reference, case, good)
+    row, gen, refused = case.receive.table[1].tolist(), np.random.default_rng(17), 0
+    for trial in range(200):
+        bad, k = good.clone(), trial % 3
+        bad[k, row[BYTE] : row[BYTE] + 3] = torch.from_numpy(gen.integers(0, 14, 3, dtype=np.uint8))
+        bad_reply = reply.clone()
+        bad_reply[row[BYTE] : row[BYTE] + 3] = bad[k, row[BYTE] : row[BYTE] + 3]
+        answers = [
+            is_refused(f, *arguments)
+            for kernels in (reference, cpu)
+            for f, *arguments in (
+                (serve, kernels, case, bad),
+                (settle, kernels, case, bad, reply),
+                (settle, kernels, case, good, bad_reply),
+                (subtract, kernels, case.reply, bad_reply, case.e_server),
+            )
+        ]
+        assert len(set(answers)) == 1
+        refused += answers[0]
+    assert 0 < refused < 200
+
+
+@both_dtypes
+def test_a_reply_stays_within_its_bytes(dtype):
+    """Whatever the messages say, and in a longer buffer."""
+    codes = [(TopK(0.3, 10), TopK(0.2, 10), 25), (ScaledSign(9), ScaledSign(9), 20), (Identity(), TopK(0.9, 7), 9)]
+    case = make_case(codes, dtype)
+    gen, guard = np.random.default_rng(19), 64
+    out = case.reply.table.clone()
+    out[:, FLOAT] += guard // dtype.itemsize
+    out[:, BYTE] += guard
+    message = compress(reference, case, make_rule(ONE_GROUP, dtype))
+    for _ in range(300):
+        messages = message.repeat(2, 1)
+        where = torch.from_numpy(gen.integers(0, messages.numel(), 3))
+        messages.view(-1)[where] = torch.from_numpy(gen.integers(0, 256, 3, dtype=np.uint8))
+        reply = torch.full((guard + case.reply.message_bytes + guard,), 0xA5, dtype=torch.uint8)
+        try:
+            with unchanged(messages, case.e_server):
+                cpu.serve(case.receive.table, out, messages, case.e_server, reply)
+        except ValueError as error:
+            assert "malformed" in str(error)
+        assert (reply[:guard] == 0xA5).all() and (reply[-guard:] == 0xA5).all()
+
+
+@pytest.mark.ahead
+def test_no_index_leaves_its_array():
+    """All kernels as plain Python in a process of its own: there numpy checks every index."""
+    env = {**os.environ, "NUMBA_DISABLE_JIT": "1"}
+    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def every_path() -> None:
+    """What `test_no_index_leaves_its_array` runs: chunks and rests, all codes, good and malformed messages."""
+    assert not hasattr(cpu._subtract, "py_func")  # not compiled
+    codes = [(C, C, n) for n in (1, 9) for C in codes_for("layer")]
+    codes += [(ScaledSign("layer"), TopK(0.02, "layer"), CHUNK + 12),
+              (TopK(0.02, "layer"), ScaledSign("layer"), CHUNK + 9)]  # fmt: skip
+    with np.errstate(all="ignore"):
+        for dtype in DTYPES:
+            for data in ("normal", "NaN"):
+                check(codes, dtype, data, hyper=[[0.1, 0.9, 1, 1, 0.01, 1]])
+            check(codes[:3], dtype, momentum=False)
+            check([(MajorityVote(7), MajorityVote(7), 20)], dtype)
+        C, gen = TopK(0.3, 10), np.random.default_rng(23)
+        codec = Codec(C, [25])
+        message = codec.encode([torch.randn(25)])
+        for _ in range(1000):
+            damaged = message.clone()
+            where = torch.from_numpy(gen.integers(0, message.numel(), 2))
+            damaged[where] = torch.from_numpy(gen.integers(0, 256, 2, dtype=np.uint8))
+            try:
+                codec.decode(damaged)
+            except ValueError as error:
+                assert "malformed" in str(error)
+
+
+# --- strategies ---------------------------------------------------------------------------------------------
+
+
+@both_dtypes
+@pytest.mark.parametrize("K", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("C", [ScaledSign(64), TopK(0.1, 64), MinSize(20, TopK(0.1, 100))])
+def test_sharded_and_replicated_servers_give_the_same_bits(C, K, dtype):
+    """K ranks in this process: each compresses; servers answer; the replies move x. Two buckets, two steps."""
+    numels, gen = [300, 1, 65, 10, 128], torch.Generator().manual_seed(29)
+    d, offsets = sum(numels), [sum(numels[:i]) for i in range(len(numels))]
+    buckets = [[(4, 0), (3, 128)], [(2, 0), (1, 65), (0, 66)]]
+    rule = make_rule([[0.1, 0.9, 1, 0, 0.01, 1]], dtype)
+    gradients = torch.randn(2, K, d, dtype=dtype, generator=gen)
+    found = []
+    for servers in (1, K):
+        blocks = partition(numels, [0] * 5, C, C, servers)
+        x, m, e = torch.ones(d, dtype=dtype), torch.zeros(K, d, dtype=dtype), torch.zeros(K, d, dtype=dtype)
+        e_server = [torch.zeros(served, dtype=dtype) for served in blocks.served]
+        for step in range(2):
+            for bucket in buckets:
+                plans = [plan_bucket(blocks, bucket, servers, r, dtype.itemsize) for r in range(servers)]
+                send, replies, sent = plans[0].send, [], []
+                for k in range(K):
+                    g = torch.cat([gradients[step, k, offsets[i] :][: numels[i]] for i, _ in bucket])
+                    message = torch.zeros(send.message_bytes, dtype=torch.uint8)
+                    cpu.compress(send.table, rule, g, m[k], e[k], x, message)
+                    cpu.commit(send.table, rule, g, m[k], e[k], x, message)
+                    sent.append(message.split(plans[0].send_bytes))
+                for r, plan in enumerate(plans):
+                    messages = torch.stack([sections[r] for sections in sent])
+                    reply = torch.zeros(plan.reply.message_bytes, dtype=torch.uint8)
+                    if reply.numel():  # there may be more servers than blocks
+                        cpu.serve(plan.receive.table, plan.reply.table, messages, e_server[r], reply)
+                        cpu.settle(plan.receive.table, plan.reply.table, messages, e_server[r], reply)
+                    replies.append(reply)
+                assert [reply.numel() for reply in replies] == plans[0].reply_bytes
+                cpu.subtract(plans[0].apply.table, torch.cat(replies), x)
+        left = torch.full((d,), math.nan, dtype=dtype)  # the server errors, each where it belongs
+        for r in range(servers):
+            for b in blocks.served_by(r):
+                left[b.state : b.state + b.numel] = e_server[r][b.served : b.served + b.numel]
+        found.append((x, e, m, left))
+    assert all(torch.equal(a, b) and not a.isnan().any() for a, b in zip(*found, strict=True))
+
+
+if __name__ == "__main__":
+    every_path()

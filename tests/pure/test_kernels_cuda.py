@@ -1,0 +1,587 @@
+"""The Triton kernels against the reference: on CUDA where there is one, else in Triton's interpreter on CPU.
+
+Both get the same inputs, messages included, so that a last-place difference of a scale does not spread. All
+vectors (with the gaps between their blocks, which stand guard) and messages must then be equal bit for bit, but
+for the bits of NaN and for scales. A scale is a float64 sum of n magnitudes, rounded once. Either sum adds
+numbers of one sign, each in a chain of at most some 60 additions (pairwise, or by tiles), so it is right to
+60 * 2^-53, and the two differ by less than 2^-46: in float32 by one unit in the last place, at most 2^-23.
+"""
+
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from saef import codec
+from saef.compressors import Compressor, Identity, MajorityVote, ScaledSign, TopK, index_bytes
+from saef.kernels import BYTE, COUNT, FLOAT, KIND, NUMEL, STATE, UNIT, Rule, reference
+from support import fuzz
+
+CUDA = torch.cuda.is_available()
+# Triton decides when it is imported whether it interprets. Too late if some other module has imported it.
+TOO_LATE = not CUDA and "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1"
+with pytest.MonkeyPatch.context() as patch:
+    if not CUDA and not TOO_LATE:
+        patch.setenv("TRITON_INTERPRET", "1")
+    pytest.importorskip("triton")
+    from saef.kernels import cuda
+
+pytestmark = pytest.mark.slow
+SCALE_TOLERANCE = {torch.float32: 2.0**-23, torch.float64: 2.0**-46}
+both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+
+
+@pytest.fixture(scope="module", params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    if request.param == "cuda" and not CUDA:
+        pytest.skip("needs a CUDA device")
+    if request.param == "cpu" and CUDA:
+        pytest.skip("the interpreter is for machines without a CUDA device")
+    if TOO_LATE:
+        pytest.skip("Triton was imported before: see test_in_a_process_of_its_own")
+    with pytest.MonkeyPatch.context() as patch:
+        if not CUDA:
+            patch.setenv("TRITON_INTERPRET", "1")
+        yield torch.device(request.param)
+
+
+@pytest.mark.skipif(not TOO_LATE, reason="the other tests run in this process")
+def test_in_a_process_of_its_own() -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", __file__]
+    assert subprocess.run(command, env=environment, check=False).returncode == 0
+
+
+# ---- scenes -------------------------------------------------------------------------------------------------
+
+
+class Scene:
+    """Blocks with gaps between them, their layouts, and random vectors. `codes`: (worker, server, numel)."""
+
+    def __init__(
+        self, codes: Sequence[tuple[Compressor, Compressor, int]], dtype: torch.dtype, *, groups: int = 1
+    ) -> None:
+        blocks, grad, state, served = [], 3, 5, 1
+        for number, (worker, server, n) in enumerate(codes):
+            blocks.append(codec.Block(worker, server, grad, state, served, n, number % groups))
+            grad, state, served = grad + n + 1, state + n + 3, served + n + 2
+        self.blocks, self.dtype, size = blocks, dtype, dtype.itemsize
+        self.up = codec.lay_out(blocks, size, server=False, served=False)
+        self.up_served = codec.lay_out(blocks, size, server=False, served=True)
+        self.down = codec.lay_out(blocks, size, server=True, served=False)
+        self.down_served = codec.lay_out(blocks, size, server=True, served=True)
+        generator = torch.Generator().manual_seed(len(codes))
+
+        def vector(length: int) -> Tensor:
+            return torch.randn(length, dtype=dtype, generator=generator)
+
+        self.g, self.e_server = vector(grad + 2), vector(served + 2)
+        self.m, self.e, self.x = vector(state + 2), vector(state + 2), vector(state + 2)
+
+    def message(self, layout: codec.Layout) -> Tensor:
+        return torch.zeros(layout.message_bytes, dtype=torch.uint8)
+
+    def messages(self, K: int, rule: Rule) -> Tensor:
+        """Of K workers with gradients g, -g/2, g/3, ..."""
+        rows = torch.zeros(K, self.up.message_bytes, dtype=torch.uint8)
+        for k in range(K):
+            g = self.g * (-1) ** k / (k + 1)
+            reference.compress(self.up.table, rule, g, self.m, self.e, self.x, rows[k])
+        return rows
+
+
+def rule_of(dtype: torch.dtype, s: float = 1.0, feedback: bool = True) -> Rule:
+    """Three groups: plain; momentum, decay; everything, Nesterov too. mu, gain and factor are no dyadic numbers."""
+    hyper = [[0.1, 0, 1, 0, 0, 1], [0.3, 0.9, 1, 0, 1e-3, 0.7], [0.07, 0.8, 0.2, 1, 0.01, -1.3]]
+    return Rule(torch.tensor(hyper, dtype=dtype), s, feedback)
+
+
+def identity_rule(dtype: torch.dtype) -> Rule:
+    """D = g."""
+    return Rule(torch.tensor([[1.0, 0, 1, 0, 0, 1]], dtype=dtype), 0.0, False)
+
+
+def bits(v: Tensor) -> Tensor:
+    """The bits, all NaN made alike."""
+    return torch.where(v.isnan(), torch.nan, v).view(torch.int32 if v.dtype == torch.float32 else torch.int64)
+
+
+def assert_same(theirs: Tensor, ours: Tensor) -> None:
+    assert torch.equal(bits(theirs), bits(ours.cpu()))
+
+
+def assert_same_message(layout: codec.Layout, dtype: torch.dtype, theirs: Tensor, ours: Tensor) -> None:
+    ours, head = ours.cpu(), layout.scalars * dtype.itemsize
+    assert torch.equal(theirs[head:], ours[head:])
+    table = layout.table
+    rows = table[(table[:, KIND] == ScaledSign.kind) & (table[:, UNIT] == 0)]
+    scale = torch.zeros(layout.scalars, dtype=torch.bool).index_fill(0, rows[:, FLOAT], True)
+    a, b = codec.scalars(layout.scalars, theirs, dtype), codec.scalars(layout.scalars, ours, dtype)
+    assert_same(a[~scale], b[~scale])
+    torch.testing.assert_close(a[scale], b[scale], rtol=SCALE_TOLERANCE[dtype], atol=0, equal_nan=True)
+
+
+def copied(arg: object, device: torch.device) -> object:
+    """A copy on `device`; of messages, in rows of a wider buffer, since a backend has to mind the stride."""
+    if isinstance(arg, Rule):
+        return arg._replace(hyper=arg.hyper.to(device))
+    if not isinstance(arg, Tensor):
+        return arg
+    if arg.dtype == torch.uint8 and arg.dim() == 2:
+        wide = torch.full((len(arg), arg.shape[1] + 16), 171, dtype=torch.uint8, device=device)
+        return wide[:, 8:-8].copy_(arg)
+    return arg.to(device, copy=True)
+
+
+def call(backend: object, device: torch.device, name: str, *args: object) -> list[Tensor]:
+    """Call a kernel on copies of `args` on `device`; the copies that are tensors."""
+    copies = [copied(arg, device) for arg in args]
+    getattr(backend, name)(*copies)
+    if backend is cuda:
+        cuda.check(device)
+    return [copy for copy in copies if isinstance(copy, Tensor)]
+
+
+def agree(device: torch.device, name: str, *args: object, layout: codec.Layout | None = None) -> Tensor:
+    """Both backends do the same to `args`; of which the last is a message if its `layout` is given.
+
+    Returns the reference's last argument.
+    """
+    theirs, ours = call(reference, torch.device("cpu"), name, *args), call(cuda, device, name, *args)
+    if layout is not None:
+        dtype = next(arg.dtype for arg in theirs if arg.is_floating_point())
+        assert_same_message(layout, dtype, theirs[-1], ours[-1])
+        theirs, ours = [*theirs[:-1], theirs[-1]], ours[:-1]
+    for a, b in zip(theirs, ours, strict=False):
+        if a.is_floating_point():
+            assert_same(a, b)
+        else:
+            assert torch.equal(a, b.cpu())
+    return theirs[-1]
+
+
+def agree_on_all(device: torch.device, scene: Scene, rule: Rule, K: int, *, momentum: bool = True) -> None:
+    """The five kernels in the order of a step."""
+    up, down, table = scene.up, scene.down_served, scene.up_served.table
+    m = scene.m if momentum else scene.m[:0]
+    worker = (rule, scene.g, m, scene.e, scene.x)
+    message = agree(device, "compress", up.table, *worker, scene.message(up), layout=up)
+    agree(device, "commit", up.table, *worker, message)
+    messages = scene.messages(K, rule._replace(feedback=True))
+    error, empty = scene.e_server, scene.message(down)
+    reply = agree(device, "serve", table, down.table, messages, error, empty, layout=down)
+    agree(device, "settle", table, down.table, messages, error, reply)
+    agree(device, "subtract", scene.down.table, reply, scene.x)
+
+
+# ---- agreement ----------------------------------------------------------------------------------------------
+
+SIZES = [1, 7, 8, 9, 1000, 2047, 2048, 2049, 4100]
+CODES = [ScaledSign(), MajorityVote(), TopK(0.1), Identity()]
+
+
+@both_dtypes
+@pytest.mark.parametrize("code", CODES, ids=repr)
+def test_each_code_on_blocks_of_many_sizes(device: torch.device, code: Compressor, dtype: torch.dtype) -> None:
+    sizes = SIZES if code.kind != TopK.kind or CUDA else SIZES[2::3]  # the interpreter takes its time
+    scene = Scene([(code, code, n) for n in sizes], dtype, groups=3)
+    agree_on_all(device, scene, rule_of(dtype), K=2)
+
+
+MIXTURE = [
+    (ScaledSign(), TopK(0.1), 9),
+    (TopK(0.25), ScaledSign(), 1000),
+    (Identity(), Identity(), 7),
+    (MajorityVote(), MajorityVote(), 8),
+    (TopK(0.5), Identity(), 1),
+    (TopK(0.1), TopK(0.02), 2100),
+    (Identity(), TopK(1.0), 300),
+    (ScaledSign(), ScaledSign(), 2500),
+]
+
+
+@pytest.mark.parametrize("K", [1, 2, 3, 4, 8])
+def test_codes_mixed_in_one_table(device: torch.device, K: int) -> None:
+    dtype = torch.float64 if K == 3 else torch.float32
+    agree_on_all(device, Scene(MIXTURE, dtype, groups=3), rule_of(dtype), K)
+
+
+def test_server_without_error(device: torch.device) -> None:
+    scene = Scene(MIXTURE, torch.float32)
+    tables, down = (scene.up_served.table, scene.down_served.table), scene.down_served
+    messages = scene.messages(2, rule_of(torch.float32))
+    agree(device, "serve", *tables, messages, scene.e_server[:0], scene.message(down), layout=down)
+
+
+@both_dtypes
+@pytest.mark.parametrize("momentum", [True, False])
+@pytest.mark.parametrize("feedback", [True, False])
+@pytest.mark.parametrize("s", [0.0, 0.5, 1.0, 0.3])
+def test_local_rules(device: torch.device, s: float, feedback: bool, momentum: bool, dtype: torch.dtype) -> None:
+    scene = Scene([(Identity(), Identity(), n) for n in (20, 1, 33)], dtype, groups=3)
+    m = scene.m if momentum else scene.m[:0]
+    worker = (rule_of(dtype, s, feedback), scene.g, m, scene.e, scene.x)
+    message = agree(device, "compress", scene.up.table, *worker, scene.message(scene.up), layout=scene.up)
+    agree(device, "commit", scene.up.table, *worker, message)
+
+
+LARGE = [(TopK(0.01, "layer"), 1 << 16), (TopK(0.01, "layer"), 70_001), (ScaledSign("layer"), 70_001)]
+
+
+@pytest.mark.parametrize(("code", "n"), LARGE, ids=str)
+def test_large_blocks(device: torch.device, code: Compressor, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not CUDA:
+        monkeypatch.setattr(cuda, "TILE", 1 << 14)  # the interpreter takes its time per program
+    scene = Scene([(code, code, n)], torch.float32)
+    worker = (rule_of(torch.float32), scene.g, scene.m, scene.e, scene.x)
+    message = scene.message(scene.up)
+    message = agree(device, "compress", scene.up.table, *worker, message, layout=scene.up)
+    agree(device, "commit", scene.up.table, *worker, message)
+    agree(device, "subtract", scene.up.table, message, scene.x)
+
+
+@both_dtypes
+@pytest.mark.parametrize("code", [TopK(0.1, "layer"), ScaledSign("layer")], ids=repr)
+def test_blocks_of_many_tiles(
+    device: torch.device, code: Compressor, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More tiles than a program looks at in one go."""
+    n = 3_000_000
+    if not CUDA:
+        monkeypatch.setattr(cuda, "TILE", 64)
+        monkeypatch.setattr(cuda, "_CHUNK", type(cuda._CHUNK)(4))
+        n = 600
+    scene = Scene([(code, code, m) for m in (n, 5)], dtype)
+    worker = (rule_of(dtype), torch.round(scene.g * 8), scene.m[:0], scene.e * 0, scene.x)  # many ties
+    message = scene.message(scene.up)
+    message = agree(device, "compress", scene.up.table, *worker, message, layout=scene.up)
+    agree(device, "subtract", scene.up.table, message, scene.x)
+
+
+def test_indices_of_four_bytes(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    n = (1 << 24) + 9
+    if not CUDA:
+        monkeypatch.setattr(cuda, "TILE", 1 << 20)
+    kept = [0, 5, 1 << 8, 1 << 16, (1 << 24) - 1, 1 << 24, n - 1]
+    code = TopK(7 / n, "layer")
+    layout = codec.lay_out([codec.Block(code, code, 0, 0, 0, n, 0)], 4, server=False, served=False)
+    g = torch.zeros(n)
+    g[kept] = torch.tensor([1.0, -2, 3, 4, -5, 6, 7])
+    message = torch.zeros(layout.message_bytes, dtype=torch.uint8)
+    message[:28] = g[kept].view(torch.uint8)
+    message[28:56] = torch.tensor([index >> shift & 255 for index in kept for shift in (0, 8, 16, 24)])
+    assert call(cuda, device, "subtract", layout.table, message, g)[-1].count_nonzero() == 0
+    if CUDA:  # takes the interpreter half a minute
+        none, rule, empty = g[:0], identity_rule(torch.float32), torch.zeros_like(message)
+        got = call(cuda, device, "compress", layout.table, rule, g, none, none, none, empty)[-1]
+        assert torch.equal(got.cpu(), message)
+
+
+def values(name: str, n: int, dtype: torch.dtype) -> Tensor:
+    generator, info = torch.Generator().manual_seed(n), torch.finfo(dtype)
+    v = torch.randn(n, dtype=dtype, generator=generator)
+    some = torch.rand(n, generator=generator)
+    tiny = info.smallest_normal * info.eps  # the least denormal
+    if name == "zero":
+        return torch.where(some < 0.5, 0.0, -0.0).to(dtype)
+    if name == "nearly zero":
+        return torch.where(some < 0.01, v, torch.where(some < 0.5, 0.0, -0.0))
+    if name == "ties":
+        return torch.randint(-3, 4, (n,), generator=generator).to(dtype)
+    if name == "all tied":
+        return torch.where(some < 0.5, 1.5, -1.5).to(dtype)
+    if name == "last digits":  # equal but for the lowest 12 bits of the mantissa
+        return 1 + torch.randint(0, 4096, (n,), generator=generator).to(dtype) * info.eps
+    if name == "denormal":
+        return torch.randint(-9, 10, (n,), generator=generator).to(dtype) * tiny
+    if name == "huge":
+        return torch.where(some < 0.5, info.max / 4 * v.sign(), v * info.smallest_normal)
+    if name == "infinite":
+        return torch.where(some < 0.05, torch.inf * v.sign(), v)
+    if name == "NaN":
+        negative = -torch.full((n,), torch.nan, dtype=dtype)
+        v = torch.where(some < 0.03, torch.nan, torch.where(some < 0.06, negative, v))
+        return torch.where(some > 0.95, torch.inf, v)
+    return v * 10.0 ** torch.randint(-30, 30, (n,), generator=generator).to(dtype)  # "spread"
+
+
+VALUES = ["zero", "nearly zero", "ties", "all tied", "last digits", "denormal", "huge", "infinite", "NaN", "spread"]
+
+
+@both_dtypes
+@pytest.mark.parametrize("name", VALUES)
+def test_special_values(device: torch.device, name: str, dtype: torch.dtype) -> None:
+    codes = [(ScaledSign(), 300), (MajorityVote(), 100), (TopK(0.1), 300), (TopK(0.01), 2500)]
+    scene = Scene([(code, code, n) for code, n in codes], dtype)
+    scene.g = values(name, len(scene.g), dtype)
+    none, up = scene.g[:0], scene.up
+    rule = identity_rule(dtype)
+    message = agree(device, "compress", up.table, rule, scene.g, none, none, none, scene.message(up), layout=up)
+    agree(device, "subtract", up.table, message, scene.x)
+
+
+def test_mean_is_summed_in_rank_order(device: torch.device) -> None:
+    """1e8, 1, -1e8 in float32: any other order of summation gives another mean."""
+    for code in (Identity(), TopK(1.0), ScaledSign()):
+        scene = Scene([(code, Identity(), 20)], torch.float32)
+        rows = []
+        for value in (1e8, 1.0, -1e8, 0.25):
+            g = torch.full_like(scene.g, value)
+            message = scene.message(scene.up)
+            none = g[:0]
+            reference.compress(scene.up.table, identity_rule(g.dtype), g, none, none, none, message)
+            rows.append(message)
+        tables = scene.up_served.table, scene.down_served.table
+        for order in ([0, 1, 2, 3], [0, 2, 1, 3], [3, 2, 1, 0]):
+            messages = torch.stack([rows[k] for k in order])
+            error = scene.e_server
+            reply = scene.message(scene.down)
+            agree(device, "serve", *tables, messages, error, reply, layout=scene.down_served)
+
+
+def test_empty_table(device: torch.device) -> None:
+    scene = Scene([], torch.float32)
+    agree_on_all(device, scene, rule_of(torch.float32), K=2)
+
+
+def test_codec(device: torch.device) -> None:
+    tensors = [torch.randn(3, 5), torch.randn(4000), torch.randn(1)]
+    for code in CODES:
+        theirs = codec.Codec(code, [15, 4000, 1], backend=reference)
+        ours = codec.Codec(code, [15, 4000, 1], backend=cuda)
+        message = theirs.encode(tensors)
+        got = ours.encode([t.to(device) for t in tensors])
+        assert_same_message(theirs.layout, torch.float32, message, got)
+        for a, b in zip(theirs.decode(message), ours.decode(message.to(device)), strict=True):
+            assert_same(a, b)
+
+
+def test_the_good_path_does_not_wait_for_the_device(device: torch.device) -> None:
+    if device.type == "cpu":
+        pytest.skip("needs a CUDA device")
+    scene = Scene([(TopK(0.1), ScaledSign(), 5000), (ScaledSign(), TopK(0.1), 5000)], torch.float32)
+    up, down, served = (t.table.to(device) for t in (scene.up, scene.down_served, scene.up_served))
+    rule = rule_of(torch.float32)
+    rule = rule._replace(hyper=rule.hyper.to(device))
+    g, m, e, x, error = (v.to(device) for v in (scene.g, scene.m, scene.e, scene.x, scene.e_server))
+    message, reply = scene.message(scene.up).to(device), scene.message(scene.down).to(device)
+    for mode in ("default", "error"):  # the first round compiles, and cuts the tables into tiles
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            cuda.compress(up, rule, g, m, e, x, message)
+            cuda.commit(up, rule, g, m, e, x, message)
+            cuda.serve(served, down, message[None], error, reply)
+            cuda.settle(served, down, message[None], error, reply)
+            cuda.subtract(up, message, x)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    cuda.check(device)
+
+
+# ---- malformed messages ------------------------------------------------------------------------------------
+
+
+def outcome(backend: object, device: torch.device, name: str, *args: object) -> tuple[str, list[Tensor]]:
+    """What a kernel raises, and its arguments afterwards."""
+    copies, error = [copied(arg, device) for arg in args], ""
+    try:
+        getattr(backend, name)(*copies)
+        if backend is cuda:
+            cuda.check(device)
+    except ValueError as raised:
+        error = str(raised)
+    return error, [copy.cpu() for copy in copies if isinstance(copy, Tensor)]
+
+
+def assert_gaps_untouched(table: Tensor, before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
+    for old, new in zip(before, after, strict=True):
+        gaps = torch.ones(len(old), dtype=torch.bool)
+        for row in table.tolist():
+            gaps[row[STATE] : row[STATE] + row[NUMEL]] = False
+        assert gaps.sum() > len(table)
+        assert torch.equal(old[gaps], new[gaps])
+
+
+def assert_same_outcome(device: torch.device, table: Tensor, name: str, *args: Tensor) -> str:
+    """Both raise the same (which is returned), or do the same; ours leaves alone what is between the blocks."""
+    expected, theirs = outcome(reference, torch.device("cpu"), name, *args)
+    got, ours = outcome(cuda, device, name, *args)
+    assert got == expected
+    vectors = [i for i, arg in enumerate(args) if arg.is_floating_point()]
+    assert_gaps_untouched(table, [args[i] for i in vectors], [ours[i] for i in vectors])
+    if not expected:
+        for i in vectors:
+            assert_same(theirs[i], ours[i])
+    return expected
+
+
+def set_index(message: Tensor, row: list[int], j: int, index: int) -> None:
+    width = index_bytes(row[NUMEL])
+    start = row[BYTE] + j * width
+    message[start : start + width] = torch.tensor([index >> 8 * b & 255 for b in range(width)])
+
+
+def damaged(scene: Scene, number: int, damage: str) -> Tensor:
+    """A message of the scene's blocks whose block `number` has wrong indices."""
+    message = scene.messages(1, rule_of(scene.dtype))[0].clone()
+    row = scene.up.table[number].tolist()
+    n, k = row[NUMEL], row[COUNT]
+    spaced = [j * (n - 1) // (k - 1) for j in range(k)]
+    for j, index in enumerate(spaced):
+        set_index(message, row, j, index)
+    if damage == "beyond the end":
+        set_index(message, row, k - 1, n)
+    elif damage == "far beyond the end":
+        set_index(message, row, k - 1, 256 ** index_bytes(n) - 1)
+    elif damage == "twice":
+        set_index(message, row, k // 2, spaced[k // 2 - 1])
+    elif damage == "swapped":
+        set_index(message, row, 0, spaced[k - 1])
+        set_index(message, row, k - 1, spaced[0])
+    elif damage == "all zero":
+        message[row[BYTE] : row[BYTE] + k * index_bytes(n)] = 0
+    elif damage == "all ones":
+        message[row[BYTE] : row[BYTE] + k * index_bytes(n)] = 255
+    return message
+
+
+DAMAGES = ["none", "beyond the end", "far beyond the end", "twice", "swapped", "all zero", "all ones"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_indices(device: torch.device, damage: str) -> None:
+    codes = [(TopK(0.1), TopK(0.1), n) for n in (50, 2500)]
+    scene = Scene(codes, torch.float32, groups=3)
+    table = scene.up.table
+    for number in (0, 1) if CUDA else (0,):
+        message = damaged(scene, number, damage)
+        said = assert_same_outcome(device, table, "subtract", table, message, scene.x)
+        assert (f"block {number} " in said) == (damage != "none")
+        assert assert_same_outcome(device, table, "inspect", table, message) == said
+    message = damaged(scene, 1, damage)
+    worker = (rule_of(torch.float32), scene.g, scene.m, scene.e, scene.x)
+    expected, _ = outcome(reference, torch.device("cpu"), "commit", table, *worker, message)
+    got, after = outcome(cuda, device, "commit", table, *worker, message)
+    assert got == expected
+    assert_gaps_untouched(table, [scene.m, scene.e], [after[2], after[3]])
+    tables = scene.up_served.table, scene.down_served.table
+    good = damaged(scene, 1, "none")
+    for sent, answer in (([message, good], good), ([good, message], good), ([good], message)):
+        messages = torch.stack(sent)
+        said = assert_same_outcome(device, tables[1], "settle", *tables, messages, scene.e_server, answer)
+        assert ("block 1 " in said) == (damage != "none")
+
+
+def test_serve_refuses_and_writes_inside_the_reply(device: torch.device) -> None:
+    scene = Scene([(TopK(0.1), TopK(0.1), n) for n in (50, 5000)], torch.float32, groups=2)
+    tables = scene.up_served.table, scene.down_served.table
+    size = scene.down_served.message_bytes
+    buffer = torch.full((size + 64,), 171, dtype=torch.uint8, device=device)
+    messages = torch.stack([damaged(scene, 1, "all ones"), damaged(scene, 0, "twice")]).to(device)
+    with pytest.raises(ValueError, match="block 0 "):
+        cuda.serve(*(t.to(device) for t in tables), messages, scene.e_server.to(device), buffer[32 : 32 + size])
+        cuda.check(device)
+    assert (buffer[:32] == 171).all()
+    assert (buffer[32 + size :] == 171).all()
+    cuda.check(device)  # a row is reported once
+
+
+def test_random_bytes(device: torch.device) -> None:
+    """Anything may arrive: both decode it, or both refuse it, and nothing is written beyond the blocks."""
+    scene = Scene(MIXTURE, torch.float32)
+    few = Scene([(TopK(0.5), TopK(0.5), n) for n in (256, 1, 4)], torch.float32)
+    generator, refused = torch.Generator().manual_seed(0), 0
+    for trial in range(24):
+        chosen = scene if trial < 4 else few
+        message = torch.randint(0, 256, (chosen.up.message_bytes,), generator=generator).to(torch.uint8)
+        if chosen is few:  # indices in order now and then
+            start = int(few.up.table[0, BYTE])
+            message[start : start + 128] = torch.randperm(256, generator=generator)[:128].sort().values
+            message[start + 128] = 0
+            message[start + 129 :] %= 4
+        table = chosen.up.table
+        said = assert_same_outcome(device, table, "subtract", table, message, chosen.x)
+        assert assert_same_outcome(device, table, "inspect", table, message) == said
+        refused += bool(said)
+    assert 8 <= refused < 22
+
+
+@pytest.mark.parametrize("name", ["sign", "mixed"])
+def test_hostile_bytes(device: torch.device, name: str) -> None:
+    """A short form of `fuzz.py`, which looks at what it must."""
+    count, decoded = fuzz.fuzz(name, 16, backend=cuda, device=str(device), every=1)
+    assert 0 < decoded < count
+
+
+# ---- compiling ---------------------------------------------------------------------------------------------
+
+
+COMPILE = """
+import re, torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+class Driver:  # what compiling asks of a driver
+    def get_current_target(self): return GPUTarget("cuda", 90, 32)
+    def get_current_device(self): return 0
+    def get_current_stream(self, device=None): return 0
+
+triton.runtime.driver.set_active(Driver())
+compiled, run = [], JITFunction.run
+JITFunction.run = lambda self, *args, warmup, **options: compiled.append(run(self, *args, warmup=True, **options))
+
+from saef import codec
+from saef.compressors import ScaledSign, TopK
+from saef.kernels import Rule, cuda
+
+for dtype in (torch.float32, torch.float64):
+    numels = (10, 5000)
+    blocks = [codec.Block(c, c, 0, 0, 0, n, 0) for c in (ScaledSign(), TopK(0.1)) for n in numels]
+    layout = codec.lay_out(blocks, dtype.itemsize, server=False, served=False)
+    table, rule = layout.table, Rule(torch.zeros(1, 6, dtype=dtype), 0.5, True)
+    g, m, e, x = torch.zeros(4, 5000, dtype=dtype)
+    message = torch.zeros(layout.message_bytes, dtype=torch.uint8)
+    messages = message.repeat(3, 1)
+    cuda.compress(table, rule, g, m, e, x, message)
+    cuda.commit(table, rule, g, m, e, x, message)
+    cuda.serve(table, table, messages, e, message)
+    cuda.settle(table, table, messages, e, message)
+    cuda.subtract(table, message, x)
+    cuda.inspect(table, message)
+
+ptx = {}
+for kernel in compiled:
+    ptx.setdefault(kernel.metadata.name, []).append(kernel.asm["ptx"])
+print(sorted(ptx))
+for name, texts in ptx.items():
+    for text in texts:
+        for line in text.splitlines():
+            assert not re.search(r"\\bfma\\.|\\.ftz|\\.approx|div\\.full", line), (name, line)
+print("checked")
+"""
+
+
+@pytest.mark.ahead
+def test_kernels_compile_for_hopper() -> None:
+    """What the interpreter forgives, the compiler may not; it needs no GPU.
+
+    The reference rounds products and sums separately, and denormals are numbers: hence no fma and no ftz.
+    """
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    names, checked = done.stdout.splitlines()
+    assert names.count("'_") == 10
+    assert checked == "checked"
+
+
+def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "saef.kernels.cuda")
+    with pytest.raises(ImportError, match="pip install triton"):
+        importlib.import_module("saef.kernels.cuda")

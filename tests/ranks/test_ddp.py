@@ -1,0 +1,196 @@
+"""Real DDP runs against the reference: the same numbers, for every method and setting."""
+
+from itertools import combinations, product
+from typing import Any
+
+import pytest
+import torch
+
+import saef
+from support import reference
+from support.cases import close, job_of, reference_settings, start
+from support.ranks import RankPool
+from support.training import Job, batch, flat, gradient, make_net, train, wild_lrs
+
+VALUES: dict[str, list[Any]] = {
+    "ranks": [2, 4],
+    "step_ahead": [1.0, 0.0, 0.5],
+    "compressor": [
+        saef.ScaledSign(block="layer"),
+        saef.TopK(0.1, block="layer"),
+        saef.ScaledSign(block=7),
+        saef.TopK(0.3, block=10),
+        saef.Identity(),
+    ],
+    "server": ["same", None],
+    "rule": ["sgd", "momentum", "nesterov"],
+    "decay": ["coupled", "outer"],
+    "averaging": [None, saef.AllReduce(5), saef.AllReduce(1), saef.Rotating(4)],
+    "exchange": ["replicated", "sharded"],
+}
+
+
+def pairwise() -> list[dict[str, Any]]:
+    """Few cases in which every pair of values of any two settings occurs together (greedy, deterministic)."""
+    names = list(VALUES)
+    index = [range(len(v)) for v in VALUES.values()]
+    missing = {((a, i), (b, j)) for a, b in combinations(range(len(names)), 2) for i, j in product(index[a], index[b])}
+    cases = []
+    while missing:
+        best = max(product(*index), key=lambda case: len(missing & _pairs(case)))
+        missing -= _pairs(best)
+        cases.append({name: VALUES[name][i] for name, i in zip(names, best, strict=True)})
+    return cases
+
+
+def _pairs(case: tuple[int, ...]) -> set[Any]:
+    return set(combinations(enumerate(case), 2))
+
+
+@pytest.mark.parametrize("case", pairwise(), ids=lambda c: "-".join(str(v) for v in c.values()).replace(" ", ""))
+def test_ddp_equals_the_reference(pool: RankPool, case: dict[str, Any]) -> None:
+    """x at every step, and e, m, server error and x~ at the end."""
+    job = job_of(case)
+    runs = pool.run(train, job, ranks=case["ranks"])
+    expected, x, x_tilde = reference.run(reference_settings(case), start(), gradient, job.lrs, case["ranks"])
+    e_server = torch.zeros(expected.d, dtype=torch.float64)
+    for k, run in enumerate(runs):
+        close(run["x"], x)
+        close(run["e"], expected.e[k])
+        close(run["m"] if run["m"].numel() else expected.m[k], expected.m[k])
+        assert run["strategy"] == case["exchange"]
+        assert run["buckets"] > 2  # several buckets, and rebuilt ones
+    if runs[0]["e_server"].numel() == expected.d:
+        e_server = runs[0]["e_server"]
+        close(e_server, expected.e_server)
+    if case["exchange"] == "replicated":
+        mean_e = sum(run["e"] for run in runs) / len(runs)
+        close(runs[0]["x"][-1] - (e_server + mean_e), x_tilde[-1])
+    else:  # the servers' parts are those of the reference, in another order
+        parts = torch.cat([run["e_server"] for run in runs])
+        if parts.numel():
+            close(parts.sort().values, expected.e_server.sort().values)
+
+
+def test_every_named_value_and_pair_is_covered() -> None:
+    cases = pairwise()
+    for (a, left), (b, right) in combinations(VALUES.items(), 2):
+        for i, j in product(left, right):
+            assert any(case[a] == i and case[b] == j for case in cases), (a, i, b, j)
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_ddp_equals_the_reference_with_odd_numbers_of_ranks(pool: RankPool, ranks: int) -> None:
+    job = Job(state={"compressor": saef.ScaledSign(block=5), "exchange": "sharded"}, groups=[{"momentum": 0.9}])
+    settings = reference.Settings(reference.scaled_sign, block=5, momentum=0.9)
+    _, x, _ = reference.run(settings, start(), gradient, job.lrs, ranks)
+    for run in pool.run(train, job, ranks=ranks):
+        close(run["x"], x)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_dist_ef_presets_equal_the_paper_in_its_own_units(pool: RankPool, nesterov: bool) -> None:
+    """Algorithm 3 and 4 with appendix A, errors in gradient units; the paper cannot have eta = 0."""
+    lrs = [lr + 1e-3 for lr in wild_lrs(60)]
+    options = {"momentum": 0.9, "nesterov": True} if nesterov else {}
+    job = Job(
+        preset="dist_ef_block_sgdm" if nesterov else "dist_ef_block_sgd",
+        groups=[{**options, "weight_decay": 1e-2}],
+        lrs=lrs,
+    )
+    settings = reference.Settings(
+        reference.scaled_sign, step_ahead=0, weight_decay_mode="outer", weight_decay=1e-2, **options
+    )
+    paper = reference.DistEF(settings, start(), 4)
+    _, x, _ = reference.drive(paper, gradient, lrs)
+    for run in pool.run(train, job, ranks=4):
+        close(run["x"], x)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("exchange", ["replicated", "sharded"])
+def test_majority_vote_presets_equal_the_reference(pool: RankPool, momentum: float, exchange: str) -> None:
+    job = Job(
+        preset="signum_majority_vote" if momentum else "signsgd_majority_vote",
+        state={"exchange": exchange},
+        groups=[{"momentum": momentum, "weight_decay": 1e-2}],
+        lrs=[0.1 * lr for lr in wild_lrs(60)],
+    )
+    paper = reference.MajorityVote(reference.Settings(momentum=momentum, weight_decay=1e-2), start(), 4)
+    _, x, _ = reference.drive(paper, gradient, job.lrs)
+    for run in pool.run(train, job, ranks=4):
+        close(run["x"], x)
+        assert run["e"].numel() == 0 and run["e_server"].numel() == 0  # no error feedback, and no memory for it
+
+
+def test_identity_equals_plain_ddp_with_sgd(pool: RankPool) -> None:
+    """SAEF without compression is torch's own momentum SGD on the mean gradient."""
+    options = {"momentum": 0.9, "weight_decay": 1e-2, "nesterov": True}
+    job = Job(state={"compressor": saef.Identity()}, groups=[options])
+    for ours, plain in zip(pool.run(train, job), pool.run(train_plain, job), strict=True):
+        close(ours["x"], plain)
+
+
+def train_plain(group: Any, job: Job) -> torch.Tensor:
+    net = make_net(job.dtype)
+    model = torch.nn.parallel.DistributedDataParallel(net, process_group=group)
+    optimizer = torch.optim.SGD(net.parameters(), lr=1.0, **job.groups[0])
+    trajectory = [flat(net)]
+    for t, lr in enumerate(job.lrs):
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.zero_grad()
+        x, y = batch(torch.distributed.get_rank(group), t)
+        torch.nn.functional.mse_loss(model(x), y).backward()
+        optimizer.step()
+        trajectory.append(flat(net))
+    return torch.stack(trajectory)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "compressor", [saef.ScaledSign(block=16), saef.TopK(0.1, block=16), saef.MinSize(10, saef.TopK(0.2))]
+)
+def test_float32_ranks_are_bit_identical_after_300_steps(pool: RankPool, compressor: saef.Compressor) -> None:
+    """And so are the two strategies: x never depends on who served."""
+    runs = []
+    for exchange in ("replicated", "sharded"):
+        job = Job(
+            state={"compressor": compressor, "exchange": exchange, "averaging": saef.Rotating(7)},
+            groups=[{"momentum": 0.9, "weight_decay": 1e-3}],
+            lrs=wild_lrs(300),
+            dtype=torch.float32,
+        )
+        runs += pool.run(train, job)
+    for run in runs[1:]:
+        assert torch.equal(run["x"], runs[0]["x"])
+    assert not torch.equal(runs[0]["e"], runs[1]["e"])  # the workers did differ
+
+
+@pytest.mark.parametrize("server", ["same", None, saef.Identity()])
+def test_bytes_counted_equal_the_codecs_formula(pool: RankPool, server: Any) -> None:
+    """One bucket, so one message per phase: the formula of a message applies as it is."""
+    steps, K = 5, 4
+    numels = [p.numel() for p in make_net().parameters()]
+    for exchange in ("replicated", "sharded"):
+        compressor = saef.TopK(0.1, block=9)
+        job = Job(
+            state={"compressor": compressor, "server_compressor": server, "exchange": exchange},
+            ddp={"bucket_cap_mb": 25},
+            lrs=[0.1] * steps,
+            dtype=torch.float32,
+        )
+        runs = [run["metrics"] for run in pool.run(train, job)]
+        up = saef.message_bytes(compressor, numels)
+        down = saef.message_bytes(compressor if server == "same" else saef.Identity(), numels)
+        total = sum(m["bytes_sent_phase1"] for m in runs)
+        if exchange == "replicated":
+            assert all(m["bytes_sent_phase1"] == steps * (K - 1) * up for m in runs)
+            assert all(m["bytes_sent_phase2"] == 0 for m in runs)
+        else:  # each of the K sections is padded to 8 bytes on its own
+            assert 0 <= total - steps * (K - 1) * up <= steps * (K - 1) * 8 * K
+            replies = sum(m["bytes_sent_phase2"] for m in runs)
+            assert 0 <= replies - steps * (K - 1) * down <= steps * (K - 1) * 8 * K
+        for m in runs:
+            assert m["bytes_sent"] == sum(v for name, v in m.items() if name.startswith("bytes_sent_"))
+            assert m["steps"] == steps

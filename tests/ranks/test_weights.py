@@ -1,0 +1,154 @@
+"""The two ways of keeping x agree bit for bit, and neither loses what a user does to the parameters."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import saef
+import saef.hooks
+import saef.step
+from saef import feedback
+from saef.codec import Block, cut, lay_out
+from saef.kernels import Rule, cpu
+from saef.weights import Copies, Swaps, create
+from support.ranks import RankPool
+from support.training import MOMENTUM, SETTINGS, Job, batch, flat, make_net, train, wild_lrs
+
+COMPRESSORS = [saef.ScaledSign(block=100), saef.TopK(0.1, block=5000), saef.Identity()]
+
+
+@pytest.mark.parametrize("s", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("compressor", COMPRESSORS, ids=lambda c: type(c).__name__)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_advance_is_commit_then_subtract_then_step_ahead(
+    compressor: saef.Compressor, decay: float, s: float, dtype: torch.dtype
+) -> None:
+    n = 9000  # several chunks of the kernel, the last one short
+    g, m, e, x, R = (torch.randn(n, dtype=dtype) for _ in range(5))
+    half = feedback.step_ahead(x, e, s)
+    blocks = [Block(compressor, compressor, a, a, a, k, 0) for a, k in cut(n, compressor.block_numel(n))]
+    table = lay_out(blocks, dtype.itemsize, server=False, served=False)
+    message = torch.zeros(table.message_bytes, dtype=torch.uint8)
+    hyper = torch.tensor([[0.1, 0.9, 1.0, 0.0, decay, 1.0]], dtype=dtype)
+    at_half = Rule(hyper, 0.0, True)  # x_half itself is handed over, in place of x and s
+    cpu.compress(table.table, at_half, g, m, e, half, message)
+    replies = saef.Codec(compressor, [n], dtype).encode([R])
+
+    m1, e1, x1 = m.clone(), e.clone(), x.clone()
+    cpu.commit(table.table, at_half, g, m1, e1, half, message)
+    cpu.subtract(table.table, replies, x1)
+    cpu.advance(table.table, table.table, at_half, s, g, m, e, x, half, message, replies)
+    for fused, separate in ((m, m1), (e, e1), (x, x1), (half, feedback.step_ahead(x1, e1, s))):
+        assert torch.equal(fused, separate)
+
+
+def test_create_swaps_where_it_can() -> None:
+    def kind(net: nn.Module) -> type:
+        return type(create(net, torch.optim.SGD(net.parameters(), lr=0.1), 1.0))
+
+    assert kind(nn.Linear(3, 2)) is Swaps
+    assert kind(nn.Linear(3, 2).double()) is Swaps
+    assert kind(nn.Linear(3, 2).bfloat16()) is Copies
+    assert kind(nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2).bfloat16())) is Copies
+    gaps = nn.Linear(3, 2)
+    gaps.weight = nn.Parameter(torch.zeros(2, 6)[:, ::2])
+    assert kind(gaps) is Copies
+
+
+def test_names_are_those_of_the_module_that_was_wrapped() -> None:
+    net = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    names = ["0.weight", "0.bias", "1.weight", "1.bias"]
+    wrapped = nn.Module()
+    wrapped.module = torch.compile(net)  # as DDP keeps it
+    for model in (net, torch.compile(net), wrapped):
+        assert create(model, torch.optim.SGD(net.parameters(), lr=0.1), 1.0).names == names
+    net = nn.Sequential()
+    net.add_module("module", nn.Linear(3, 2))
+    net.add_module("head", nn.Linear(2, 2, bias=False))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    assert create(net, optimizer, 1.0).names == ["module.weight", "module.bias", "head.weight"]
+
+
+def train_with(group: dist.ProcessGroup, job: Job, way: str) -> dict[str, Any]:
+    original = saef.step.create
+    saef.step.create = {"copies": Copies, "swaps": Swaps}[way]
+    try:
+        return train(group, job)
+    finally:
+        saef.step.create = original
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("averaging", [None, saef.Rotating(3), saef.AllReduce(4)])
+@pytest.mark.parametrize("step_ahead", [1.0, 0.5, 0.0])
+def test_copies_and_swaps_are_bit_identical(pool: RankPool, step_ahead: float, averaging: Any) -> None:
+    job = Job(
+        state={"compressor": saef.TopK(0.2, block=10), "step_ahead": step_ahead, "averaging": averaging},
+        groups=[{"momentum": 0.9, "weight_decay": 1e-2}],
+        lrs=wild_lrs(30),
+        dtype=torch.float32,
+    )
+    copies, swaps = (pool.run(train_with, job, way, ranks=2) for way in ("copies", "swaps"))
+    for a, b in zip(copies, swaps, strict=True):
+        for name in ("x", "e", "m", "e_server"):
+            assert torch.equal(a[name], b[name]), name
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda p: p.data.clamp_(-0.05, 0.05),
+        lambda p: p.data.copy_(torch.full_like(p, 0.1)),
+        lambda p: p.detach().mul_(0.5),
+        lambda p: p.detach()[..., 0].fill_(1.0),
+        lambda p: setattr(p, "data", torch.full_like(p, 0.2)),
+    ],
+)
+def test_a_changed_parameter_is_stepped_ahead_from(edit: Any) -> None:
+    """x_half is prepared by the commit; what was edited since, in place, through .data or by .data =, counts."""
+    net = nn.Linear(40, 30)
+    weights = create(net, torch.optim.SGD(net.parameters(), lr=0.1), 1.0)
+    e = 0.01 * torch.randn(weights.flat.numel())
+    errors = weights.cut(e)
+
+    def expected() -> list[Tensor]:
+        return [p.detach() - error for p, error in zip(net.parameters(), errors, strict=True)]
+
+    for step in range(3):
+        if step:
+            edit(net.weight)
+        ahead, before = expected(), [p.detach().clone() for p in net.parameters()]
+        weights.absorb()
+        weights.begin(errors, slice(0, 0))
+        assert all(torch.equal(p, a) for p, a in zip(net.parameters(), ahead, strict=True))
+        weights.restore()
+        assert all(torch.equal(p, x) for p, x in zip(net.parameters(), before, strict=True))
+
+
+def compiled(group: dist.ProcessGroup) -> Tensor:
+    """torch.compile inside DDP; the backend is the one that needs no compiler."""
+
+    net = make_net()
+    model = nn.parallel.DistributedDataParallel(torch.compile(net, backend="aot_eager"), process_group=group)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    state = saef.SAEFState(model, optimizer, **SETTINGS)
+    model.register_comm_hook(state, saef.hooks.saef_hook)
+    for t, lr in enumerate(wild_lrs(20)):
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.zero_grad()
+        x, y = batch(dist.get_rank(group), t)
+        nn.functional.mse_loss(model(x), y).backward()
+        optimizer.step()
+    return flat(net)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_trains_the_same(pool: RankPool) -> None:
+
+    eager = pool.run(train, Job(state=SETTINGS, groups=[MOMENTUM], lrs=wild_lrs(20)), ranks=2)
+    for x, run in zip(pool.run(compiled, ranks=2), eager, strict=True):
+        torch.testing.assert_close(x, run["x"][-1], rtol=0, atol=1e-10)  # float64, as test_ddp.py derives

@@ -1,0 +1,66 @@
+"""A run's settings as a case: for DDP with `saef`, and for the reference."""
+
+from typing import Any
+
+import torch
+
+import saef
+from support import reference
+from support.training import Job, make_net
+
+# float64; a run makes 60 steps of well-conditioned operations on numbers of order 1, each rounded to 1e-16 and
+# amplified by at most 1/(1 - mu) = 10 per step: 60 * 10 * 1e-16 = 6e-14 is expected, 1e-10 is required. A wrong
+# sign or selected coordinate would show at 1e-4 or more.
+TOLERANCE = 1e-10
+
+
+def operator(compressor: saef.Compressor) -> tuple[reference.Compressor, Any]:
+    """The reference's C and block size for one of ours."""
+    if isinstance(compressor, saef.ScaledSign):
+        return reference.scaled_sign, compressor.block
+    if isinstance(compressor, saef.TopK):
+        return reference.top_k(compressor.ratio), compressor.block
+    return reference.identity, "layer"
+
+
+def reference_settings(case: dict[str, Any]) -> reference.Settings:
+    C, block = operator(case["compressor"])
+    averaging = case["averaging"]
+    kind = {type(None): None, saef.AllReduce: "allreduce", saef.Rotating: "rotating"}[type(averaging)]
+    matrix = [True, False] * 3  # the parameters in order: weight, bias, ...
+    mu, nesterov = {"sgd": (0.0, False), "momentum": (0.9, False), "nesterov": (0.9, True)}[case["rule"]]
+    return reference.Settings(
+        C,
+        server=case["server"],
+        block=block,
+        step_ahead=case["step_ahead"],
+        averaging=None if kind is None else (kind, averaging.period),
+        momentum=mu,
+        nesterov=nesterov,
+        weight_decay=[1e-2 if m else 1e-3 for m in matrix],
+        weight_decay_mode=case["decay"],
+    )
+
+
+def job_of(case: dict[str, Any]) -> Job:
+    mu, nesterov = {"sgd": (0.0, False), "momentum": (0.9, False), "nesterov": (0.9, True)}[case["rule"]]
+    common = {"momentum": mu, "nesterov": nesterov}
+    return Job(
+        state={
+            "compressor": case["compressor"],
+            "server_compressor": case["server"],
+            "step_ahead": case["step_ahead"],
+            "averaging": case["averaging"],
+            "weight_decay_mode": case["decay"],
+            "exchange": case["exchange"],
+        },
+        groups=[{**common, "weight_decay": 1e-2}, {**common, "weight_decay": 1e-3}],
+    )
+
+
+def start() -> list[torch.Tensor]:
+    return [p.detach() for p in make_net().parameters()]
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=0, atol=TOLERANCE)

@@ -1,0 +1,22 @@
+"""What the fork server of `support.ranks` has loaded before it forks: what every rank would load for seconds.
+
+Nothing here may start a thread, which a fork would lose, or touch a GPU.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+import torch._dynamo  # the first step of an optimizer imports it
+
+import saef
+import saef.hooks
+
+torch.set_num_threads(1)
+for dtype in (torch.float32, torch.float64):  # numba, and its cache
+    for compressor in (saef.ScaledSign(), saef.TopK(0.1), saef.Identity()):
+        codec = saef.Codec(compressor, [10], dtype)
+        codec.decode(codec.encode([torch.ones(10, dtype=dtype)]))
+THREADS = len(os.listdir("/proc/self/task")) if Path("/proc/self/task").exists() else 1
+if THREADS != 1:
+    raise RuntimeError(f"{THREADS} threads run where ranks are to be forked")
