@@ -15,26 +15,26 @@ FASHION := .cache/fashion-mnist
 FASHION_FILES := train-images-idx3-ubyte.gz train-labels-idx1-ubyte.gz \
 	t10k-images-idx3-ubyte.gz t10k-labels-idx1-ubyte.gz
 
-# Compiling the CPU kernels takes a while, so all programs started from here share a cache of them. numba compiles a
-# function again when its own file changes, not when a function it calls does; hence one cache for each state.
-NUMBA_CACHE_DIR ?= $(CURDIR)/.cache/numba/$(shell cat core/kernels/*.py | cksum | cut -d ' ' -f 1)
+# Compiling the CPU kernels takes a while, so all programs started from here share a cache of them.
+NUMBA_CACHE_DIR ?= $(CURDIR)/.cache/numba
 export NUMBA_CACHE_DIR
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help env horovod demo lint types test quick reproduce mixing bench soak fuzz clean
+.PHONY: help env horovod demo lint types docs test quick reproduce mixing bench soak fuzz clean
 
 help:
 	@echo 'make env        .venv with the exact versions of constraints.txt and saef installed in it'
 	@echo 'make horovod    Horovod for .venv, built once in some minutes (make test does it too)'
 	@echo 'make demo       examples/demo.py'
-	@echo 'make lint       ruff'
+	@echo 'make lint       ruff: rules and format; the direction of imports'
 	@echo 'make types      mypy --strict on the installed package'
+	@echo 'make docs       docs/ and the API reference as a site in .cache/site; a warning is an error'
 	@echo 'make test       the whole test suite'
 	@echo 'make quick      the tests that need no Horovod, DeepSpeed or launcher, without the slow ones: 90 s at most'
 	@echo 'make reproduce  examples/reproduce.py on Fashion-MNIST; DATA=folder if you have it already'
 	@echo 'make mixing     examples/mixing.py: mixing times, and training under weak consistency, drawn'
-	@echo 'make bench      the benchmarks behind the figures in the README'
+	@echo 'make bench      the benchmarks behind the figures in docs/performance.md'
 	@echo 'make soak       10,000 steps with NaNs and killed ranks, for two methods: about 15 minutes'
 	@echo 'make fuzz       hostile bytes for the decoders, every access checked, then coverage-guided'
 	@echo 'make clean      removes .venv, .cache (with the data fetched) and build outputs'
@@ -69,6 +69,7 @@ $(VENV)/.saef: $(VENV)/.deps pyproject.toml $(SOURCES)
 	rm -rf build *.egg-info
 	$(PIP) install -q --no-deps --no-build-isolation --force-reinstall .
 	rm -rf build *.egg-info
+	$(PY) -m saef.wire.kernels
 	touch $@
 
 horovod: $(VENV)/.horovod
@@ -82,9 +83,21 @@ $(VENV)/.horovod: $(VENV)/.deps integrations/build_horovod.sh
 
 lint: env
 	$(PY) -m ruff check . $(ARGS)
+	$(PY) -m ruff format --check .
+	$(PY) .ci/arrows.py
 
 types: env
 	$(PY) -m mypy --strict -p saef $(ARGS)
+
+# The API reference is read from the package as it is installed. MkDocs itself fetches nothing, and nor do the pages.
+docs: env $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict $(ARGS)
+
+$(VENV)/.docs: $(VENV)/.deps
+	rm -rf build *.egg-info
+	$(PIP) install -c constraints.txt --no-build-isolation '.[docs]'
+	rm -rf build *.egg-info
+	touch $@
 
 test: env horovod
 	$(PY) -m pytest $(ARGS)
@@ -123,6 +136,7 @@ bench: env
 	$(PY) benchmarks/kernels.py $(ARGS)
 	$(PY) benchmarks/step.py --trace .cache/step-trace.json $(ARGS)
 	$(PY) benchmarks/averaging.py
+	$(PY) benchmarks/start.py
 
 soak: env
 	$(PY) tests/support/soak.py $(ARGS)

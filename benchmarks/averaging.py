@@ -2,7 +2,7 @@
 
     python benchmarks/averaging.py [--ranks 8] [--numel 1000000] [--rounds 15]
 
-In a network namespace of its own, `tc qdisc add dev lo root ...` makes the network: README, Speed.
+In a network namespace of its own, `tc qdisc add dev lo root ...` makes the network: docs/performance.md, Speed.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from machine import describe, interleaved, table
 
 import saef
-from saef.transport import TorchTransport
+from saef.comm.torch_transport import TorchTransport
 
 
 def protocols(ranks: int) -> dict[str, saef.Averaging | None]:

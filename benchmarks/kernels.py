@@ -12,34 +12,36 @@ from machine import describe, interleaved, table
 from torch import Tensor
 
 import saef
-from saef.codec import Block, cut, lay_out
-from saef.compressors import Compressor
-from saef.kernels import Rule, select
+from saef.rules.sgd import PLAIN, SGD
+from saef.wire.codec import Block, block_ranges, lay_out
+from saef.wire.compressors import Code
+from saef.wire.kernels import select
+from saef.wire.kernels.table import Update, Worker
 
 
-def blocks(numel: int, worker: Compressor, server: Compressor) -> list[Block]:
-    return [Block(worker, server, start, start, start, n, 0) for start, n in cut(numel, worker.block_numel(numel))]
+def blocks(numel: int, up: Code, down: Code) -> list[Block]:
+    return [Block(up, down, start, start, start, n, 0) for start, n in block_ranges(numel, up.block_numel(numel))]
 
 
-def compress_path(numel: int, compressor: Compressor, rule: Rule, vectors: list[Tensor]) -> Callable[[], object]:
+def compress_path(numel: int, compressor: Code, update: Update, worker: Worker) -> Callable[[], object]:
     """Update, correct, scale, select or pack; and the residual: what a worker does with a gradient."""
-    layout = lay_out(blocks(numel, compressor, compressor), 4, server=False, served=False)
-    g, m, e, x = vectors
-    message = g.new_zeros(layout.message_bytes, dtype=torch.uint8)
-    blocks_table, kernels = layout.table.to(g.device), select(g.device)
+    layout = lay_out(blocks(numel, compressor, compressor), 4, reply=False, served=False)
+    device = worker.g.device
+    message = torch.zeros(layout.message_bytes, dtype=torch.uint8, device=device)
+    blocks_table, kernels = layout.table.to(device), select(device)
 
     def run() -> None:
-        kernels.compress(blocks_table, rule, g, m, e, x, message)
-        kernels.commit(blocks_table, rule, g, m, e, x, message)
+        kernels.compress(blocks_table, update, worker, message)
+        kernels.commit(blocks_table, update, worker, message)
 
     return run
 
 
-def decode_and_sum(numel: int, compressor: Compressor, workers: int, device: torch.device) -> Callable[[], object]:
+def decode_and_sum(numel: int, compressor: Code, workers: int, device: torch.device) -> Callable[[], object]:
     """mean_k C(D_k) of K messages, written out as floats."""
     parts = blocks(numel, compressor, saef.Identity())
-    layout = lay_out(parts, 4, server=False, served=False)
-    out = lay_out(parts, 4, server=True, served=False)
+    layout = lay_out(parts, 4, reply=False, served=False)
+    out = lay_out(parts, 4, reply=True, served=False)
     codec = saef.Codec(compressor, [numel])
     messages = torch.stack([codec.encode([torch.randn(numel)]) for _ in range(workers)]).to(device)
     reply, none = messages.new_zeros(out.message_bytes), torch.empty(0, device=device)
@@ -88,15 +90,16 @@ def main() -> None:
     n, block = args.numel, args.block if args.block == "layer" else int(args.block)
     device = args.device
     g, m, e, x = (torch.randn(n, device=device) for _ in range(4))
-    rule = Rule(torch.tensor([[0.1, 0.9, 1.0, 0.0, 0.0, 1.0]], device=device), 1.0, True)
+    hyper = torch.tensor([PLAIN._replace(lr=0.1, momentum=0.9)], dtype=torch.float32, device=device)
+    update, worker = Update(SGD.kind, hyper, step_ahead=1.0, feedback=True), Worker(g, m[None], e, x)
     sign, topk = saef.ScaledSign(block=block), saef.TopK(0.01, block=block)
     scratch = torch.empty_like(g)
     bits = [torch.randint(256, (-(-n // 8),), dtype=torch.uint8, device=device) for _ in range(4)]
     work = {
         "torch.clone": lambda: g.clone(),
         "copy into existing memory": lambda: scratch.copy_(g),
-        "sign: update, correct, scale, pack, residual": compress_path(n, sign, rule, [g, m, e, x]),
-        "top-1 %: update, correct, select, residual": compress_path(n, topk, rule, [g, m, e, x]),
+        "sign: update, correct, scale, pack, residual": compress_path(n, sign, update, worker),
+        "top-1 %: update, correct, select, residual": compress_path(n, topk, update, worker),
         "sign: decode and sum 4 messages": decode_and_sum(n, sign, 4, device),
         "top-1 %: decode and sum 4 messages": decode_and_sum(n, topk, 4, device),
         "torch operations: sign": lambda: torch_sign_chain(g, m, e),

@@ -8,16 +8,16 @@ model.register_comm_hook(state, saef.hooks.saef_hook)
 
 from importlib.metadata import version
 
-from .adaptive import StochasticAdaptive
-from .averaging import AllReduce, Averaging, LocalStep, Rotating, Slack
-from .codec import Codec, message_bytes
-from .compressors import Compressor, Identity, MajorityVote, MinSize, ScaledSign, TopK
-from .gossip import AsyncParameterServer, AsyncRing, Gossip, Ring
-from .mixing import MixingTime, estimate_mixing_time, mixing_time, stationary_distance
-from .model_averager import ModelAverager
-from .parameter_server import ParameterServer
+from .protocols.adaptive import StochasticAdaptive
+from .protocols.averaging import AllReduce, Averaging, LocalStep, Rotating, Slack
+from .protocols.gossip import AsyncParameterServer, AsyncRing, Gossip, Ring
+from .protocols.mixing import MixingTime, estimate_mixing_time, mixing_time, stationary_distance
+from .protocols.model_averager import ModelAverager
+from .protocols.parameter_server import ParameterServer
 from .state import SAEFState
 from .storage import load_checkpoint, save_checkpoint
+from .wire.codec import Codec, message_bytes
+from .wire.compressors import Compressor, Identity, MajorityVote, MinSize, ScaledSign, TopK
 
 __version__ = version("saef")
 __all__ = [

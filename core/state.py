@@ -7,15 +7,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, final
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 
 from . import checkpoint, telemetry
-from .step import Step, logger
+from .comm.transport import Transport
+from .protocols.averaging import Averaging
+from .step.engine import Engine, logger
+from .step.memory import all_server_errors
+from .step.settings import ServerCompressor, Settings
+from .step.weights import Weights
+from .wire.compressors import Compressor, ScaledSign
 
 
-class SAEFState(Step):
+@final
+class SAEFState:
     """Step-ahead error feedback (SAEF Algorithm 1) for one model and one optimizer on one rank.
 
     Create it after the model is on its device and wrapped, before the first forward, on all ranks of
@@ -36,11 +45,11 @@ class SAEFState(Step):
         compressor: C on the way to the servers.
         server_compressor: C on the way back: "same" (double-way), None (single-way), or a compressor.
         step_ahead: s in x_half = x - s e_k: 1 is SAEF, 0 plain error feedback (EF), between is SA-PEF.
-        averaging: of the local errors, a protocol of `saef.averaging` or `saef.gossip` that preserves their mean, e.g.
+        averaging: of the local errors, a protocol (`saef.protocols`) that preserves their mean, e.g.
             AllReduce(20), Rotating(20) or Ring(); None: p = infinity.
         weight_decay_mode: "coupled": in the gradient, at x_half, as torch.optim.SGD does it; "outer":
             dist-EF appendix A: uncompressed, at x, with a momentum of its own.
-        exchange: "replicated", "sharded", or "auto" (the cost rule `saef.exchange.choose`).
+        exchange: "replicated", "sharded", or "auto" (the cost rule `saef.comm.exchange.choose`).
         max_grad_norm: clip this worker's whole gradient to this L2 norm before momentum. It needs all
             gradients first, so the exchange no longer overlaps with the backward.
         max_consecutive_skips: raise FloatingPointError on all ranks when more steps than this were
@@ -50,22 +59,89 @@ class SAEFState(Step):
         grad_scaler: the torch.amp.GradScaler that scales the loss, for float16. saef divides by the scale
             before clipping and momentum; call scaler.step(optimizer) and scaler.update() as ever.
         process_group: the ranks that train together; None: the model's (DDP), or the default group.
-        transport: what carries the bytes (a `saef.exchange.Transport`); None: torch.distributed.
+        transport: what carries the bytes (a `saef.comm.transport.Transport`); None: torch.distributed.
 
     Attributes:
         steps: steps committed so far, t. skipped, skipped_in_a_row: steps skipped, in all and just now.
         weights: parameters and kept x. e, m, e_server: flat errors and momentum, of `weights.dtype`;
             e_server holds the blocks that this rank serves.
-        strategy: "replicated" or "sharded".
+        settings: what was chosen, checked. strategy: "replicated" or "sharded".
+        engine: what communication hooks and adapters of frameworks call (`saef.step.engine.Engine`).
 
     Raises:
         TypeError, ValueError: on anything that cannot be honoured, saying what to do instead.
     """
 
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        compressor: Compressor = ScaledSign(),  # noqa: B008 - frozen
+        server_compressor: ServerCompressor = "same",
+        step_ahead: float = 1.0,
+        averaging: Averaging | None = None,
+        weight_decay_mode: str = "coupled",
+        exchange: str = "auto",
+        max_grad_norm: float | None = None,
+        max_consecutive_skips: int | None = 10,
+        audit_every: int | None = None,
+        grad_scaler: GradScaler | None = None,
+        process_group: torch.distributed.ProcessGroup | None = None,
+        transport: Transport | None = None,
+    ) -> None:
+        settings = Settings(
+            compressor,
+            server_compressor,
+            step_ahead,
+            averaging,
+            weight_decay_mode,
+            exchange,
+            max_grad_norm,
+            max_consecutive_skips,
+            audit_every,
+        )
+        self.engine = Engine(model, optimizer, settings, grad_scaler, process_group, transport)
+
+    @property
+    def weights(self) -> Weights:
+        return self.engine.weights
+
+    @property
+    def settings(self) -> Settings:
+        return self.engine.context.settings
+
+    @property
+    def strategy(self) -> str:
+        return self.engine.context.placement.strategy
+
+    @property
+    def steps(self) -> int:
+        return self.engine.memory.steps
+
+    @property
+    def skipped(self) -> int:
+        return self.engine.memory.skipped
+
+    @property
+    def skipped_in_a_row(self) -> int:
+        return self.engine.memory.skipped_in_a_row
+
+    @property
+    def e(self) -> Tensor:
+        return self.engine.memory.e
+
+    @property
+    def m(self) -> Tensor:
+        return self.engine.memory.m.view(-1)
+
+    @property
+    def e_server(self) -> Tensor:
+        return self.engine.memory.e_server
+
     def detach(self) -> None:
         """Put x into the parameters and let go of model and optimizer, which are then as without saef."""
-        self.restore()
-        self._attachment.remove()
+        self.engine.detach()
 
     def state_dict(self) -> dict[str, Any]:
         """What this rank holds, as it was before the step under way: copies, plain tensors and numbers.
@@ -74,7 +150,7 @@ class SAEFState(Step):
         layout is in `saef.checkpoint`. Each rank saves its own, or all together to
         torch.distributed.checkpoint, where an SAEFState can stand for its state_dict.
         """
-        return checkpoint.rank_form(self)
+        return checkpoint.rank_form(self.engine.snapshot(), self.engine.context)
 
     def consolidated_state_dict(self) -> dict[str, Any]:
         """The state of all ranks together, the same on each: errors and momenta as their means, all server errors.
@@ -82,7 +158,7 @@ class SAEFState(Step):
         Loaded with load_state_dict by any number of ranks with any `exchange`; x~ and the mean momentum are
         kept to rounding. A collective call: two dense all-reduces and an all-gather.
         """
-        return checkpoint.consolidated_form(self)
+        return checkpoint.consolidated_form(self.engine.snapshot(), self.engine.context)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over a state of either form: weights, errors, momenta, counters, and torch's random state (rank form).
@@ -94,21 +170,24 @@ class SAEFState(Step):
             ValueError: if it is of another model, other compressors, a newer format, another rank or (rank form)
                 another number of ranks, naming the difference; nothing has changed then.
         """
-        checkpoint.load(self, state_dict)
+        engine = self.engine
+        checkpoint.check(state_dict, engine.memory, engine.context)
+        engine.abandon()
+        checkpoint.load(state_dict, engine.memory, engine.context)
+        engine.recheck()
 
     def x_tilde(self) -> Tensor:
         """x~ = x - (e + mean_k e_k), flat, of the state's dtype; the same bits on every rank. Collective."""
-        self.restore()
-        self.weights.absorb()
-        mean = self.errors_before_step()
+        memory, context = self.engine.snapshot(), self.engine.context
+        mean = memory.e
 
         def total() -> Tensor:
             if mean.numel():
-                self.transport.mean(mean, "checkpoint")
-            server = checkpoint.server_errors(self, "checkpoint")
+                context.transport.mean(mean, "checkpoint")
+            server = all_server_errors(memory, context, "checkpoint")
             return mean + server if server.numel() else mean
 
-        error = self.transport.call(total)
+        error = context.transport.call(total)
         return self.weights.x() - error if error.numel() else self.weights.x().clone()
 
     def flush(self) -> None:
@@ -117,10 +196,9 @@ class SAEFState(Step):
         For exporting x~, or going on without saef or with another compressor. Momentum stays.
         """
         x_tilde = self.x_tilde()
-        self.abandon()
+        self.engine.abandon()
         self.weights.write(self.weights.cut(x_tilde))
-        self.e.zero_()
-        self.e_server.zero_()
+        self.engine.memory.owe_nothing()
 
     def metrics(self) -> dict[str, float]:
         """Counters, flat, ready for a logger. Not collective.
@@ -130,15 +208,15 @@ class SAEFState(Step):
         bytes_per_step_uncompressed (a ring all-reduce of the gradients, as plain DDP does); compression_ratio
         between these two; seconds_{compress,exchange,apply} since the state was created (on CUDA: of launching).
         """
-        return telemetry.metrics(self)
+        return telemetry.metrics(self.engine.memory, self.engine.context, self.engine.clock)
 
     def summary(self) -> str:
         """metrics() and the norm of e_k in one line."""
-        return telemetry.summary(self)
+        return telemetry.summary(self.engine.memory, self.engine.context, self.engine.clock)
 
     def log_summary(self, level: int = logging.INFO) -> None:
         """Log summary() to the logger "saef", on rank 0."""
-        if self.transport.rank == 0:
+        if self.engine.transport.rank == 0:
             logger.log(level, self.summary())
 
     def diagnose(self) -> dict[str, float]:
@@ -158,4 +236,4 @@ class SAEFState(Step):
 
         Empty for methods without error feedback.
         """
-        return telemetry.diagnose(self)
+        return telemetry.diagnose(self.engine.memory, self.engine.context, self.engine.committed)

@@ -16,14 +16,12 @@ import shutil
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from .agreement import gather
-
-if TYPE_CHECKING:
-    from .state import SAEFState
+from .comm.agreement import gather_values
+from .state import SAEFState
 
 COMPLETE = "complete"
 
@@ -57,20 +55,14 @@ def save_checkpoint(
     """
     if keep < 1:
         raise ValueError(f"keep must be at least 1 checkpoint, got {keep}")
-    rank, size, root = state.transport.rank, state.transport.size, Path(folder)
+    transport, root = state.engine.transport, Path(folder)
+    rank, size = transport.rank, transport.size
     extra = dict(extra or {})
     _together(state, lambda: _check_plain(extra, "extra"))
     mine = {"saef": state.state_dict(), "extra": extra}
     whole = {"saef": state.consolidated_state_dict(), "extra": extra} if consolidate else None
 
-    def begin() -> str:
-        root.mkdir(parents=True, exist_ok=True)
-        number = 1 + max((_number(p) for p in _checkpoints(root)), default=0)
-        path = root / f"{number:06d}-step-{state.steps}"
-        path.mkdir()
-        return path.name
-
-    path = root / _together(state, begin, of_rank_0=True)[0]
+    path = root / _together(state, lambda: _begin(root, state.steps), of_rank_0=True)[0]
 
     def write() -> str:
         _write(path / f"rank-{rank}-of-{size}.pt", mine)
@@ -79,21 +71,31 @@ def save_checkpoint(
         return ""
 
     _together(state, write)
-
-    def end() -> str:
-        _sync(path)
-        (path / COMPLETE).touch()
-        _sync(path)
-        _sync(root)
-        complete = [p for p in _checkpoints(root) if (p / COMPLETE).exists()]
-        for old in _checkpoints(root):
-            if old not in complete[-keep:]:
-                (old / COMPLETE).unlink(missing_ok=True)
-                shutil.rmtree(old)
-        return ""
-
-    _together(state, end, of_rank_0=True)
+    _together(state, lambda: _end(root, path, keep), of_rank_0=True)
     return path
+
+
+def _begin(root: Path, steps: int) -> str:
+    """Make the folder of a new checkpoint; its name."""
+    root.mkdir(parents=True, exist_ok=True)
+    number = 1 + max((_number(p) for p in _checkpoints(root)), default=0)
+    path = root / f"{number:06d}-step-{steps}"
+    path.mkdir()
+    return path.name
+
+
+def _end(root: Path, path: Path, keep: int) -> str:
+    """Let a checkpoint count, and delete what is older than the last `keep`."""
+    _sync(path)
+    (path / COMPLETE).touch()
+    _sync(path)
+    _sync(root)
+    complete = [p for p in _checkpoints(root) if (p / COMPLETE).exists()]
+    for old in _checkpoints(root):
+        if old not in complete[-keep:]:
+            (old / COMPLETE).unlink(missing_ok=True)
+            shutil.rmtree(old)
+    return ""
 
 
 def load_checkpoint(folder: str | os.PathLike[str], state: SAEFState) -> dict[str, Any] | None:
@@ -118,8 +120,8 @@ def load_checkpoint(folder: str | os.PathLike[str], state: SAEFState) -> dict[st
     (name,) = _together(state, newest, of_rank_0=True)
     if not name:
         return None
-    path = root / name
-    own = path / f"rank-{state.transport.rank}-of-{state.transport.size}.pt"
+    path, transport = root / name, state.engine.transport
+    own = path / f"rank-{transport.rank}-of-{transport.size}.pt"
 
     def fits() -> str:
         if not (path / COMPLETE).exists():
@@ -148,7 +150,8 @@ def load_checkpoint(folder: str | os.PathLike[str], state: SAEFState) -> dict[st
 
 def _together(state: SAEFState, work: Callable[[], str], of_rank_0: bool = False) -> list[str]:
     """The results of all ranks, or of rank 0 alone. If any rank fails, all do, once all have tried."""
-    rank, device = state.transport.rank, state.weights.device
+    transport, device = state.engine.transport, state.weights.device
+    rank = transport.rank
     result, failure = "", None
     if rank == 0 or not of_rank_0:
         try:
@@ -156,7 +159,7 @@ def _together(state: SAEFState, work: Callable[[], str], of_rank_0: bool = False
         except Exception as error:
             failure = error
     mine = [result, "" if failure is None else f"rank {rank}: {type(failure).__name__}: {failure}"]
-    ranks = state.transport.call(lambda: gather(mine, state.transport, device, "checkpoint"))
+    ranks = transport.call(lambda: gather_values(mine, transport, device, "checkpoint"))
     if failure is not None:
         raise failure
     if problems := [problem for _, problem in ranks if problem]:

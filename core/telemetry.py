@@ -2,93 +2,69 @@
 
 from __future__ import annotations
 
-import time
-from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.profiler import record_function
 
-from .agreement import gather
-from .checkpoint import server_errors
-from .exchange import PURPOSES
-
-if TYPE_CHECKING:
-    from .step import Step
+from .comm.agreement import gather_values
+from .comm.transport import PURPOSES
+from .step.clock import Clock
+from .step.memory import Context, Memory, all_server_errors
+from .wire import kernels
 
 
-class Clock:
-    """Seconds spent in each part of the work; the parts also show in a profiler's trace as "saef: NAME".
-
-    On CUDA these are the seconds it took to launch the work, not to do it.
-    """
-
-    def __init__(self) -> None:
-        self.seconds: defaultdict[str, float] = defaultdict(float)
-
-    @contextmanager
-    def span(self, name: str) -> Iterator[None]:
-        """Count the time inside of it as `name`. One thread at a time for each name."""
-        start = time.perf_counter()
-        with record_function(f"saef: {name}"):
-            yield
-        self.seconds[name] += time.perf_counter() - start
-
-
-def metrics(state: Step) -> dict[str, float]:
+def metrics(memory: Memory, context: Context, clock: Clock) -> dict[str, float]:
     """See `SAEFState.metrics`."""
-    sent, size = state.transport.sent_bytes, state.transport.size
-    full = 2 * (size - 1) / size * sum(p.numel() * p.element_size() for p in state.weights.parameters)
+    sent, size = context.transport.sent_bytes, context.transport.size
+    full = 2 * (size - 1) / size * sum(p.numel() * p.element_size() for p in context.weights.parameters)
     in_steps = sum(sent[p] for p in ("phase1", "phase2", "averaging"))
-    steps = state.steps - state.counted_from
+    steps = memory.steps - memory.counted_from
     per_step = in_steps / steps if steps > 0 else 0.0
     return {
-        "steps": float(state.steps),
-        "steps_skipped": float(state.skipped),
-        "steps_skipped_in_a_row": float(state.skipped_in_a_row),
+        "steps": float(memory.steps),
+        "steps_skipped": float(memory.skipped),
+        "steps_skipped_in_a_row": float(memory.skipped_in_a_row),
         "bytes_sent": float(sum(sent[p] for p in PURPOSES)),
         **{f"bytes_sent_{p}": float(sent[p]) for p in PURPOSES},
         "bytes_per_step": per_step,
         "bytes_per_step_uncompressed": full,
         "compression_ratio": full / per_step if per_step else 1.0,
-        **{f"seconds_{part}": state.clock.seconds[part] for part in ("compress", "exchange", "apply")},
+        **{f"seconds_{part}": clock.seconds[part] for part in ("compress", "exchange", "apply")},
     }
 
 
-def summary(state: Step) -> str:
+def summary(memory: Memory, context: Context, clock: Clock) -> str:
     """See `SAEFState.summary`."""
-    m = metrics(state)
-    error = f", |e_k| {float(torch.linalg.vector_norm(state.e)):.3g}" if state.e.numel() else ""
+    m = metrics(memory, context, clock)
+    error = f", |e_k| {float(torch.linalg.vector_norm(memory.e)):.3g}" if memory.e.numel() else ""
     took = ", ".join(f"{part} {m[f'seconds_{part}']:.2f} s" for part in ("compress", "exchange", "apply"))
     return (
-        f"saef step {state.steps}: {m['bytes_per_step']:,.0f} bytes/step (1/{m['compression_ratio']:.1f}), "
-        f"skipped {state.skipped}{error}; {took}"
+        f"saef step {memory.steps}: {m['bytes_per_step']:,.0f} bytes/step (1/{m['compression_ratio']:.1f}), "
+        f"skipped {memory.skipped}{error}; {took}"
     )
 
 
 @torch.no_grad()
-def diagnose(state: Step) -> dict[str, float]:
-    """See `SAEFState.diagnose`."""
-    if not state.settings.feedback:
+def diagnose(memory: Memory, context: Context, committed: Sequence[tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """See `SAEFState.diagnose`. committed: tables and messages of the last step."""
+    if not context.settings.feedback:
         return {}
-    transport, device, s = state.transport, state.weights.device, state.settings.step_ahead
-    deltas = _quality(state)
-    mean = state.e.clone()
+    transport, device, s, e = context.transport, context.weights.device, context.settings.step_ahead, memory.e
+    deltas = _quality(memory, context, committed)
+    mean = e.clone()
 
     def together() -> tuple[Tensor, list[dict[str, float]]]:
         transport.mean(mean, "telemetry")
-        server = server_errors(state, "telemetry")
+        server = all_server_errors(memory, context, "telemetry")
         server = server if server.numel() else torch.zeros_like(mean)
         mine = {
-            "error": _square(state.e),
-            "worker mismatch": _square(server + mean - s * state.e),
-            "distance": _square(state.e - mean),
+            "error": _square(e),
+            "worker mismatch": _square(server + mean - s * e),
+            "distance": _square(e - mean),
             **deltas,
         }
-        return server, gather(mine, transport, device, "telemetry")
+        return server, gather_values(mine, transport, device, "telemetry")
 
     server, ranks = transport.call(together)
 
@@ -96,7 +72,7 @@ def diagnose(state: Step) -> dict[str, float]:
         return sum(r[name] for r in ranks) / len(ranks)
 
     return {
-        "error_norm": _square(state.e) ** 0.5,
+        "error_norm": _square(e) ** 0.5,
         "error_norm_rms": average("error") ** 0.5,
         "mean_error_norm": _square(mean) ** 0.5,
         "server_error_norm": _square(server) ** 0.5,
@@ -108,18 +84,17 @@ def diagnose(state: Step) -> dict[str, float]:
     }
 
 
-def _quality(state: Step) -> dict[str, float]:
+def _quality(memory: Memory, context: Context, committed: Sequence[tuple[Tensor, Tensor]]) -> dict[str, float]:
     """delta/LAYER: 1 - ||D - C(D)||^2 / ||D||^2 of this rank's last message (D - C(D) is e)."""
-    if not state.committed:
+    if not committed:
         return {}
-    minus_sent = torch.zeros_like(state.e)
-    for table, message in state.committed:
-        state.kernels.subtract(table, message, minus_sent)
-    weights, found = state.weights, {}
-    parts = (weights.cut(state.e), weights.cut(state.e - minus_sent))
-    for name, e, D in zip(weights.names, *parts, strict=True):
+    weights, e, found = context.weights, memory.e, {}
+    minus_sent, once = torch.zeros_like(e), torch.ones(1 + max(weights.groups), dtype=e.dtype, device=e.device)
+    for table, message in committed:
+        kernels.select(e.device).subtract(table, once, message, minus_sent)
+    for name, residual, D in zip(weights.names, weights.cut(e), weights.cut(e - minus_sent), strict=True):
         size = _square(D)
-        found[f"delta/{name}"] = 1.0 - _square(e) / size if size else 1.0
+        found[f"delta/{name}"] = 1.0 - _square(residual) / size if size else 1.0
     return found
 
 

@@ -84,7 +84,7 @@ def live(seeds: int, largest: int) -> list[dict]:
     for n in tqdm([n for n in LIVE_AT if n <= largest], desc="live groups", disable=dist.get_rank() > 0):
         groups = {ranks: dist.new_group(list(range(ranks))) for ranks in (n, n + 1)}
         for name, protocol in PROTOCOLS.items():
-            ranks = n + protocol.servers
+            ranks = n + protocol.parameter_servers
             if dist.get_rank() < ranks:
                 rows.append(row(name, n, "live", saef.estimate_mixing_time(protocol, groups[ranks], seeds=seeds)))
     return rows

@@ -22,8 +22,8 @@ def saef_hook(state: SAEFState, bucket: GradBucket) -> Future[torch.Tensor]:
             f"saef_hook needs DDP's GradBucket, got {type(bucket).__name__}: under torch.compile leave "
             'torch._dynamo.config.optimize_ddp at its default instead of "python_reducer"'
         )
-    done = state.exchange(bucket.parameters(), bucket.gradients(), bucket.buffer(), bucket.is_last())
+    done = state.engine.exchange(bucket.parameters(), bucket.gradients(), bucket.buffer(), bucket.is_last())
     if bucket.is_last():  # queued twice, to come after DDP's own callback, which moves the buckets into p.grad
-        engine = Variable._execution_engine
-        engine.queue_callback(lambda: engine.queue_callback(state.backward_ended))
+        autograd = Variable._execution_engine
+        autograd.queue_callback(lambda: autograd.queue_callback(state.engine.backward_ended))
     return done

@@ -4,7 +4,7 @@
     engine, *_ = deepspeed.initialize(model=net, model_parameters=net.parameters(), config="ds_config.json")
 
 or, without relying on the import alone, `saef.integrations.deepspeed.initialize(...)`. The loop stays DeepSpeed's.
-Every key of `params` is a setting of torch.optim.SGD or of `saef.SAEFState` under its own name; README has the list.
+Every key of `params` is a setting of torch.optim.SGD or of `saef.SAEFState` under its own name: docs/deepspeed.md.
 
 The path of a gradient through the engine, at ZeRO stage 0, in float32 or bfloat16:
 
@@ -23,12 +23,12 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import torch
 
 import saef
-from saef.agreement import compare
+from saef.comm.agreement import compare
 
 from .deepspeed_config import check_config, parse
 
@@ -44,6 +44,7 @@ except ModuleNotFoundError as error:
 NAME = "SAEF"
 
 
+@final
 class SAEF(torch.optim.SGD):
     """What `engine.optimizer` is: SGD whose step a SAEFState replaces.
 
@@ -121,7 +122,7 @@ def _refuse_unattached(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any)
 
 def _exchange(engine: DeepSpeedEngine) -> None:
     if engine.is_gradient_accumulation_boundary():
-        engine.optimizer.saef.exchange_gradients()
+        engine.optimizer.saef.engine.exchange_gradients()
 
 
 def _wrap(engine: DeepSpeedEngine, original: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
@@ -156,7 +157,7 @@ def _load_checkpoint(engine: DeepSpeedEngine, original: Callable[..., Any], argu
     if arguments["tag"] is None:
         return original(**arguments)  # there is no checkpoint, as DeepSpeed says
     if not arguments["load_optimizer_states"] or arguments["load_module_only"]:
-        state.compared_at = None  # the next forward looks whether all ranks have the same weights
+        state.engine.recheck()
         return original(**arguments)
     extra = saef.load_checkpoint(folder, state)
     if extra is None:
@@ -175,7 +176,7 @@ def _load_checkpoint(engine: DeepSpeedEngine, original: Callable[..., Any], argu
 
 def _folder(state: saef.SAEFState, root: str | Path, tag: str | None) -> Path:
     """Where SAEF's part of a checkpoint lies. Collective: all ranks raise ValueError unless their tags are equal."""
-    compare({"tag": tag}, state.transport, state.weights.device, "the ranks name different checkpoints")
+    compare({"tag": tag}, state.engine.transport, state.weights.device, "the ranks name different checkpoints")
     return Path(root) / str(tag) / "saef"
 
 

@@ -25,14 +25,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from itertools import count
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
 from saef import SAEFState
-from saef.buckets import SPARSE
-from saef.transport import Ordered
+from saef.comm.transport import Ordered
+from saef.step.buckets import SPARSE
 
 try:
     import horovod.torch as hvd
@@ -47,8 +47,9 @@ UNEVEN = "a rank without data has no gradient at its own x_half: give all ranks 
 _numbers = count()  # of transports; every rank makes them in one order
 
 
+@final
 class HorovodTransport(Ordered):
-    """A `saef.exchange.Transport` over Horovod's collectives among all ranks.
+    """A `saef.comm.transport.Transport` over Horovod's collectives among all ranks.
 
     They run on CPU tensors: on a GPU, messages (not gradients) are copied to the host and back.
     """
@@ -98,6 +99,7 @@ def _sleep_until_done(handle: int) -> None:
         time.sleep(POLL_S)
 
 
+@final
 class SAEFCompression:
     """Horovod's `compression`, and the `SAEFState` behind it.
 
@@ -122,6 +124,7 @@ class SAEFCompression:
             raise TypeError("SAEFCompression exchanges among all Horovod ranks: it takes no transport or process_group")
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.state = SAEFState(model, optimizer, transport=HorovodTransport(device), **settings)
+        self._engine = self.state.engine
         optimizer.__class__ = _followed(self)
         self._optimizer: Any = None  # the DistributedOptimizer
         self._guess = 0  # the parameter that is likely the next: one backward is like another
@@ -129,54 +132,55 @@ class SAEFCompression:
 
     def compress(self, tensor: Tensor) -> tuple[Tensor, int | None]:
         """Horovod calls it with a p.grad that is ready: a dummy for Horovod to reduce, and the parameter's number."""
-        if not self.state.attached:
+        if not self._engine.attached:
             return tensor, None
         if not self._pending:
             self._check()
             self._pending = True
         i = self._number(tensor)
-        self.state.gradient_ready(i)
+        self._engine.gradient_ready(i)
         return torch.ones(1), i
 
     def decompress(self, tensor: Tensor, ctx: int | None) -> Tensor:
         """Horovod calls it for each parameter after the last compress: this rank's own gradient, as it was."""
-        if not self.state.attached:
+        if not self._engine.attached:
             return tensor
         if ctx is None:  # Horovod has gathered a sparse gradient itself, without `compress`
             raise TypeError(SPARSE)
         if self._pending:
             self._pending = False
-            size = self.state.transport.size
+            size = self._engine.transport.size
             if round(float(tensor) * size) != size:
                 raise RuntimeError(f"hvd.join() cannot work with SAEFCompression: {UNEVEN}")
-            self.state.exchange_gradients()
-        self.state.expect_change(ctx)  # Horovod sets p.grad to what is returned
-        grad = self.state.weights.parameters[ctx].grad
+            self._engine.exchange_gradients()
+        self._engine.expect_change(ctx)  # Horovod sets p.grad to what is returned
+        grad = self._engine.weights.parameters[ctx].grad
         if grad is None:
             raise RuntimeError("a gradient was set to None between backward() and optimizer.step()")
         return grad
 
     def step(self, optimizer: torch.optim.SGD, closure: Any, sgd_step: Callable[[], Any]) -> Any:
         """The optimizer's step, after Horovod has synchronized: commit or skip around SGD's own step."""
-        state = self.state
+        engine = self._engine
         self._check()
-        gradients = [p.grad for p in state.weights.parameters if p.grad is not None]
-        if not state.under_way and not any(bool(g.any()) for g in gradients):
+        gradients = [p.grad for p in engine.weights.parameters if p.grad is not None]
+        if not engine.under_way and not any(bool(g.any()) for g in gradients):
             optimizer.zero_grad()  # hvd.broadcast_optimizer_state fills a new optimizer by a step of zeros
             return None
-        if state.transport.size == 1 and gradients:  # Horovod calls neither compress nor decompress
-            state.exchange_gradients()
-        state.before_step(optimizer, (optimizer, closure), {})
+        if engine.transport.size == 1 and gradients:  # Horovod calls neither compress nor decompress
+            engine.exchange_gradients()
+        engine.before_step(optimizer, (optimizer, closure), {})
         try:
             return sgd_step()
         finally:
-            state.after_step(optimizer, (), {})
+            engine.after_step(optimizer, (), {})
 
     def adopt(self, optimizer: torch.optim.SGD) -> None:
         """Take Horovod's optimizer, with the same groups, in the place of the one it was made from."""
         if self._optimizer is not None:
             raise ValueError("this SAEFCompression serves a DistributedOptimizer already: create one for each")
-        self._optimizer = self.state.optimizer = optimizer
+        self._optimizer = optimizer
+        self._engine.adopt(optimizer)
         optimizer.register_step_pre_hook(self._before_synchronize)
 
     def _before_synchronize(self, optimizer: Any, args: Any, kwargs: Any) -> None:
@@ -184,11 +188,11 @@ class SAEFCompression:
         for handle, _ in optimizer._handles.values():
             if isinstance(handle, int):
                 _sleep_until_done(handle)
-        if (cause := self.state.transport.failure) is not None:
-            raise self.state.transport.lost(cause) from cause
+        if (cause := self._engine.transport.failure) is not None:
+            raise self._engine.transport.lost(cause) from cause
 
     def _number(self, tensor: Tensor) -> int:
-        parameters = self.state.weights.parameters
+        parameters = self._engine.weights.parameters
         for k in range(len(parameters)):
             i = (self._guess - k) % len(parameters)
             if parameters[i].grad is tensor:
@@ -201,7 +205,7 @@ class SAEFCompression:
 
     def _check(self) -> None:
         """Raise unless the DistributedOptimizer averages dense gradients over all ranks, the same as ever."""
-        found, transport = self._optimizer, self.state.transport
+        found, transport = self._optimizer, self._engine.transport
         if found is None:
             raise ValueError("give hvd.DistributedOptimizer the optimizer that SAEFCompression was created with")
         if (hvd.rank(), hvd.size()) != (transport.rank, transport.size):
@@ -228,14 +232,14 @@ def _followed(compression: SAEFCompression) -> type[torch.optim.SGD]:
     """
 
     class SGD(torch.optim.SGD):
-        _step_supports_amp_scaling = True  # as `saef.attachment` has it, for a GradScaler
+        _step_supports_amp_scaling = True  # as `saef.step.attachment` has it, for a GradScaler
 
         def __init__(self, params: Any) -> None:
             super().__init__(params)
             compression.adopt(self)
 
         def step(self, closure: Any = None) -> Any:
-            if not compression.state.attached:
+            if not compression.state.engine.attached:
                 return super().step(closure)
             return compression.step(self, closure, super().step)
 

@@ -104,7 +104,7 @@ def misuse() -> None:
         hvd.DistributedOptimizer(sgd, **options)
     with pytest.raises(TypeError, match="needs torch.optim.SGD"):
         saef.SAEFState(net, optimizer)
-    transport: Any = compression.state.transport
+    transport: Any = compression.state.engine.transport
     transport.rank += 2
     with pytest.raises(RuntimeError, match="Horovod was started anew"):
         backward(net, optimizer, JOB, 0)

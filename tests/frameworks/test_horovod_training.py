@@ -18,8 +18,8 @@ import horovod.torch as hvd
 from horovod.torch import mpi_ops
 
 import saef
-from saef import buckets
-from saef.agreement import checksum
+from saef.comm.agreement import checksum
+from saef.step import buckets
 from support.equal import same, snapshot
 from support.horovod_jobs import backward, make, steps, train
 from support.horovod_ranks import HorovodPool
@@ -93,7 +93,7 @@ def save(job: Job, folder: Path) -> tuple[list[Tensor], Tensor]:
     optimizer.synchronize()
     saef.save_checkpoint(folder, state, {"optimizer": optimizer.state_dict()})
     x_tilde = state.x_tilde()
-    state.abandon()
+    state.engine.abandon()
     steps(net, optimizer, job, range(STOP, END))
     return snapshot(state), x_tilde
 

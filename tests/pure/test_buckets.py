@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from saef import buckets
+from saef.step import buckets
 
 
 def parameters() -> list[torch.Tensor]:
@@ -31,7 +31,7 @@ def test_gradients_become_views_in_memory_order_and_keep_their_values() -> None:
         for p in mine[1:]:  # the first has none
             p.grad = torch.randn(p.shape).to(p.dtype)
         before = [None if p.grad is None else p.grad.clone() for p in mine]
-        flat, views = buckets.gather(mine)
+        flat, views = buckets.flatten_gradients(mine)
         assert flat.dtype == mine[0].dtype
         assert flat.numel() == sum(p.numel() for p in mine)
         assert mine[0].grad is None
@@ -59,7 +59,7 @@ def test_sparse_gradients_are_refused() -> None:
     embedding = nn.Embedding(5, 3, sparse=True)
     embedding(torch.tensor([1, 2])).sum().backward()
     with pytest.raises(TypeError, match=r"Embedding\(sparse=False\)"):
-        buckets.gather([embedding.weight])
+        buckets.flatten_gradients([embedding.weight])
 
 
 class Sent(list[tuple[list[int], bool]]):

@@ -8,10 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saef import Codec, Identity, MajorityVote, MinSize, ScaledSign, TopK, message_bytes
-from saef.codec import Block, cut, lay_out
-from saef.kernels import BYTE, FLOAT, STATE, cpu, reference
-from saef.plan import partition, plan_bucket
+from saef import Codec, Compressor, Identity, MajorityVote, MinSize, ScaledSign, TopK, message_bytes
+from saef.wire.codec import Block, block_ranges, lay_out
+from saef.wire.compressors import Sign
+from saef.wire.kernels import cpu, reference
+from saef.wire.kernels.table import BYTE, FLOAT, STATE
+from saef.wire.plan import partition, place, plan_bucket
 
 DTYPES = (torch.float32, torch.float64)
 both_backends = pytest.mark.parametrize("backend", [reference, cpu], ids=["reference", "cpu"])
@@ -95,7 +97,7 @@ def test_table_1_of_dist_ef(K, block):
     (S = 1 replicated, K sharded), and so are the replies. So at most 2 K (7 B + 56 S) bits.
     """
     numels = [9408, 64, 64, 36864, 10, 65537]
-    d, B = sum(numels), len([b for n in numels for b in cut(n, n if block == "layer" else block)])
+    d, B = sum(numels), len([b for n in numels for b in block_ranges(n, n if block == "layer" else block)])
     C = ScaledSign(block)
     for S in (1, K):
         blocks = partition(numels, [0] * len(numels), C, C, S)
@@ -173,17 +175,17 @@ def test_offsets_of_a_layout_in_a_longer_buffer():
     """`start` moves every offset; lengths stay."""
     C = [ScaledSign("layer"), Identity(), TopK(0.5, "layer")]
     blocks = [Block(c, c, 0, 10 * i, 100 + i, 9, 0) for i, c in enumerate(C)]
-    at = lay_out(blocks, 4, server=False, served=False, start=80)
+    at = lay_out(blocks, 4, reply=False, served=False, start=80)
     assert at.table[:, FLOAT].tolist() == [20, 21, 30] and at.scalars == 15
     assert at.table[:, BYTE].tolist() == [140, 142, 142] and at.message_bytes == padded(60 + 2 + 5)
     assert at.table[:, STATE].tolist() == [0, 10, 20]
-    assert lay_out(blocks, 4, server=True, served=True).table[:, STATE].tolist() == [100, 101, 102]
+    assert lay_out(blocks, 4, reply=True, served=True).table[:, STATE].tolist() == [100, 101, 102]
 
 
 def test_cut():
-    assert cut(10, 4) == [(0, 4), (4, 4), (8, 2)]
-    assert cut(8, 4) == [(0, 4), (4, 4)] and cut(3, 4) == [(0, 3)]
-    assert cut(10, None) == [(0, 10)] and cut(0, None) == cut(0, 4) == []
+    assert block_ranges(10, 4) == [(0, 4), (4, 4), (8, 2)]
+    assert block_ranges(8, 4) == [(0, 4), (4, 4)] and block_ranges(3, 4) == [(0, 3)]
+    assert block_ranges(10, None) == [(0, 10)] and block_ranges(0, None) == block_ranges(0, 4) == []
 
 
 # --- there and back -----------------------------------------------------------------------------------------
@@ -434,16 +436,57 @@ def test_no_message_writes_outside_its_blocks(backend, dtype, C, numels):
     codec, message = sample(C, numels, dtype)
     d, n, table = sum(numels), message.numel(), codec.layout.table.clone()
     table[:, STATE] += guard
-    buffer = torch.full((guard + d + guard,), 7.0, dtype=dtype)
+    buffer, once = torch.full((guard + d + guard,), 7.0, dtype=dtype), torch.ones(1, dtype=dtype)
     for trial in range(400 if backend is cpu else 40):
         damaged = message.clone()
         where = gen.integers(0, n, 4) if trial % 2 else np.arange(codec.layout.scalars * dtype.itemsize, n)
         damaged[torch.from_numpy(where)] = torch.from_numpy(gen.integers(0, 256, len(where), dtype=np.uint8))
         said = ["", ""]
-        for i, call in enumerate([(backend.subtract, buffer), (backend.inspect,)]):
+        for i, call in enumerate([(backend.subtract, once, damaged, buffer), (backend.inspect, damaged)]):
             try:
-                call[0](table, damaged, *call[1:])
+                call[0](table, *call[1:])
             except ValueError as error:
                 said[i] = str(error)
         assert said[0] == said[1] and ("malformed" in said[0] or not said[0])
         assert (buffer[:guard] == 7).all() and (buffer[guard + d :] == 7).all()
+
+
+def test_a_compressor_without_a_code_is_refused():
+    """By name, where messages are laid out: the kernels would take it for what it inherits from."""
+
+    class Halves(Sign):  # a sign code with other arithmetic
+        def compress_block(self, v):
+            return v / 2
+
+    for lay in (lambda: Codec(Halves(), [9]), lambda: message_bytes(Halves(), [9])):
+        with pytest.raises(TypeError, match="the wire format has no code for Halves"):
+            lay()
+
+
+def test_a_policy_of_ones_own_has_the_code_it_picks():
+    class Weights(Compressor):
+        def for_tensor(self, numel):
+            return TopK(0.5) if numel > 4 else Identity()
+
+    C = Weights()
+    assert message_bytes(C, [4, 8]) == message_bytes(MinSize(5, TopK(0.5)), [4, 8])
+    check_there_and_back(C, [torch.arange(4.0), torch.arange(8.0)])
+
+
+def test_a_block_of_an_unknown_kind_is_refused(monkeypatch):
+    monkeypatch.setattr(TopK, "kind", 7)
+    with pytest.raises(ValueError, match="a block of kind 7"):
+        lay_out([Block(TopK(), TopK(), 0, 0, 0, 9, 0)], 4, reply=False, served=False)
+
+
+def test_place():
+    """Replicated: every rank is server 0 of 1; sharded: its own number among all."""
+    sizes, groups, C = [100, 50, 8], [0, 1, 0], ScaledSign(10)
+    placed = place(sizes, groups, C, C, "replicated", 4, 3)
+    assert (placed.strategy, placed.rank, placed.servers) == ("replicated", 0, 1)
+    assert placed.blocks == partition(sizes, groups, C, C, 1)
+    placed = place(sizes, groups, C, C, "sharded", 4, 3)
+    assert (placed.strategy, placed.rank, placed.servers) == ("sharded", 3, 4)
+    assert placed.blocks == partition(sizes, groups, C, C, 4)
+    with pytest.raises(ValueError, match="got 'both'"):
+        place(sizes, groups, C, C, "both", 4, 3)

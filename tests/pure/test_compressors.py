@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saef import Compressor, Identity, MajorityVote, MinSize, ScaledSign, TopK
-from saef.compressors import DEFAULT_BLOCK, DENSE, SIGN, TOPK, index_bytes
+from saef.wire.compressors import DEFAULT_BLOCK, DENSE, SIGN, TOPK, Code, Sign, index_bytes
 from support import reference
 
 DTYPES = (torch.float32, torch.float64)
@@ -280,6 +280,15 @@ def test_compressors_are_values(C):
     for name in ("block", "ratio", "numel", "anything"):
         with pytest.raises(AttributeError):
             setattr(C, name, 1)
+
+
+def test_each_class_is_abstract_or_final():
+    """What is not made to be used raises; what is, is not made to be inherited from."""
+    for abstract in (Compressor, Code, Sign):
+        with pytest.raises(TypeError, match="abstract"):
+            abstract()
+    assert all(c.__final__ for c in (Identity, ScaledSign, MajorityVote, TopK, MinSize) if hasattr(c, "__final__"))
+    assert not issubclass(MajorityVote, ScaledSign)
 
 
 def test_different_settings_are_different_values():

@@ -14,13 +14,17 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from numba import njit
 from torch import Tensor
 
 from saef import Codec, Compressor, Identity, MajorityVote, MinSize, ScaledSign, TopK
-from saef.codec import Block, Layout, cut, lay_out
-from saef.compressors import SIGN, index_bytes
-from saef.kernels import BYTE, COUNT, FLOAT, KIND, NUMEL, UNIT, Rule, cpu, reference, select
-from saef.plan import partition, plan_bucket
+from saef.rules.sgd import SGD
+from saef.wire.codec import Block, Layout, block_ranges, lay_out
+from saef.wire.compressors import SIGN, index_bytes
+from saef.wire.kernels import cpu, reference, select
+from saef.wire.kernels.cpu import codes, loops
+from saef.wire.kernels.table import BYTE, COUNT, FLOAT, GROUP, KIND, NUMEL, STATE, UNIT, Update, Worker
+from saef.wire.plan import partition, plan_bucket
 
 DTYPES = (torch.float32, torch.float64)
 both_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
@@ -135,8 +139,8 @@ class Case:
     e_server: Tensor
 
     @property
-    def worker(self) -> list[Tensor]:
-        return [self.g, self.m, self.e, self.x]
+    def worker(self) -> Worker:
+        return Worker(self.g, self.m, self.e, self.x)
 
 
 def make_case(
@@ -154,7 +158,7 @@ def make_case(
     blocks, at = [], 3
     for i, (up, down, numel) in enumerate(codes):
         size = up.block_numel(numel) or down.block_numel(numel)
-        for start, n in cut(numel, size):
+        for start, n in block_ranges(numel, size):
             blocks.append(Block(up, down, at + start, at + start, 0, n, i % groups))
         at += numel + 2
     d, served = at + 5, 1
@@ -165,37 +169,37 @@ def make_case(
     empty = torch.empty(0, dtype=dtype)
     return Case(
         dtype,
-        send=lay_out(blocks, dtype.itemsize, server=False, served=False),
-        receive=lay_out(blocks, dtype.itemsize, server=False, served=True),
-        reply=lay_out(blocks, dtype.itemsize, server=True, served=True),
+        send=lay_out(blocks, dtype.itemsize, reply=False, served=False),
+        receive=lay_out(blocks, dtype.itemsize, reply=False, served=True),
+        reply=lay_out(blocks, dtype.itemsize, reply=True, served=True),
         g=g,
-        m=m if momentum else empty,
+        m=m[None] if momentum else m.new_empty(0, d),
         e=e if feedback else empty,
         x=x,
         e_server=numbers(data, served + 1, dtype, gen) if feedback else empty,
     )
 
 
-def make_rule(hyper: list[list[float]], dtype: torch.dtype, step_ahead: float = 1.0, feedback: bool = True) -> Rule:
-    return Rule(torch.tensor(hyper, dtype=dtype), step_ahead, feedback)
+def make_rule(hyper: list[list[float]], dtype: torch.dtype, step_ahead: float = 1.0, feedback: bool = True) -> Update:
+    return Update(SGD.kind, torch.tensor(hyper, dtype=dtype), step_ahead, feedback)
 
 
-def compress(kernels, case: Case, rule: Rule) -> Tensor:
+def compress(kernels, case: Case, rule: Update) -> Tensor:
     """The message; everything else is asserted to stay as it is, and a second call to give the same."""
     message = torch.full((case.send.message_bytes,), 0xA5, dtype=torch.uint8)
     again = message.clone()
     with unchanged(case.send.table, rule.hyper, *case.worker):
-        kernels.compress(case.send.table, rule, *case.worker, message)
-        kernels.compress(case.send.table, rule, *case.worker, again)
+        kernels.compress(case.send.table, rule, case.worker, message)
+        kernels.compress(case.send.table, rule, case.worker, again)
     assert torch.equal(message, again)
     return message
 
 
-def commit(kernels, case: Case, rule: Rule, message: Tensor) -> tuple[Tensor, Tensor]:
+def commit(kernels, case: Case, rule: Update, message: Tensor) -> tuple[Tensor, Tensor]:
     """(m, e) afterwards."""
     m, e = case.m.clone(), case.e.clone()
     with unchanged(case.send.table, rule.hyper, case.g, case.x, message):
-        kernels.commit(case.send.table, rule, case.g, m, e, case.x, message)
+        kernels.commit(case.send.table, rule, case.worker._replace(m=m, e=e), message)
     return m, e
 
 
@@ -216,14 +220,19 @@ def settle(kernels, case: Case, messages: Tensor, reply: Tensor) -> Tensor:
     return e
 
 
+def once(table: Tensor, v: Tensor) -> Tensor:
+    """Rates of 1 for all groups."""
+    return v.new_ones(1 + int(table[:, GROUP].max()) if len(table) else 1)
+
+
 def subtract(kernels, layout: Layout, message: Tensor, v: Tensor) -> Tensor:
     v = v.clone()
     with unchanged(layout.table, message):
-        kernels.subtract(layout.table, message, v)
+        kernels.subtract(layout.table, once(layout.table, v), message, v)
     return v
 
 
-def check_worker(case: Case, rule: Rule) -> Tensor:
+def check_worker(case: Case, rule: Update) -> Tensor:
     """Compress and commit; the reference's message."""
     message = compress(reference, case, rule)
     fast = compress(cpu, case, rule)
@@ -365,7 +374,7 @@ def test_parameter_groups_each_with_its_own_rule(dtype):
     for i in range(len(MIXED)):
         alone = case.send.table[i : i + 1]
         own = torch.zeros_like(message)
-        reference.compress(alone, make_rule([hyper[i % len(hyper)]] * len(hyper), dtype, 0.5), *case.worker, own)
+        reference.compress(alone, make_rule([hyper[i % len(hyper)]] * len(hyper), dtype, 0.5), case.worker, own)
         row = alone[0].tolist()
         a, b = row[FLOAT] * dtype.itemsize, (row[FLOAT] + row[COUNT]) * dtype.itemsize
         assert torch.equal(own[a:b], message[a:b])
@@ -395,16 +404,16 @@ def test_an_empty_table(dtype):
 def test_worker_by_hand(dtype):
     """Nesterov with decay at x_half, in binary fractions; signs and scale of D, then the residual."""
     C = ScaledSign("layer")
-    table = lay_out([Block(C, C, 0, 0, 0, 2, 0)], dtype.itemsize, server=False, served=False).table
+    table = lay_out([Block(C, C, 0, 0, 0, 2, 0)], dtype.itemsize, reply=False, served=False).table
     rule = make_rule([[0.5, 0.5, 1.0, 1.0, 0.25, -2.0]], dtype, 0.5)
     g, m, e, x = (torch.tensor(v, dtype=dtype) for v in ([1, -2], [4, 8], [2, -4], [5, 6]))
     # x_half = (4, 8); g = (-2, 4) + (1, 2) = (-1, 6); m = (1, 10); u = (-0.5, 11); D = (1.75, 1.5); scale 1.625
     for kernels in (reference, cpu):
-        message, m_new, e_new = torch.zeros(16, dtype=torch.uint8), m.clone(), e.clone()
-        kernels.compress(table, rule, g, m_new, e_new, x, message)
+        message, m_new, e_new = torch.zeros(16, dtype=torch.uint8), m[None].clone(), e.clone()
+        kernels.compress(table, rule, Worker(g, m_new, e_new, x), message)
         assert message.view(dtype)[0] == 1.625 and message[dtype.itemsize] == 0b11
-        kernels.commit(table, rule, g, m_new, e_new, x, message)
-        assert m_new.tolist() == [1, 10] and e_new.tolist() == [0.125, -0.125]
+        kernels.commit(table, rule, Worker(g, m_new, e_new, x), message)
+        assert m_new[0].tolist() == [1, 10] and e_new.tolist() == [0.125, -0.125]
 
 
 @both_dtypes
@@ -420,8 +429,73 @@ def test_server_by_hand(dtype):
         assert codec.decode(reply)[0].tolist() == [5, 11, 0] and e.tolist() == [1, 1, 1]
         kernels.settle(table, table, messages, e, reply)
         assert e.tolist() == [0, 0, -1]
-        kernels.subtract(table, reply, e)
+        kernels.subtract(table, torch.ones(1, dtype=dtype), reply, e)
         assert e.tolist() == [-5, -11, -1]
+
+
+@both_dtypes
+@pytest.mark.parametrize("ahead", [0.0, 1.0, 0.3])
+@pytest.mark.parametrize("feedback", [True, False], ids=["e", "no e"])
+def test_advance(feedback, ahead, dtype):
+    """As `commit`, `subtract` and x_half one after the other; x in another place than the worker's vectors."""
+    if not feedback and ahead:
+        pytest.skip("a method without errors does not step ahead")
+    hyper = [[0.1, 0.9, 1, 0, 0, 1], [0.3, 0.9, 1, 1, 0.01 * feedback, 0.7]]
+    case, rule = make_case(MIXED, dtype, groups=2, feedback=feedback), make_rule(hyper, dtype, 0.0, feedback)
+    message = compress(reference, case, rule)
+    out = case.reply.table.clone()
+    rates = torch.tensor([1.0, 0.3], dtype=dtype)
+    case.e_server = torch.empty(0, dtype=dtype)
+    replies = serve(reference, case, message[None])
+    found = []
+    for kernels in (reference, cpu):
+        m, e, half = case.m.clone(), case.e.clone(), case.x * 0.5
+        x = torch.arange(2.0 * len(half), dtype=dtype)
+        with unchanged(case.g, message, replies, rates, rule.hyper):
+            worker = Worker(case.g, m, e, x)
+            kernels.advance(case.send.table, out, rule, worker, message, rates, replies, half, ahead)
+        found.append((m.view(-1), e, x, half))
+    assert all(same_bits(a, b) for a, b in zip(*found, strict=True))
+    assert not same_bits(found[0][2], torch.arange(2.0 * len(half), dtype=dtype))
+
+
+@both_dtypes
+def test_a_rate_multiplies_what_is_subtracted(dtype):
+    case = make_case(MIXED, dtype, groups=3)
+    message, rates = compress(reference, case, make_rule(ONE_GROUP * 3, dtype)), torch.tensor([1, 0.1, 0], dtype=dtype)
+    found = [case.x.clone(), case.x.clone()]
+    for kernels, x in zip((reference, cpu), found, strict=True):
+        kernels.subtract(case.send.table, rates, message, x)
+    assert same_bits(*found) and not same_bits(found[0], case.x)
+    for row in case.send.table[2::3].tolist():
+        at = slice(row[STATE], row[STATE] + row[NUMEL])
+        assert torch.equal(found[0][at], case.x[at])
+
+
+def test_a_vote_moves_by_the_rate():
+    """x - eta sign, eta once rounded."""
+    C = MajorityVote("layer")
+    codec, eta = Codec(C, [9], torch.float32, cpu), torch.tensor([0.1])
+    v = torch.arange(-4.0, 5.0)
+    for kernels in (reference, cpu):
+        x = torch.ones(9)
+        kernels.subtract(codec.layout.table, eta, codec.encode([v]), x)
+        assert torch.equal(x, torch.ones(9) - torch.where(v >= 0, eta, -eta))
+
+
+@pytest.mark.parametrize("kernels", [reference, cpu], ids=["reference", "cpu"])
+def test_rules_and_blocks_that_are_not_known_are_refused(kernels):
+    """Never taken for one that is."""
+    case = make_case([(ScaledSign(), ScaledSign(), 9)], torch.float32)
+    unknown, message = make_rule(ONE_GROUP, torch.float32)._replace(kind=99), torch.zeros(16, dtype=torch.uint8)
+    for f in (kernels.compress, kernels.commit):
+        with pytest.raises(ValueError, match="rule kind 99"):
+            f(case.send.table, unknown, case.worker, message)
+    table = case.send.table.clone()
+    table[0, KIND] = 7
+    for f, arguments in ((kernels.subtract, (torch.ones(1), message, case.x)), (kernels.inspect, (message,))):
+        with pytest.raises(ValueError, match="block of kind 7"):
+            f(table, *arguments)
 
 
 # --- top-k --------------------------------------------------------------------------------------------------
@@ -487,10 +561,12 @@ def test_top_k_is_that_of_a_full_stable_sort(n, k, dtype):
 def test_index_widths_are_the_codecs():
     """Up to blocks of more than 2^24, which are too large to encode here."""
     edges = [2**8, 2**16, 2**24, 2**31 - 2]
+    compiled_bytes = njit(lambda n: codes.index_bytes(n))  # what kernels call cannot be called from here
     for n in [1, 2, *(edge + j for edge in edges for j in (-1, 0, 1))]:
-        assert cpu._index_bytes(n) == index_bytes(n)
+        assert compiled_bytes(n) == index_bytes(n)
     packed = np.array([0x03020100, 0xFEDCBA98], dtype="<u4").view(np.uint8)
-    assert [cpu._index(packed, 0, 4, j) for j in (0, 1)] == [0x03020100, 0xFEDCBA98]
+    compiled_index = njit(lambda j: codes.index_at(packed, 0, 4, j))
+    assert [compiled_index(j) for j in (0, 1)] == [0x03020100, 0xFEDCBA98]
 
 
 # --- threads ------------------------------------------------------------------------------------------------
@@ -525,7 +601,7 @@ def test_a_block_alone_gives_what_it_gives_in_a_table(dtype):
     case = make_case([*MIXED, (ScaledSign(1000), ScaledSign(1000), 5500)], dtype)
     message, alone = compress(cpu, case, rule), torch.zeros(case.send.message_bytes, dtype=torch.uint8)
     for i in reversed(range(len(case.send.table))):
-        cpu.compress(case.send.table[i : i + 1], rule, *case.worker, alone)
+        cpu.compress(case.send.table[i : i + 1], rule, case.worker, alone)
     used = case.send.table[-1, BYTE] + math.ceil(case.send.table[-1, NUMEL] / 8)
     assert torch.equal(alone[:used], message[:used])
 
@@ -615,7 +691,7 @@ def test_no_index_leaves_its_array():
 
 def every_path() -> None:
     """What `test_no_index_leaves_its_array` runs: chunks and rests, all codes, good and malformed messages."""
-    assert not hasattr(cpu._subtract, "py_func")  # not compiled
+    assert not hasattr(loops.subtract, "py_func")  # not compiled
     codes = [(C, C, n) for n in (1, 9) for C in codes_for("layer")]
     codes += [(ScaledSign("layer"), TopK(0.02, "layer"), CHUNK + 12),
               (TopK(0.02, "layer"), ScaledSign("layer"), CHUNK + 9)]  # fmt: skip
@@ -636,6 +712,114 @@ def every_path() -> None:
                 codec.decode(damaged)
             except ValueError as error:
                 assert "malformed" in str(error)
+
+
+# --- compiling ----------------------------------------------------------------------------------------------
+
+PREPARE = """
+import logging
+logging.basicConfig(format="log %(levelname)s %(message)s")
+import torch
+from saef.wire import kernels
+kernels.prepare(torch.device("cpu"), torch.float32)
+kernels.prepare(torch.device("cpu"), torch.float32)
+from saef.wire.kernels.cpu import loops
+seven = [loops.compress, loops.commit, loops.advance, loops.serve, loops.settle, loops.subtract, loops.inspect]
+assert all(len(kernel.signatures) == 1 for kernel in seven)
+print("hits", sum(sum(kernel.stats.cache_hits.values()) for kernel in seven))
+"""
+
+
+def start(code: str, **environment: str) -> subprocess.Popen:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    command = [sys.executable, "-c", code]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.ahead
+@pytest.mark.slow
+def test_one_process_compiles_and_says_so(tmp_path):
+    """Two at once in a fresh cache, then a third: seven kernels compiled once, and loaded twice without a word."""
+    running = [start(PREPARE, NUMBA_CACHE_DIR=str(tmp_path)) for _ in range(2)]
+    ended = [process.communicate() for process in running]
+    late = start(PREPARE, NUMBA_CACHE_DIR=str(tmp_path))
+    ended.append(late.communicate())
+    assert [process.returncode for process in (*running, late)] == [0, 0, 0], ended
+    (first, loaded, warm) = sorted(ended, key=lambda said: not said[1])
+    assert first[0] == "hits 0\n" and loaded == warm == ("hits 7\n", "")
+    lines = first[1].splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("log WARNING compiling the CPU kernels for float32") and str(tmp_path) in lines[0]
+    assert lines[1].startswith("log WARNING compiled the CPU kernels for float32 in ")
+
+
+@pytest.mark.ahead
+def test_without_a_cache_each_process_compiles(tmp_path):
+    """As with a read-only installation and home: said once, with what helps. Only `inspect`, to be quick."""
+    code = """
+import logging, sys
+logging.basicConfig(format="log %(message)s")
+from numba.core.caching import CacheImpl
+CacheImpl._locator_classes = []
+from numba import int64, uint8
+from saef.wire.kernels.cpu import compiling, loops
+assert loops.inspect.stats.cache_path is None
+assert compiling.prepare([(loops.inspect, (int64[:, ::1], uint8[::1]))], "float32")
+assert not compiling.prepare([(loops.inspect, (int64[:, ::1], uint8[::1]))], "float32")
+"""
+    process = start(code, NUMBA_CACHE_DIR=str(tmp_path))
+    said = process.communicate()
+    assert process.returncode == 0, said
+    lines = said[1].splitlines()
+    assert len(lines) == 2 and "NUMBA_CACHE_DIR" in lines[0] and lines[1].startswith("log compiled")
+
+
+@pytest.mark.ahead
+@pytest.mark.slow
+def test_a_compiler_that_dies_stops_nobody(tmp_path):
+    """The system takes its lock away."""
+    code = """
+import os, sys
+from saef.wire.kernels.cpu import compiling
+with compiling._lock(sys.argv[1] if len(sys.argv) > 1 else os.environ["PLACE"]):
+    print("locked", flush=True)
+    sys.stdin.read() if os.environ["STAY"] == "1" else None
+"""
+    env = {**os.environ, "PLACE": str(tmp_path), "STAY": "1"}
+    holder = subprocess.Popen([sys.executable, "-c", code], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == b"locked\n"
+    waiting = start(code, PLACE=str(tmp_path), STAY="0")
+    with pytest.raises(subprocess.TimeoutExpired):
+        waiting.communicate(timeout=15)
+    holder.kill()
+    assert waiting.communicate()[0] == "locked\n"
+    holder.communicate()
+
+
+@pytest.mark.ahead
+def test_importing_the_wire_compiles_nothing():
+    """Neither numba nor triton, which take seconds, before there is a vector to work on."""
+    code = """
+import sys, types
+import importlib.metadata, importlib.machinery, importlib.util
+saef = types.ModuleType("saef")  # not what the package itself imports
+saef.__path__ = importlib.util.find_spec("saef").submodule_search_locations
+sys.modules["saef"] = saef
+import saef.wire.kernels, saef.wire.codec, saef.wire.plan
+print([name for name in ("numba", "triton") if name in sys.modules])
+"""
+    process = start(code)
+    assert process.communicate() == ("[]\n", "")
+
+
+def test_compiling_ahead_of_time():
+    """In this session's cache, where the kernels are."""
+    cpu.prepare(torch.float32)
+    command = [sys.executable, "-m", "saef.wire.kernels", "float32"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "CPU kernels for float32 were there; loaded in" in done.stdout
+    wrong = subprocess.run([*command, "float16"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and "expected float32 or float64, got float16" in wrong.stderr
 
 
 # --- strategies ---------------------------------------------------------------------------------------------
@@ -663,8 +847,9 @@ def test_sharded_and_replicated_servers_give_the_same_bits(C, K, dtype):
                 for k in range(K):
                     g = torch.cat([gradients[step, k, offsets[i] :][: numels[i]] for i, _ in bucket])
                     message = torch.zeros(send.message_bytes, dtype=torch.uint8)
-                    cpu.compress(send.table, rule, g, m[k], e[k], x, message)
-                    cpu.commit(send.table, rule, g, m[k], e[k], x, message)
+                    worker = Worker(g, m[k : k + 1], e[k], x)
+                    cpu.compress(send.table, rule, worker, message)
+                    cpu.commit(send.table, rule, worker, message)
                     sent.append(message.split(plans[0].send_bytes))
                 for r, plan in enumerate(plans):
                     messages = torch.stack([sections[r] for sections in sent])
@@ -674,7 +859,7 @@ def test_sharded_and_replicated_servers_give_the_same_bits(C, K, dtype):
                         cpu.settle(plan.receive.table, plan.reply.table, messages, e_server[r], reply)
                     replies.append(reply)
                 assert [reply.numel() for reply in replies] == plans[0].reply_bytes
-                cpu.subtract(plans[0].apply.table, torch.cat(replies), x)
+                cpu.subtract(plans[0].apply.table, torch.ones(1, dtype=dtype), torch.cat(replies), x)
         left = torch.full((d,), math.nan, dtype=dtype)  # the server errors, each where it belongs
         for r in range(servers):
             for b in blocks.served_by(r):

@@ -17,9 +17,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from saef import codec
-from saef.compressors import Compressor, Identity, MajorityVote, ScaledSign, TopK, index_bytes
-from saef.kernels import BYTE, COUNT, FLOAT, KIND, NUMEL, STATE, UNIT, Rule, reference
+from saef.rules.sgd import DECAY, PLAIN, SGD
+from saef.wire import codec
+from saef.wire.compressors import Compressor, Identity, MajorityVote, ScaledSign, TopK, index_bytes
+from saef.wire.kernels import reference
+from saef.wire.kernels.table import BYTE, COUNT, FLOAT, KIND, NUMEL, STATE, UNIT, Update, Worker
 from support import fuzz
 
 CUDA = torch.cuda.is_available()
@@ -29,10 +31,11 @@ with pytest.MonkeyPatch.context() as patch:
     if not CUDA and not TOO_LATE:
         patch.setenv("TRITON_INTERPRET", "1")
     pytest.importorskip("triton")
-    from saef.kernels import cuda
+    from saef.wire.kernels import cuda
 
 pytestmark = pytest.mark.slow
 SCALE_TOLERANCE = {torch.float32: 2.0**-23, torch.float64: 2.0**-46}
+ONCE = {dtype: torch.ones(3, dtype=dtype) for dtype in SCALE_TOLERANCE}  # rates
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 
 
@@ -71,39 +74,43 @@ class Scene:
             blocks.append(codec.Block(worker, server, grad, state, served, n, number % groups))
             grad, state, served = grad + n + 1, state + n + 3, served + n + 2
         self.blocks, self.dtype, size = blocks, dtype, dtype.itemsize
-        self.up = codec.lay_out(blocks, size, server=False, served=False)
-        self.up_served = codec.lay_out(blocks, size, server=False, served=True)
-        self.down = codec.lay_out(blocks, size, server=True, served=False)
-        self.down_served = codec.lay_out(blocks, size, server=True, served=True)
+        self.up = codec.lay_out(blocks, size, reply=False, served=False)
+        self.up_served = codec.lay_out(blocks, size, reply=False, served=True)
+        self.down = codec.lay_out(blocks, size, reply=True, served=False)
+        self.down_served = codec.lay_out(blocks, size, reply=True, served=True)
         generator = torch.Generator().manual_seed(len(codes))
 
         def vector(length: int) -> Tensor:
             return torch.randn(length, dtype=dtype, generator=generator)
 
         self.g, self.e_server = vector(grad + 2), vector(served + 2)
-        self.m, self.e, self.x = vector(state + 2), vector(state + 2), vector(state + 2)
+        self.m, self.e, self.x = vector(state + 2)[None], vector(state + 2), vector(state + 2)
+
+    @property
+    def worker(self) -> Worker:
+        return Worker(self.g, self.m, self.e, self.x)
 
     def message(self, layout: codec.Layout) -> Tensor:
         return torch.zeros(layout.message_bytes, dtype=torch.uint8)
 
-    def messages(self, K: int, rule: Rule) -> Tensor:
+    def messages(self, K: int, rule: Update) -> Tensor:
         """Of K workers with gradients g, -g/2, g/3, ..."""
         rows = torch.zeros(K, self.up.message_bytes, dtype=torch.uint8)
         for k in range(K):
             g = self.g * (-1) ** k / (k + 1)
-            reference.compress(self.up.table, rule, g, self.m, self.e, self.x, rows[k])
+            reference.compress(self.up.table, rule, self.worker._replace(g=g), rows[k])
         return rows
 
 
-def rule_of(dtype: torch.dtype, s: float = 1.0, feedback: bool = True) -> Rule:
+def rule_of(dtype: torch.dtype, s: float = 1.0, feedback: bool = True) -> Update:
     """Three groups: plain; momentum, decay; everything, Nesterov too. mu, gain and factor are no dyadic numbers."""
     hyper = [[0.1, 0, 1, 0, 0, 1], [0.3, 0.9, 1, 0, 1e-3, 0.7], [0.07, 0.8, 0.2, 1, 0.01, -1.3]]
-    return Rule(torch.tensor(hyper, dtype=dtype), s, feedback)
+    return Update(SGD.kind, torch.tensor(hyper, dtype=dtype), s, feedback)
 
 
-def identity_rule(dtype: torch.dtype) -> Rule:
+def identity_rule(dtype: torch.dtype) -> Update:
     """D = g."""
-    return Rule(torch.tensor([[1.0, 0, 1, 0, 0, 1]], dtype=dtype), 0.0, False)
+    return Update(SGD.kind, torch.tensor([PLAIN], dtype=dtype), 0.0, False)
 
 
 def bits(v: Tensor) -> Tensor:
@@ -128,8 +135,10 @@ def assert_same_message(layout: codec.Layout, dtype: torch.dtype, theirs: Tensor
 
 def copied(arg: object, device: torch.device) -> object:
     """A copy on `device`; of messages, in rows of a wider buffer, since a backend has to mind the stride."""
-    if isinstance(arg, Rule):
+    if isinstance(arg, Update):
         return arg._replace(hyper=arg.hyper.to(device))
+    if isinstance(arg, Worker):
+        return Worker(*(v.to(device, copy=True) for v in arg))
     if not isinstance(arg, Tensor):
         return arg
     if arg.dtype == torch.uint8 and arg.dim() == 2:
@@ -144,7 +153,18 @@ def call(backend: object, device: torch.device, name: str, *args: object) -> lis
     getattr(backend, name)(*copies)
     if backend is cuda:
         cuda.check(device)
-    return [copy for copy in copies if isinstance(copy, Tensor)]
+    return tensors(copies)
+
+
+def tensors(args: Sequence[object]) -> list[Tensor]:
+    """Those among arguments, with a worker's."""
+    flat = [part for arg in args for part in (arg if isinstance(arg, Worker) else [arg])]
+    return [arg for arg in flat if isinstance(arg, Tensor)]
+
+
+def only(g: Tensor) -> Worker:
+    """A worker that has nothing but a gradient."""
+    return Worker(g, g.new_empty(0, 0), g[:0], g[:0])
 
 
 def agree(device: torch.device, name: str, *args: object, layout: codec.Layout | None = None) -> Tensor:
@@ -165,18 +185,18 @@ def agree(device: torch.device, name: str, *args: object, layout: codec.Layout |
     return theirs[-1]
 
 
-def agree_on_all(device: torch.device, scene: Scene, rule: Rule, K: int, *, momentum: bool = True) -> None:
+def agree_on_all(device: torch.device, scene: Scene, rule: Update, K: int, *, momentum: bool = True) -> None:
     """The five kernels in the order of a step."""
     up, down, table = scene.up, scene.down_served, scene.up_served.table
     m = scene.m if momentum else scene.m[:0]
-    worker = (rule, scene.g, m, scene.e, scene.x)
+    worker = (rule, scene.worker._replace(m=m))
     message = agree(device, "compress", up.table, *worker, scene.message(up), layout=up)
     agree(device, "commit", up.table, *worker, message)
     messages = scene.messages(K, rule._replace(feedback=True))
     error, empty = scene.e_server, scene.message(down)
     reply = agree(device, "serve", table, down.table, messages, error, empty, layout=down)
     agree(device, "settle", table, down.table, messages, error, reply)
-    agree(device, "subtract", scene.down.table, reply, scene.x)
+    agree(device, "subtract", scene.down.table, ONCE[rule.hyper.dtype], reply, scene.x)
 
 
 # ---- agreement ----------------------------------------------------------------------------------------------
@@ -225,9 +245,41 @@ def test_server_without_error(device: torch.device) -> None:
 def test_local_rules(device: torch.device, s: float, feedback: bool, momentum: bool, dtype: torch.dtype) -> None:
     scene = Scene([(Identity(), Identity(), n) for n in (20, 1, 33)], dtype, groups=3)
     m = scene.m if momentum else scene.m[:0]
-    worker = (rule_of(dtype, s, feedback), scene.g, m, scene.e, scene.x)
+    worker = (rule_of(dtype, s, feedback), scene.worker._replace(m=m))
     message = agree(device, "compress", scene.up.table, *worker, scene.message(scene.up), layout=scene.up)
     agree(device, "commit", scene.up.table, *worker, message)
+
+
+@both_dtypes
+@pytest.mark.parametrize("feedback", [True, False])
+@pytest.mark.parametrize("ahead", [0.0, 1.0, 0.3])
+def test_advance(device: torch.device, ahead: float, feedback: bool, dtype: torch.dtype) -> None:
+    """Each group with its own rate. Without feedback there is no e, and nothing to step ahead by."""
+    if not feedback and ahead:
+        pytest.skip("a method without errors does not step ahead")
+    scene = Scene(MIXTURE, dtype, groups=3)
+    update, worker = rule_of(dtype, 0.0, feedback), scene.worker
+    if not feedback:
+        update.hyper[:, DECAY] = 0.0
+        worker = worker._replace(e=worker.e[:0])
+    message, reply = scene.messages(1, rule_of(dtype))[0], scene.message(scene.down)
+    reference.serve(scene.up_served.table, scene.down_served.table, message[None], scene.e_server, reply)
+    rates = torch.tensor([1.0, 0.3, 0.07], dtype=dtype)
+    arguments = (update, worker, message, rates, reply, scene.x * 0.5, ahead)
+    agree(device, "advance", scene.up.table, scene.down.table, *arguments)
+    agree(device, "subtract", scene.down.table, rates, reply, scene.x)
+
+
+def test_rules_and_blocks_that_are_not_known_are_refused(device: torch.device) -> None:
+    scene = Scene([(ScaledSign(), ScaledSign(), 9)], torch.float32)
+    unknown = rule_of(torch.float32)._replace(kind=99)
+    for name in ("compress", "commit"):
+        with pytest.raises(ValueError, match="rule kind 99"):
+            call(cuda, device, name, scene.up.table, unknown, scene.worker, scene.message(scene.up))
+    table = scene.up.table.clone()
+    table[0, KIND] = 7
+    with pytest.raises(ValueError, match="block of kind 7"):
+        call(cuda, device, "subtract", table, ONCE[torch.float32], scene.message(scene.up), scene.x)
 
 
 LARGE = [(TopK(0.01, "layer"), 1 << 16), (TopK(0.01, "layer"), 70_001), (ScaledSign("layer"), 70_001)]
@@ -236,13 +288,13 @@ LARGE = [(TopK(0.01, "layer"), 1 << 16), (TopK(0.01, "layer"), 70_001), (ScaledS
 @pytest.mark.parametrize(("code", "n"), LARGE, ids=str)
 def test_large_blocks(device: torch.device, code: Compressor, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     if not CUDA:
-        monkeypatch.setattr(cuda, "TILE", 1 << 14)  # the interpreter takes its time per program
+        monkeypatch.setattr(cuda.constants, "TILE", 1 << 14)  # the interpreter takes its time per program
     scene = Scene([(code, code, n)], torch.float32)
-    worker = (rule_of(torch.float32), scene.g, scene.m, scene.e, scene.x)
+    worker = (rule_of(torch.float32), scene.worker)
     message = scene.message(scene.up)
     message = agree(device, "compress", scene.up.table, *worker, message, layout=scene.up)
     agree(device, "commit", scene.up.table, *worker, message)
-    agree(device, "subtract", scene.up.table, message, scene.x)
+    agree(device, "subtract", scene.up.table, ONCE[scene.dtype], message, scene.x)
 
 
 @both_dtypes
@@ -253,32 +305,34 @@ def test_blocks_of_many_tiles(
     """More tiles than a program looks at in one go."""
     n = 3_000_000
     if not CUDA:
-        monkeypatch.setattr(cuda, "TILE", 64)
-        monkeypatch.setattr(cuda, "_CHUNK", type(cuda._CHUNK)(4))
+        monkeypatch.setattr(cuda.constants, "TILE", 64)
+        for module in (cuda.codes, cuda.programs, cuda.radix):
+            monkeypatch.setattr(module, "_CHUNK", type(cuda.constants._CHUNK)(4))
         n = 600
     scene = Scene([(code, code, m) for m in (n, 5)], dtype)
-    worker = (rule_of(dtype), torch.round(scene.g * 8), scene.m[:0], scene.e * 0, scene.x)  # many ties
+    g = torch.round(scene.g * 8)  # many ties
+    worker = (rule_of(dtype), Worker(g, scene.m[:0], scene.e * 0, scene.x))
     message = scene.message(scene.up)
     message = agree(device, "compress", scene.up.table, *worker, message, layout=scene.up)
-    agree(device, "subtract", scene.up.table, message, scene.x)
+    agree(device, "subtract", scene.up.table, ONCE[scene.dtype], message, scene.x)
 
 
 def test_indices_of_four_bytes(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     n = (1 << 24) + 9
     if not CUDA:
-        monkeypatch.setattr(cuda, "TILE", 1 << 20)
+        monkeypatch.setattr(cuda.constants, "TILE", 1 << 20)
     kept = [0, 5, 1 << 8, 1 << 16, (1 << 24) - 1, 1 << 24, n - 1]
     code = TopK(7 / n, "layer")
-    layout = codec.lay_out([codec.Block(code, code, 0, 0, 0, n, 0)], 4, server=False, served=False)
+    layout = codec.lay_out([codec.Block(code, code, 0, 0, 0, n, 0)], 4, reply=False, served=False)
     g = torch.zeros(n)
     g[kept] = torch.tensor([1.0, -2, 3, 4, -5, 6, 7])
     message = torch.zeros(layout.message_bytes, dtype=torch.uint8)
     message[:28] = g[kept].view(torch.uint8)
     message[28:56] = torch.tensor([index >> shift & 255 for index in kept for shift in (0, 8, 16, 24)])
-    assert call(cuda, device, "subtract", layout.table, message, g)[-1].count_nonzero() == 0
+    assert call(cuda, device, "subtract", layout.table, ONCE[g.dtype], message, g)[-1].count_nonzero() == 0
     if CUDA:  # takes the interpreter half a minute
-        none, rule, empty = g[:0], identity_rule(torch.float32), torch.zeros_like(message)
-        got = call(cuda, device, "compress", layout.table, rule, g, none, none, none, empty)[-1]
+        rule, empty = identity_rule(torch.float32), torch.zeros_like(message)
+        got = call(cuda, device, "compress", layout.table, rule, only(g), empty)[-1]
         assert torch.equal(got.cpu(), message)
 
 
@@ -319,10 +373,10 @@ def test_special_values(device: torch.device, name: str, dtype: torch.dtype) -> 
     codes = [(ScaledSign(), 300), (MajorityVote(), 100), (TopK(0.1), 300), (TopK(0.01), 2500)]
     scene = Scene([(code, code, n) for code, n in codes], dtype)
     scene.g = values(name, len(scene.g), dtype)
-    none, up = scene.g[:0], scene.up
+    up = scene.up
     rule = identity_rule(dtype)
-    message = agree(device, "compress", up.table, rule, scene.g, none, none, none, scene.message(up), layout=up)
-    agree(device, "subtract", up.table, message, scene.x)
+    message = agree(device, "compress", up.table, rule, only(scene.g), scene.message(up), layout=up)
+    agree(device, "subtract", up.table, ONCE[dtype], message, scene.x)
 
 
 def test_mean_is_summed_in_rank_order(device: torch.device) -> None:
@@ -333,8 +387,7 @@ def test_mean_is_summed_in_rank_order(device: torch.device) -> None:
         for value in (1e8, 1.0, -1e8, 0.25):
             g = torch.full_like(scene.g, value)
             message = scene.message(scene.up)
-            none = g[:0]
-            reference.compress(scene.up.table, identity_rule(g.dtype), g, none, none, none, message)
+            reference.compress(scene.up.table, identity_rule(g.dtype), only(g), message)
             rows.append(message)
         tables = scene.up_served.table, scene.down_served.table
         for order in ([0, 1, 2, 3], [0, 2, 1, 3], [3, 2, 1, 0]):
@@ -368,16 +421,18 @@ def test_the_good_path_does_not_wait_for_the_device(device: torch.device) -> Non
     up, down, served = (t.table.to(device) for t in (scene.up, scene.down_served, scene.up_served))
     rule = rule_of(torch.float32)
     rule = rule._replace(hyper=rule.hyper.to(device))
-    g, m, e, x, error = (v.to(device) for v in (scene.g, scene.m, scene.e, scene.x, scene.e_server))
+    worker, x, error = Worker(*(v.to(device) for v in scene.worker)), scene.x.to(device), scene.e_server.to(device)
+    half, once = x.clone(), torch.ones(1, device=device)
     message, reply = scene.message(scene.up).to(device), scene.message(scene.down).to(device)
     for mode in ("default", "error"):  # the first round compiles, and cuts the tables into tiles
         torch.cuda.set_sync_debug_mode(mode)
         try:
-            cuda.compress(up, rule, g, m, e, x, message)
-            cuda.commit(up, rule, g, m, e, x, message)
+            cuda.compress(up, rule, worker, message)
+            cuda.commit(up, rule, worker, message)
             cuda.serve(served, down, message[None], error, reply)
             cuda.settle(served, down, message[None], error, reply)
-            cuda.subtract(up, message, x)
+            cuda.subtract(up, once, message, x)
+            cuda.advance(up, up, rule, worker, message, once, message, half, 1.0)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     cuda.check(device)
@@ -395,7 +450,7 @@ def outcome(backend: object, device: torch.device, name: str, *args: object) -> 
             cuda.check(device)
     except ValueError as raised:
         error = str(raised)
-    return error, [copy.cpu() for copy in copies if isinstance(copy, Tensor)]
+    return error, [copy.cpu() for copy in tensors(copies)]
 
 
 def assert_gaps_untouched(table: Tensor, before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
@@ -412,7 +467,7 @@ def assert_same_outcome(device: torch.device, table: Tensor, name: str, *args: T
     expected, theirs = outcome(reference, torch.device("cpu"), name, *args)
     got, ours = outcome(cuda, device, name, *args)
     assert got == expected
-    vectors = [i for i, arg in enumerate(args) if arg.is_floating_point()]
+    vectors = [i for i, arg in enumerate(args) if arg.is_floating_point() and arg is not ONCE[arg.dtype]]
     assert_gaps_untouched(table, [args[i] for i in vectors], [ours[i] for i in vectors])
     if not expected:
         for i in vectors:
@@ -460,15 +515,15 @@ def test_damaged_indices(device: torch.device, damage: str) -> None:
     table = scene.up.table
     for number in (0, 1) if CUDA else (0,):
         message = damaged(scene, number, damage)
-        said = assert_same_outcome(device, table, "subtract", table, message, scene.x)
+        said = assert_same_outcome(device, table, "subtract", table, ONCE[torch.float32], message, scene.x)
         assert (f"block {number} " in said) == (damage != "none")
         assert assert_same_outcome(device, table, "inspect", table, message) == said
     message = damaged(scene, 1, damage)
-    worker = (rule_of(torch.float32), scene.g, scene.m, scene.e, scene.x)
+    worker = (rule_of(torch.float32), scene.worker)
     expected, _ = outcome(reference, torch.device("cpu"), "commit", table, *worker, message)
     got, after = outcome(cuda, device, "commit", table, *worker, message)
     assert got == expected
-    assert_gaps_untouched(table, [scene.m, scene.e], [after[2], after[3]])
+    assert_gaps_untouched(table, [scene.m[0], scene.e], [after[2][0], after[3]])
     tables = scene.up_served.table, scene.down_served.table
     good = damaged(scene, 1, "none")
     for sent, answer in (([message, good], good), ([good, message], good), ([good], message)):
@@ -505,7 +560,7 @@ def test_random_bytes(device: torch.device) -> None:
             message[start + 128] = 0
             message[start + 129 :] %= 4
         table = chosen.up.table
-        said = assert_same_outcome(device, table, "subtract", table, message, chosen.x)
+        said = assert_same_outcome(device, table, "subtract", table, ONCE[torch.float32], message, chosen.x)
         assert assert_same_outcome(device, table, "inspect", table, message) == said
         refused += bool(said)
     assert 8 <= refused < 22
@@ -535,24 +590,28 @@ triton.runtime.driver.set_active(Driver())
 compiled, run = [], JITFunction.run
 JITFunction.run = lambda self, *args, warmup, **options: compiled.append(run(self, *args, warmup=True, **options))
 
-from saef import codec
-from saef.compressors import ScaledSign, TopK
-from saef.kernels import Rule, cuda
+from saef.rules.sgd import SGD
+from saef.wire import codec
+from saef.wire.compressors import ScaledSign, TopK
+from saef.wire.kernels import cuda
+from saef.wire.kernels.table import Update, Worker
 
 for dtype in (torch.float32, torch.float64):
     numels = (10, 5000)
     blocks = [codec.Block(c, c, 0, 0, 0, n, 0) for c in (ScaledSign(), TopK(0.1)) for n in numels]
-    layout = codec.lay_out(blocks, dtype.itemsize, server=False, served=False)
-    table, rule = layout.table, Rule(torch.zeros(1, 6, dtype=dtype), 0.5, True)
+    layout = codec.lay_out(blocks, dtype.itemsize, reply=False, served=False)
+    table, rule = layout.table, Update(SGD.kind, torch.zeros(1, 6, dtype=dtype), 0.5, True)
     g, m, e, x = torch.zeros(4, 5000, dtype=dtype)
+    worker, once = Worker(g, m[None], e, x), torch.ones(1, dtype=dtype)
     message = torch.zeros(layout.message_bytes, dtype=torch.uint8)
     messages = message.repeat(3, 1)
-    cuda.compress(table, rule, g, m, e, x, message)
-    cuda.commit(table, rule, g, m, e, x, message)
+    cuda.compress(table, rule, worker, message)
+    cuda.commit(table, rule, worker, message)
     cuda.serve(table, table, messages, e, message)
     cuda.settle(table, table, messages, e, message)
-    cuda.subtract(table, message, x)
+    cuda.subtract(table, once, message, x)
     cuda.inspect(table, message)
+    cuda.advance(table, table, rule, worker, message, once, message, g, 1.0)
 
 ptx = {}
 for kernel in compiled:
@@ -576,12 +635,12 @@ def test_kernels_compile_for_hopper() -> None:
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     names, checked = done.stdout.splitlines()
-    assert names.count("'_") == 10
+    assert names.count("'") == 2 * 11
     assert checked == "checked"
 
 
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "saef.kernels.cuda")
+    monkeypatch.delitem(sys.modules, "saef.wire.kernels.cuda")
     with pytest.raises(ImportError, match="pip install triton"):
-        importlib.import_module("saef.kernels.cuda")
+        importlib.import_module("saef.wire.kernels.cuda")

@@ -22,13 +22,13 @@ from saef import (
     TopK,
     message_bytes,
 )
-from saef.agreement import compare
-from saef.exchange import LATENCY_BYTES, choose
-from saef.feedback import Hyper
-from saef.kernels import BYTE, COLUMNS, COUNT, FLOAT, GRAD, GROUP, KIND, NUMEL, STATE
-from saef.optimizer import check_optimizer, read_hyper
-from saef.plan import partition, plan_bucket
-from saef.settings import Settings
+from saef.comm.agreement import compare
+from saef.comm.exchange import LATENCY_BYTES, choose
+from saef.rules import SGD, rule_for
+from saef.rules.sgd import Hyper
+from saef.step.settings import Settings
+from saef.wire.kernels.table import BYTE, COLUMNS, COUNT, FLOAT, GRAD, GROUP, KIND, NUMEL, STATE
+from saef.wire.plan import partition, plan_bucket
 
 NAN, INF = math.nan, math.inf
 
@@ -68,8 +68,8 @@ def test_what_can_be_honoured_is_accepted(changed):
 
 def test_what_follows_from_the_settings():
     made = lambda **changed: Settings(**{**DEFAULTS, **changed})  # noqa: E731
-    assert made().server == ScaledSign() and made(server_compressor=None).server == Identity()
-    assert made(server_compressor=TopK()).server == TopK()
+    assert made().reply_compressor == ScaledSign() and made(server_compressor=None).reply_compressor == Identity()
+    assert made(server_compressor=TopK()).reply_compressor == TopK()
     assert made().feedback and not made(**VOTE).feedback and made(compressor=MinSize(3, TopK())).feedback
     assert made(weight_decay_mode="outer").outer and not made().outer
 
@@ -197,8 +197,8 @@ def sgd(**options):
 
 
 def test_sgd_is_accepted():
-    check_optimizer(sgd())
-    check_optimizer(sgd(momentum=0.9, nesterov=True, weight_decay=1e-4, maximize=True))
+    rule_for(sgd(), outer=False, signum=False)
+    rule_for(sgd(momentum=0.9, nesterov=True, weight_decay=1e-4, maximize=True), outer=False, signum=False)
 
 
 class MySGD(torch.optim.SGD):
@@ -215,14 +215,14 @@ class NamedSGD(torch.optim.SGD):
 
 
 def test_a_subclass_that_keeps_sgds_step_is_sgd():
-    check_optimizer(NamedSGD([torch.nn.Parameter(torch.ones(2))], lr=0.1))
+    rule_for(NamedSGD([torch.nn.Parameter(torch.ones(2))], lr=0.1), outer=False, signum=False)
 
 
 @pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop, torch.optim.ASGD, MySGD])
 def test_other_optimizers_are_refused(make):
     optimizer = make([torch.nn.Parameter(torch.ones(2))], lr=0.1)
     with pytest.raises(TypeError, match=rf"needs torch\.optim\.SGD .*, got {make.__name__}; other update rules"):
-        check_optimizer(optimizer)
+        rule_for(optimizer, outer=False, signum=False)
 
 
 def test_hyper_is_what_the_groups_say():
@@ -232,7 +232,7 @@ def test_hyper_is_what_the_groups_say():
          {"params": params[2], "weight_decay": 0.25, "maximize": True}],
         lr=0.1,
     )  # fmt: skip
-    assert read_hyper(optimizer, outer=False, signum=False) == [
+    assert SGD(outer=False, signum=False).read(optimizer, 0) == [
         Hyper(0.1, 0.0, 1.0, False, 0.0, 1.0),
         Hyper(0.5, 0.9, 1.0, True, 0.0, 1.0),
         Hyper(0.1, 0.0, 1.0, False, 0.25, -1.0),
@@ -242,21 +242,21 @@ def test_hyper_is_what_the_groups_say():
 def test_hyper_is_read_live():
     optimizer = sgd(momentum=0.9)
     optimizer.param_groups[0]["lr"] = torch.tensor(0.25)
-    assert read_hyper(optimizer, outer=False, signum=False) == [Hyper(0.25, 0.9, 1.0, False, 0.0, 1.0)]
+    assert SGD(outer=False, signum=False).read(optimizer, 0) == [Hyper(0.25, 0.9, 1.0, False, 0.0, 1.0)]
     optimizer.param_groups[0].update(lr=0.0, momentum=0.0)
-    assert read_hyper(optimizer, outer=False, signum=False) == [Hyper(0.0, 0.0, 1.0, False, 0.0, 1.0)]
+    assert SGD(outer=False, signum=False).read(optimizer, 0) == [Hyper(0.0, 0.0, 1.0, False, 0.0, 1.0)]
 
 
 def test_outer_decay_is_not_in_the_gradient():
-    assert read_hyper(sgd(weight_decay=0.5), outer=True, signum=False)[0].weight_decay == 0.0
-    assert read_hyper(sgd(weight_decay=0.5), outer=False, signum=False)[0].weight_decay == 0.5
+    assert SGD(outer=True, signum=False).read(sgd(weight_decay=0.5), 0)[0].weight_decay == 0.0
+    assert SGD(outer=False, signum=False).read(sgd(weight_decay=0.5), 0)[0].weight_decay == 0.5
 
 
 def test_signums_momentum_is_an_average():
     """Gain 1 - mu; without momentum there is nothing to average, and g counts whole."""
-    assert read_hyper(sgd(momentum=0.75), outer=True, signum=True)[0].gain == 0.25
-    assert read_hyper(sgd(momentum=0.75), outer=True, signum=False)[0].gain == 1.0
-    assert read_hyper(sgd(momentum=0.0), outer=True, signum=True)[0].gain == 1.0
+    assert SGD(outer=True, signum=True).read(sgd(momentum=0.75), 0)[0].gain == 0.25
+    assert SGD(outer=True, signum=False).read(sgd(momentum=0.75), 0)[0].gain == 1.0
+    assert SGD(outer=True, signum=True).read(sgd(momentum=0.0), 0)[0].gain == 1.0
 
 
 def test_dampening_is_refused():
@@ -266,7 +266,7 @@ def test_dampening_is_refused():
         lr=0.1,
     )  # fmt: skip
     with pytest.raises(ValueError, match=r"param group 1 has dampening=0\.1; .*set dampening=0 \(and scale lr"):
-        read_hyper(optimizer, outer=False, signum=False)
+        SGD(outer=False, signum=False).read(optimizer, 0)
 
 
 @pytest.mark.parametrize("field, value", [("lr", -0.1), ("lr", NAN), ("lr", INF), ("momentum", -0.1), ("momentum", 1.0),
@@ -279,7 +279,7 @@ def test_a_setting_out_of_range_is_refused(field, value, outer):
     optimizer.param_groups[0][field] = value
     advice = rf"param group 0 has .*{field}={value}.*; expected finite lr >= 0, 0 <= momentum < 1, finite weight_decay"
     with pytest.raises(ValueError, match=advice):
-        read_hyper(optimizer, outer=outer, signum=False)
+        SGD(outer=outer, signum=False).read(optimizer, 0)
 
 
 # --- who serves what ----------------------------------------------------------------------------------------
@@ -315,7 +315,7 @@ def test_every_block_has_one_server(model):
         for b, r in zip(parameter, found.owner[i], strict=True):
             assert b.numel > 0 and 0 <= r < servers
             assert (b.state, b.grad, b.group, b.served) == (at, at - start, groups[i], served[r])
-            assert (b.worker, b.server) == (up.for_tensor(numels[i]), down.for_tensor(numels[i]))
+            assert (b.up, b.down) == (up.for_tensor(numels[i]), down.for_tensor(numels[i]))
             at, served[r] = at + b.numel, served[r] + b.numel
     assert found.served == served and sum(served) == at == sum(numels)
     assert [sum(b.numel for b in found.served_by(r)) for r in range(servers)] == served

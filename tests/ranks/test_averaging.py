@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import saef
-from saef.transport import TorchTransport
+from saef.comm.torch_transport import TorchTransport
 from support import reference
 from support.cases import close, start
 from support.protocols import ERRORS, PER_WORKERS, PROTOCOLS, TORUS, expected, meetings_of
@@ -42,7 +42,7 @@ def test_what_ranks_do_equals_the_operators(pool: RankPool, eight: RankPool, ran
         after = torch.stack([run[i][0] for run in runs])
         assert not torch.equal(after, X)
         torch.testing.assert_close(after, expected(protocol, X, steps), rtol=0, atol=1e-12)
-        if protocol.preserves_mean(ranks - protocol.servers):
+        if protocol.preserves_mean(ranks - protocol.parameter_servers):
             torch.testing.assert_close(after.mean(0), X.mean(0), rtol=0, atol=1e-14)
         for rank, run in enumerate(runs):
             assert run[i][1].get("averaging", 0) == bytes_of(protocol, ranks, 101, steps)[rank], protocol

@@ -139,7 +139,8 @@ def failing_exchange(group: dist.ProcessGroup) -> None:
     def serve(*_: Any) -> None:
         raise ValueError("malformed message: as if its bytes had been damaged")
 
-    state.kernels = SimpleNamespace(compress=state.kernels.compress, serve=serve)  # type: ignore[assignment]
+    algorithm: Any = state.engine._algorithm
+    algorithm._kernels = SimpleNamespace(compress=algorithm._kernels.compress, serve=serve)
     backward(group, model)
     optimizer.step()
 

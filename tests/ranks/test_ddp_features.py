@@ -342,7 +342,7 @@ def copy_the_model(group: dist.ProcessGroup) -> str:
         other.train()(x).sum().backward()
         other.eval()(x)
         other.state_dict()
-        assert torch.equal(flat(other), before) and state._at_half
+        assert torch.equal(flat(other), before) and state.engine._at_half
     return "ok"
 
 
@@ -407,7 +407,7 @@ def change_weights(group: dist.ProcessGroup, dtype: torch.dtype) -> str:
     assert torch.equal(kept, torch.where(untouched, master, clamped))  # the fp32 master survives where it can
     with torch.no_grad():
         net[0].weight.fill_(0.25)
-    state.restore()
+    state.engine.restore()
     return "ok" if state.steps == 1 else "steps"
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import saef
-from saef.agreement import checksum
+from saef.comm.agreement import checksum
 from support.ranks import RankPool
 from support.training import Job, batch, make_net, wrap
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import saef
+from saef.comm.torch_transport import TorchTransport
+from saef.comm.transport import _OrderedWorker
 from saef.hooks import saef_hook
-from saef.transport import TorchTransport, _OrderedWorker
 from support.ranks import RankPool
 
 
@@ -103,7 +104,7 @@ class WaitInBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        buckets = WaitInBackward.state._prepared.buckets
+        buckets = WaitInBackward.state.engine._prepared.buckets
         assert buckets, "the last layer's bucket has gone out before the first layer's backward"
         deadline = time.monotonic() + 60
         while not buckets[0].done.done():
@@ -179,7 +180,7 @@ def _sent(state: saef.SAEFState | None) -> float:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/net/dev").exists(), reason="needs Linux's interface counters")
-def test_traffic_on_the_interface_is_what_is_counted_and_a_thirtieth(pool: RankPool) -> None:
+def test_traffic_on_the_interface_is_what_is_counted_and_a_thirtieth(pool: RankPool, undisturbed: None) -> None:
     """d = 10 M, K = 4. Sharded double-way sends 1/32 of plain DDP and scales; top-1 % 6 of 400 bytes (1/66).
 
     Within 10 %: TCP headers and acknowledgements are 1 to 3 % on top, small messages more.
@@ -207,7 +208,7 @@ optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
 state = saef.SAEFState(net, optimizer, exchange="sharded")
 net(torch.ones(1, 4)).sum().backward()
 time.sleep(1.0 - rank)
-state.exchange_gradients()
+state.engine.exchange_gradients()
 if rank == 0:
     optimizer.step()
     print(state.steps)

@@ -173,7 +173,7 @@ def misuse(group: dist.ProcessGroup, what: str) -> str:
             run.train(range(2))
             loss = run.loss(2)
             if what == "loss not scaled":
-                run.state.loss_scale._scaler = scaler()  # as in the first step
+                run.state.engine.loss_scale._scaler = scaler()  # as in the first step
                 loss = loss / 1024
             loss.backward()
             if what == "plain step":

@@ -13,15 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 import saef
-from saef.mixing import (
-    corollary_1,
-    estimate_mixing_time,
-    lemma_1,
-    mixing_time,
-    stationary_distance,
-    theorem_1,
-)
-from saef.transport import TorchTransport
+from saef.comm.torch_transport import TorchTransport
+from saef.protocols.bounds import corollary_1, lemma_1, theorem_1
+from saef.protocols.mixing import estimate_mixing_time, mixing_time, stationary_distance
 from support.protocols import PER_WORKERS, PROTOCOLS, TORUS
 from support.ranks import RankPool
 
@@ -103,7 +97,7 @@ def test_the_mean_and_the_spread_over_seeds() -> None:
 def test_half_is_reached_then_and_not_before(n: int) -> None:
     """The definition, by dense products and decompositions at every event."""
     for protocol in PER_WORKERS.get(n, PROTOCOLS):
-        states = n + protocol.servers
+        states = n + protocol.parameter_servers
         off = np.eye(states) - np.outer(np.ones(states), protocol.consensus(n))
         P = np.eye(states)
         norms = []
@@ -132,7 +126,7 @@ def test_the_worst_start_counts() -> None:
 
 
 def test_the_order_of_figure_3() -> None:
-    """At n = 32. The paper draws AsyncDR above SyncDR. By events it is below them from n = 16 on: see README."""
+    """At n = 32. The paper draws AsyncDR above SyncDR. By events it is below from n = 16 on: docs/performance.md."""
     times = [
         mixing_time(protocol, 32, seeds=20)
         for protocol in (saef.AllReduce(1), saef.LocalStep(2), saef.AsyncParameterServer(), saef.AsyncRing())
@@ -154,7 +148,7 @@ def test_live_estimates_equal_the_operators(pool: RankPool, eight: RankPool, ran
     protocols = [*PER_WORKERS.get(ranks, PROTOCOLS), saef.Slack(0.01)]
     for found in (eight if ranks > 4 else pool).run(estimates, protocols, ranks=ranks):
         for protocol, events in zip(protocols, found, strict=True):
-            n = ranks - protocol.servers
+            n = ranks - protocol.parameter_servers
             assert events == mixing_time(protocol, n, seeds=5).events, protocol
 
 
@@ -216,7 +210,7 @@ def test_lemma_1_holds_for_every_protocol(n: int) -> None:
     for protocol in PER_WORKERS[n]:
         if protocol.parts > 1:
             continue
-        states = n + protocol.servers
+        states = n + protocol.parameter_servers
         M_inf = np.outer(np.ones(states), protocol.consensus(n))
         time = mixing_time(protocol, n, seeds=20)
         t_mix, events = max(time.events), 6 * n * protocol.period
@@ -227,7 +221,7 @@ def test_lemma_1_holds_for_every_protocol(n: int) -> None:
             norms.append(float(np.linalg.norm(P - M_inf, 2)))
         if protocol.preserves_mean(n):
             assert xi <= 1 + 1e-12
-        elif protocol.servers:
+        elif protocol.parameter_servers:
             assert xi <= math.sqrt(n + 1) + 1e-12
         for t, norm in enumerate(norms, 1):
             assert norm <= lemma_1(t, t_mix, norm=1.0, xi=xi) + 1e-12, (protocol, t)

@@ -9,11 +9,14 @@ from torch import Tensor, nn
 
 import saef
 import saef.hooks
-import saef.step
-from saef import feedback
-from saef.codec import Block, cut, lay_out
-from saef.kernels import Rule, cpu
-from saef.weights import Copies, Swaps, create
+from saef.rules import SGD, step_ahead
+from saef.rules.rule import table as hyper_table
+from saef.rules.sgd import PLAIN
+from saef.step import engine
+from saef.step.weights import Copies, Swaps, create
+from saef.wire.codec import Block, block_ranges, lay_out
+from saef.wire.kernels import cpu
+from saef.wire.kernels.table import Update, Worker
 from support.ranks import RankPool
 from support.training import MOMENTUM, SETTINGS, Job, batch, flat, make_net, train, wild_lrs
 
@@ -29,20 +32,20 @@ def test_advance_is_commit_then_subtract_then_step_ahead(
 ) -> None:
     n = 9000  # several chunks of the kernel, the last one short
     g, m, e, x, R = (torch.randn(n, dtype=dtype) for _ in range(5))
-    half = feedback.step_ahead(x, e, s)
-    blocks = [Block(compressor, compressor, a, a, a, k, 0) for a, k in cut(n, compressor.block_numel(n))]
-    table = lay_out(blocks, dtype.itemsize, server=False, served=False)
-    message = torch.zeros(table.message_bytes, dtype=torch.uint8)
-    hyper = torch.tensor([[0.1, 0.9, 1.0, 0.0, decay, 1.0]], dtype=dtype)
-    at_half = Rule(hyper, 0.0, True)  # x_half itself is handed over, in place of x and s
-    cpu.compress(table.table, at_half, g, m, e, half, message)
-    replies = saef.Codec(compressor, [n], dtype).encode([R])
+    half = step_ahead(x, e, s)
+    blocks = [Block(compressor, compressor, a, a, a, k, 0) for a, k in block_ranges(n, compressor.block_numel(n))]
+    layout = lay_out(blocks, dtype.itemsize, reply=False, served=False)
+    message = torch.zeros(layout.message_bytes, dtype=torch.uint8)
+    hyper = hyper_table([PLAIN._replace(lr=0.1, momentum=0.9, weight_decay=decay)], dtype, x.device)
+    at_half = Update(SGD.kind, hyper, 0.0, True)  # x_half itself is handed over, in place of x and s
+    cpu.compress(layout.table, at_half, Worker(g, m[None], e, half), message)
+    replies, once = saef.Codec(compressor, [n], dtype).encode([R]), torch.ones(1, dtype=dtype)
 
     m1, e1, x1 = m.clone(), e.clone(), x.clone()
-    cpu.commit(table.table, at_half, g, m1, e1, half, message)
-    cpu.subtract(table.table, replies, x1)
-    cpu.advance(table.table, table.table, at_half, s, g, m, e, x, half, message, replies)
-    for fused, separate in ((m, m1), (e, e1), (x, x1), (half, feedback.step_ahead(x1, e1, s))):
+    cpu.commit(layout.table, at_half, Worker(g, m1[None], e1, half), message)
+    cpu.subtract(layout.table, once, replies, x1)
+    cpu.advance(layout.table, layout.table, at_half, Worker(g, m[None], e, x), message, once, replies, half, s)
+    for fused, separate in ((m, m1), (e, e1), (x, x1), (half, step_ahead(x1, e1, s))):
         assert torch.equal(fused, separate)
 
 
@@ -74,12 +77,12 @@ def test_names_are_those_of_the_module_that_was_wrapped() -> None:
 
 
 def train_with(group: dist.ProcessGroup, job: Job, way: str) -> dict[str, Any]:
-    original = saef.step.create
-    saef.step.create = {"copies": Copies, "swaps": Swaps}[way]
+    original = engine.create
+    engine.create = {"copies": Copies, "swaps": Swaps}[way]
     try:
         return train(group, job)
     finally:
-        saef.step.create = original
+        engine.create = original
 
 
 @pytest.mark.slow

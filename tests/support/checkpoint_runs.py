@@ -75,7 +75,7 @@ class Run:
             "buffers": [b.clone() for b in self.model.buffers()],
             "e": s.e.clone(),
             "m": s.m.clone(),
-            "m_decay": s.decay.m.clone(),
+            "m_decay": s.engine.memory.m_decay.clone(),
             "e_server": s.e_server.clone(),
             "random": torch.get_rng_state(),
             "metrics": {k: v for k, v in s.metrics().items() if k not in NOT_COMPARED},

@@ -120,7 +120,7 @@ def everything(engine: Any) -> dict[str, Any]:
         "parameters": flat(engine.module),
         "e": state.e.clone(),
         "m": state.m.clone(),
-        "m_decay": state.decay.m.clone(),
+        "m_decay": state.engine.memory.m_decay.clone(),
         "e_server": state.e_server.clone(),
         "random": torch.get_rng_state(),
         "counters": [engine.global_steps, engine.skipped_steps, engine.global_samples, state.steps, state.skipped],

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import saef
-from saef.agreement import checksum
+from saef.comm.agreement import checksum
 from saef.hooks import saef_hook
 from support.training import batch, make_net
 

@@ -9,7 +9,7 @@ import saef
 
 
 def snapshot(state: saef.SAEFState) -> list[Tensor]:
-    return [v.clone() for v in (state.weights.x(), state.e, state.m, state.e_server, state.decay.m)]
+    return [v.clone() for v in (state.weights.x(), state.e, state.m, state.e_server, state.engine.memory.m_decay)]
 
 
 def same(a: list[Tensor], b: list[Tensor]) -> bool:

@@ -20,8 +20,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from saef import Codec, Identity, MajorityVote, MinSize, ScaledSign, TopK, codec, kernels
-from saef.kernels import STATE, Kernels, Rule, cpu, reference
+from saef import Codec, Identity, MajorityVote, MinSize, ScaledSign, TopK
+from saef.rules.sgd import SGD
+from saef.wire import codec, kernels
+from saef.wire.kernels import Kernels, cpu, reference
+from saef.wire.kernels.table import STATE, Update, Worker
 
 GUARD = 64  # entries before and behind a vector, which must stay as they are
 CODECS = {
@@ -50,7 +53,8 @@ class Target:
         self.table[:, STATE] += GUARD
         self.table = self.table.to(device)
         self.d, self.g = d, torch.randn(d, dtype=dtype, generator=gen).to(device)
-        self.rule = Rule(torch.tensor([[0.1, 0.9, 1, 0, 0, 1]], dtype=dtype, device=device), 0.0, True)
+        hyper = torch.tensor([[0.1, 0.9, 1, 0, 0, 1]], dtype=dtype, device=device)
+        self.rule, self.once = Update(SGD.kind, hyper, 0.0, True), torch.ones(1, dtype=dtype, device=device)
         self.reply = torch.zeros(GUARD + self.n + GUARD, dtype=torch.uint8, device=device)
 
     def check(self, data: bytes, with_kernels: bool = True) -> bool:
@@ -70,7 +74,7 @@ class Target:
         return decoded is not None
 
     def _kernels(self, message: Tensor) -> None:
-        said = [self._refused(self.backend.subtract, self.table, message, *self._vectors(1))]
+        said = [self._refused(self.backend.subtract, self.table, self.once, message, *self._vectors(1))]
         said.append(self._refused(self.backend.inspect, self.table, message))
         assert said[0] == said[1]
         both = torch.stack([self.good, message])
@@ -79,7 +83,8 @@ class Target:
         assert said[0] == said[2] and not self.reply[:GUARD].any() and not self.reply[GUARD + self.n :].any()
         self._refused(self.backend.settle, self.table, self.table, both, *self._vectors(1), message)
         e, m, x = self._vectors(3)
-        self._refused(self.backend.commit, self.table, self.rule, self.g, m, e, x, message, guarded=(m, e, x))
+        worker = Worker(self.g, m[None], e, x)
+        self._refused(self.backend.commit, self.table, self.rule, worker, message, guarded=(m, e, x))
 
     def _vectors(self, count: int) -> list[Tensor]:
         size = GUARD + self.d + GUARD
@@ -150,7 +155,9 @@ def coverage_guided(count: int) -> None:
     """
     import atheris
 
-    for module in (codec, cpu, reference):
+    from saef.wire.kernels.cpu import codes, loops, rules, select
+
+    for module in (codec, cpu, codes, loops, rules, select, reference):
         for function in [*vars(module).values(), *vars(Codec).values()]:
             if inspect.isfunction(function) and function.__module__ == module.__name__:
                 atheris.instrument_func(function)

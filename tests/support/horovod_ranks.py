@@ -120,7 +120,7 @@ def main() -> None:
     import horovod.torch as hvd
     import torch
 
-    from saef import buckets
+    from saef.step import buckets
 
     torch.set_num_threads(1)
     buckets.BUCKET_BYTES = 256  # so small that there are several

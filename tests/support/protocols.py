@@ -51,7 +51,7 @@ def meetings_of(seed: int) -> Any:
 
 def expected(protocol: saef.Averaging, X: Tensor, steps: int) -> Tensor:
     """What some steps from step 0 make of the workers' states, the rows of X, by the operators."""
-    n, d, out = len(X) - protocol.servers, X.shape[1], X.numpy().copy()
+    n, d, out = len(X) - protocol.parameter_servers, X.shape[1], X.numpy().copy()
     for part in range(protocol.parts):
         columns = slice(d * part // protocol.parts, d * (part + 1) // protocol.parts)
         for M in first(protocol, n, n * steps, part):

@@ -136,7 +136,7 @@ def worker(folder: Path, method: str, steps: int) -> None:
 
 
 def checksum(v: Tensor) -> str:
-    return saef.agreement.checksum([v])  # type: ignore[attr-defined,no-any-return]
+    return saef.comm.agreement.checksum([v])  # type: ignore[attr-defined,no-any-return]
 
 
 def resident_bytes() -> int:

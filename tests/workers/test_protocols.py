@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import saef
-from saef.operators import Links, Mean
+from saef.protocols.operators import Links, Mean
 from support.protocols import PER_WORKERS, PROTOCOLS, TORUS, first, meetings_of
 
 IDENTITY = np.eye(3)
@@ -90,7 +90,7 @@ def test_the_parameter_server_hands_its_state_to_one_random_worker_an_event() ->
 @pytest.mark.parametrize("n", [2, 4, 8])
 def test_assumption_1_holds_and_the_mean_is_preserved_by_all_that_say_so(n: int) -> None:
     for protocol in PER_WORKERS[n]:
-        M_inf = np.outer(np.ones(n + protocol.servers), protocol.consensus(n))
+        M_inf = np.outer(np.ones(n + protocol.parameter_servers), protocol.consensus(n))
         np.testing.assert_allclose(M_inf @ M_inf, M_inf, atol=1e-14)
         preserved = True
         for part in range(protocol.parts):
@@ -152,7 +152,7 @@ def test_bad_settings_are_refused(make: Any, error: type[Exception], message: st
 
 @pytest.mark.parametrize("protocol", PROTOCOLS, ids=repr)
 def test_one_worker_has_nobody_to_average_with(protocol: saef.Averaging) -> None:
-    alone = 1 - protocol.servers
+    alone = 1 - protocol.parameter_servers
     with pytest.raises(ValueError, match=r"nobody to average with|needs a worker"):
         protocol.operators(alone)
 

@@ -1,0 +1,73 @@
+"""Ranks compare what must be the same on all of them, before any can wait for a message of another shape."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .transport import Transport
+
+CHUNK = 1 << 20  # entries of a checksum at a time
+
+
+def gather_values(value: object, transport: Transport, device: torch.device, purpose: str = "settings") -> list[Any]:
+    """Every rank's value, anything that JSON can say, in rank order. Collective; nothing is unpickled.
+
+    Args:
+        transport: to be called in its order (`Transport.call`).
+        device: where messages live.
+        purpose: what its bytes are counted as.
+    """
+    mine = torch.frombuffer(bytearray(json.dumps(value), "utf-8"), dtype=torch.uint8).to(device)
+    own_length = torch.tensor([mine.numel()], dtype=torch.int64, device=device)
+    packed = transport.all_gather(own_length.view(torch.uint8), [8] * transport.size, purpose)
+    lengths = packed.view(torch.int64).tolist()
+    every = transport.all_gather(mine, lengths, purpose)
+    return [json.loads(bytes(part.tolist())) for part in every.cpu().split(lengths)]
+
+
+def compare(
+    settings: Mapping[str, object],
+    transport: Transport,
+    device: torch.device,
+    heading: str = "the ranks' settings differ; give every rank the same",
+) -> None:
+    """Raise the same ValueError on every rank if the ranks' settings differ, naming rank and field.
+
+    Args:
+        settings: field -> anything whose `repr` identifies it.
+        transport: collective; every rank must call.
+        device: where messages live.
+        heading: first line of the error.
+    """
+    mine = {field: repr(value) for field, value in settings.items()}
+    found = transport.call(lambda: gather_values(mine, transport, device))
+    differences = [
+        f"{field}: rank 0 has {found[0].get(field)}, rank {rank} has {theirs.get(field)}"
+        for rank, theirs in enumerate(found)
+        for field in found[0]
+        if theirs.get(field) != found[0].get(field)
+    ]
+    if differences:
+        raise ValueError(heading + ".\n" + "\n".join(differences))
+
+
+def checksum(parts: Sequence[Tensor]) -> str:
+    """64 bits over the bits of flat float32 or float64 vectors, as 16 hexadecimal digits.
+
+    Entry i counts with the weight 2 i + 1, modulo 2^64: odd, so that no change of a single entry can be lost,
+    and different, so that two entries cannot be swapped.
+    """
+    device = parts[0].device
+    total, start = torch.zeros((), dtype=torch.int64, device=device), 0
+    for part in parts:
+        bits = part.view(torch.int64 if part.dtype == torch.float64 else torch.int32)
+        for chunk in bits.split(CHUNK):
+            weights = torch.arange(2 * start + 1, 2 * (start + chunk.numel()) + 1, 2, device=device)
+            total += (chunk.to(torch.int64) * weights).sum()
+            start += chunk.numel()
+    return f"{int(total) % 2**64:016x}"

@@ -1,0 +1,265 @@
+"""What carries bytes: collectives in one fixed order on every rank, beside the backward.
+
+On CPU one ordered thread per state does both phases of a bucket's exchange, which so overlaps with the
+backward of the next; issuing the second collective from a future's callback would hang, because ranks
+would issue them in different orders. With NCCL a side stream takes the thread's place.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import weakref
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any, Protocol, TypeVar, final
+
+import torch
+from torch import Tensor
+from torch.futures import Future
+
+T = TypeVar("T")
+Context = Callable[[], AbstractContextManager[Any]]
+
+PURPOSES = ("phase1", "phase2", "averaging", "settings", "checkpoint", "telemetry")  # what bytes are counted as
+
+
+class Transport(Protocol):
+    """Collectives on flat tensors among `size` ranks, in the order in which `submit` was called.
+
+    `sent_bytes` counts what this rank puts on the wire, by purpose: an all-gather sends its message to
+    K - 1 ranks, an all-to-all each section but its own, a ring all-reduce 2 (K - 1) / K of the vector.
+    """
+
+    rank: int
+    size: int
+    sent_bytes: Counter[str]
+
+    @property
+    def failure(self) -> Exception | None:
+        """The first error met in submitted work, after which nothing more is sent."""
+        ...
+
+    def future(self) -> Future[Tensor]:
+        """A future that tensors of this transport's device can complete."""
+        ...
+
+    def submit(
+        self, work: Callable[[], Tensor], future: Future[Tensor], otherwise: Tensor | None = None
+    ) -> Future[Tensor]:
+        """Run `work`, which may call the collectives, after all that was submitted before; complete `future`.
+
+        If it fails, the future gets `otherwise` (DDP would hide the error in one of its own) or, without it,
+        the error; look at `failure`.
+        """
+        ...
+
+    def call(self, work: Callable[[], T]) -> T:
+        """The result of `work`, run after all that was submitted before. Raises `lost(cause)` if it fails there."""
+        ...
+
+    def lost(self, cause: Exception) -> RuntimeError:
+        """The error for a rank that cannot reach the others any more; raise it from `cause`."""
+        ...
+
+    def stream(self) -> AbstractContextManager[Any]:
+        """Where compression runs: a side stream on CUDA."""
+        ...
+
+    def restore_counts(self, sent: Mapping[str, int]) -> None:
+        """`sent_bytes` <- what was sent until a checkpoint that has been loaded."""
+        ...
+
+    def all_gather(self, message: Tensor, sizes: Sequence[int], purpose: str) -> Tensor:
+        """The ranks' messages one after the other; rank r's has sizes[r] bytes."""
+        ...
+
+    def all_to_all(self, message: Tensor, sizes: Sequence[int], received: int, purpose: str) -> Tensor:
+        """Send section r (sizes[r] bytes) to rank r; [K, received] bytes, row k from rank k."""
+        ...
+
+    def mean(self, v: Tensor, purpose: str) -> None:
+        """v <- mean over the ranks, in place; the same bits on every rank."""
+        ...
+
+    def send_receive(self, v: Tensor, to: Sequence[int], sources: Sequence[int], purpose: str) -> list[Tensor]:
+        """Send v to the ranks of `to`; receive one vector like it from each of `sources`, in this order.
+
+        Both are ascending and without this rank. A rank with nothing to send or receive calls it too.
+        """
+        ...
+
+
+class Ordered(ABC):
+    """The part of a `Transport` that keeps collectives in order, and counts; subclasses have them.
+
+    Args:
+        rank, size: of this process among those that exchange.
+        device: of the tensors that will travel. On CUDA all work runs on a side stream.
+        thread: whether one ordered thread runs the work, whose collectives block; else the caller's does, and the
+            side stream keeps the order.
+    """
+
+    silence = "the process group's timeout"  # after which a silent rank is an error
+    restart = "torchrun --max-restarts does it by itself"
+
+    def __init__(self, rank: int, size: int, device: torch.device, *, thread: bool) -> None:
+        self.rank, self.size, self.device = rank, size, device
+        self.sent_bytes: Counter[str] = Counter()
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._on_side: Context = nullcontext if self._side is None else partial(torch.cuda.stream, self._side)
+        self._worker = _OrderedWorker(self._on_side) if thread else None
+
+    def stream(self) -> AbstractContextManager[Any]:
+        if self._side is not None:
+            self._side.wait_stream(torch.cuda.current_stream(self.device))
+        return self._on_side()
+
+    def future(self) -> Future[Tensor]:
+        return Future(devices=[self.device]) if self._side is not None else Future()
+
+    @property
+    def failure(self) -> Exception | None:
+        return self._worker.failure if self._worker is not None else None
+
+    def submit(
+        self, work: Callable[[], Tensor], future: Future[Tensor], otherwise: Tensor | None = None
+    ) -> Future[Tensor]:
+        with self.stream():
+            if self._worker is not None:
+                self._worker.submit(work, future, otherwise)
+            else:
+                future.set_result(work())
+        return future
+
+    def call(self, work: Callable[[], T]) -> T:
+        result: list[T] = []
+
+        def run() -> Tensor:
+            result.append(work())
+            return torch.empty(0)
+
+        try:
+            with self.stream():
+                if self._worker is not None:
+                    self._worker.submit(run, Future(), None).wait()
+                else:
+                    run()
+        except Exception as error:
+            cause = self.failure or error
+            raise self.lost(cause) from cause
+        if self._side is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._side)
+        return result[0]
+
+    def restore_counts(self, sent: Mapping[str, int]) -> None:
+        self.sent_bytes.clear()
+        self.sent_bytes.update(sent)
+
+    def lost(self, cause: Exception) -> RuntimeError:
+        return RuntimeError(
+            f"rank {self.rank} of {self.size}: the exchange with the other ranks failed. A rank died, lost its "
+            f"connection, or was silent for longer than {self.silence}: look at what the others printed. The state of "
+            f"this rank is as before the step. Restart the job ({self.restart}) and load the last checkpoint. The "
+            f"cause: {cause}"
+        )
+
+    def all_gather(self, message: Tensor, sizes: Sequence[int], purpose: str) -> Tensor:
+        self.sent_bytes[purpose] += message.numel() * (self.size - 1)
+        return message if self.size == 1 else self._all_gather(message, sizes, purpose)
+
+    def all_to_all(self, message: Tensor, sizes: Sequence[int], received: int, purpose: str) -> Tensor:
+        self.sent_bytes[purpose] += sum(sizes) - sizes[self.rank]
+        out = message if self.size == 1 else self._all_to_all(message, sizes, received, purpose)
+        return out.view(self.size, received)
+
+    def mean(self, v: Tensor, purpose: str) -> None:
+        self.sent_bytes[purpose] += 2 * (self.size - 1) * v.numel() * v.element_size() // self.size
+        if self.size > 1:
+            self._sum(v, purpose)
+            v.div_(self.size)
+
+    def send_receive(self, v: Tensor, to: Sequence[int], sources: Sequence[int], purpose: str) -> list[Tensor]:
+        self.sent_bytes[purpose] += len(to) * v.numel() * v.element_size()
+        return self._send_receive(v, to, sources, purpose) if self.size > 1 else []
+
+    # What subclasses move, among more than one rank.
+
+    @abstractmethod
+    def _all_gather(self, message: Tensor, sizes: Sequence[int], purpose: str) -> Tensor: ...
+
+    @abstractmethod
+    def _all_to_all(self, message: Tensor, sizes: Sequence[int], received: int, purpose: str) -> Tensor: ...
+
+    @abstractmethod
+    def _sum(self, v: Tensor, purpose: str) -> None: ...
+
+    @abstractmethod
+    def _send_receive(self, v: Tensor, to: Sequence[int], sources: Sequence[int], purpose: str) -> list[Tensor]: ...
+
+
+EXIT_S = 5.0  # that a process waits at its end for an exchange that is under way
+
+
+@final
+class _OrderedWorker:
+    """One daemon thread that runs work items one at a time, in the order of submission.
+
+    After a failure it runs nothing more: this rank has missed a collective, and the next one would meet
+    another of the other ranks. Every later item fails with the first error. The thread ends with the worker,
+    or when the process does, after what was submitted: a thread that comes out of a collective while Python is
+    being taken down would abort the process.
+
+    Args:
+        context: makes the context that items run in.
+    """
+
+    def __init__(self, context: Context = nullcontext) -> None:
+        self._context = context
+        self._failures: list[Exception] = []
+        self._items: _Items = queue.SimpleQueue()
+        self._started = False
+
+    @property
+    def failure(self) -> Exception | None:
+        return self._failures[0] if self._failures else None
+
+    def submit(self, work: Callable[[], Tensor], future: Future[Tensor], otherwise: Tensor | None) -> Future[Tensor]:
+        if not self._started:
+            self._started = True
+            parts = self._items, self._failures, self._context  # not self, which the thread would keep alive
+            thread = threading.Thread(target=_run, args=parts, name="saef-exchange", daemon=True)
+            thread.start()
+            weakref.finalize(self, _stop, self._items, thread)  # also at exit
+        self._items.put((work, future, otherwise))
+        return future
+
+
+_Items = queue.SimpleQueue[tuple[Callable[[], Tensor], Future[Tensor], Tensor | None] | None]
+
+
+def _run(items: _Items, failures: list[Exception], context: Context) -> None:
+    while (item := items.get()) is not None:
+        work, future, result = item
+        with context():
+            try:
+                if failures:
+                    raise RuntimeError(f"an earlier exchange failed: {failures[0]}") from failures[0]
+                result = work()
+            except Exception as error:  # raised again in the thread that waits
+                if not failures:
+                    failures.append(error)
+                if result is None:
+                    future.set_exception(error)  # type: ignore[arg-type]  # torch's annotation is wrong
+            if result is not None:
+                future.set_result(result)
+        del item, work, future, result  # or the last bucket's tensors would live until the next step
+
+
+def _stop(items: _Items, thread: threading.Thread) -> None:
+    items.put(None)
+    if thread is not threading.current_thread():
+        thread.join(EXIT_S)

@@ -1,0 +1,93 @@
+"""Algorithm 1, lines 10 to 25, for the buckets of one step: `send` prepares, `commit` takes effect."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import final
+
+import torch
+from torch import Tensor
+
+from ..comm.exchange import two_way
+from ..wire import kernels
+from ..wire.kernels.table import Update, Worker
+from .clock import Clock
+from .local_rule import LocalRule
+from .memory import Context, Memory
+from .prepared import Bucket, Prepared
+
+
+@final
+class Algorithm:
+    """What a step computes; when it may is the engine's.
+
+    Args:
+        context, memory: of the state; `memory` changes in `commit` alone.
+        rule: how a gradient becomes u.
+        clock: counts "compress" and "exchange".
+    """
+
+    def __init__(self, context: Context, memory: Memory, rule: LocalRule, clock: Clock) -> None:
+        self._weights, self._transport, self._placement = context.weights, context.transport, context.placement
+        self._memory, self._rule, self._clock = memory, rule, clock
+        self._clips = context.settings.max_grad_norm is not None
+        self._kernels = kernels.select(context.weights.device)
+
+    @torch.no_grad()
+    def send(self, prepared: Prepared, buckets: Sequence[Bucket]) -> None:
+        """Compress these buckets of a step and have them exchanged; their futures tell when that is done."""
+        update = prepared.update or prepared.fix(self._make_update(prepared))
+        for bucket in buckets:
+            with self._transport.stream(), self._clock.span("compress"):
+                self._kernels.compress(bucket.plan.send.table, update, self._worker(bucket), bucket.message)
+            self._transport.submit(partial(self._exchange, bucket), bucket.done, bucket.gradient)
+
+    def _make_update(self, prepared: Prepared) -> Update:
+        """The rule for this step: the optimizer's settings, the loss scale and the clipping coefficient."""
+        self._rule.grow(self._memory, prepared.hyper)
+        norm = prepared.norm(self._weights.dtype) if self._clips else 0.0
+        return self._rule.update(prepared.hyper, norm, self._weights)
+
+    def _worker(self, bucket: Bucket) -> Worker:
+        """What the bucket's D is made from."""
+        g = bucket.gradient.to(self._weights.dtype)
+        return Worker(g, self._memory.m, self._memory.e, self._weights.x_half()[0])
+
+    @torch.no_grad()
+    def _exchange(self, bucket: Bucket) -> Tensor:
+        """Both phases; runs in the transport's order."""
+        plan, sharded = bucket.plan, self._placement.strategy == "sharded"
+
+        def serve(messages: Tensor) -> Tensor:
+            reply = messages.new_zeros(plan.reply.message_bytes)
+            if reply.numel():  # a server may have no block in a small bucket
+                self._kernels.serve(plan.receive.table, plan.reply.table, messages, self._memory.e_server, reply)
+            return reply
+
+        with self._clock.span("exchange"):
+            received, replies = two_way(
+                self._transport, sharded, bucket.message, plan.send_bytes, plan.reply_bytes, serve
+            )
+            if sharded:
+                self._kernels.inspect(plan.apply.table, replies)
+        bucket.received.append(received)
+        bucket.replies.append(replies)
+        return bucket.gradient
+
+    @torch.no_grad()
+    def commit(self, prepared: Prepared) -> None:
+        """The one place where a step takes effect: m, e, the server error and x move together."""
+        if (update := prepared.update) is None:
+            raise RuntimeError("nothing was sent that could be committed")
+        memory, at = self._memory, self._placement.rank
+        kernels.check(self._weights.device)
+        self._rule.decay(prepared.hyper, self._weights, memory)
+        rates = self._rule.rates(update)
+        for b in prepared.buckets:
+            plan, replies = b.plan, b.replies[0]
+            if memory.e_server.numel() and plan.reply.message_bytes:
+                own = replies.narrow(0, sum(plan.reply_bytes[:at]), plan.reply_bytes[at])
+                self._kernels.settle(plan.receive.table, plan.reply.table, b.received[0], memory.e_server, own)
+            self._weights.commit(plan, update, rates, self._worker(b), b.message, replies)
+        memory.commit()

@@ -1,0 +1,64 @@
+"""What all ranks must have alike: compared when a state is created, and now and then in training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import final
+
+from ..comm.agreement import checksum, compare
+from ..comm.transport import Transport
+from ..rules import AnyHyper
+from .settings import Settings
+from .weights import Weights
+
+
+def compare_settings(settings: Settings, weights: Weights, transport: Transport, scaled: bool) -> None:
+    """Compare what never changes, when a state is created. Collective.
+
+    Args:
+        scaled: whether there is a GradScaler.
+    """
+    fields = {field: getattr(settings, field) for field in settings.__dataclass_fields__}
+    parameters = [(n, tuple(p.shape), p.dtype) for n, p in zip(weights.names, weights.parameters, strict=True)]
+    fields.update(saef=version("saef"), world_size=transport.size)
+    fields.update(parameters=parameters, groups=weights.groups, grad_scaler=scaled)
+    compare(fields, transport, weights.device)
+
+
+@final
+class Audit:
+    """Compares what must be equal in a step: at the first after creation or loading, and every `audit_every`.
+
+    Args:
+        every: steps between two audits; None: only at the first.
+    """
+
+    def __init__(self, every: int | None) -> None:
+        self._every = every
+        self._compared_at: int | None = None  # the step of the last one
+
+    def again(self) -> None:
+        """The next step is to be compared: weights were loaded."""
+        self._compared_at = None
+
+    def due(self, step: int) -> bool:
+        """Whether step t is to be compared: the same on all ranks."""
+        if self._compared_at is None:
+            return True
+        return self._every is not None and step % self._every == 0 and self._compared_at != step
+
+    def run(self, step: int, hyper: Sequence[AnyHyper], scale: float, weights: Weights, transport: Transport) -> None:
+        """Compare step, optimizer settings, loss scale and weights. Collective; raises ValueError on every rank."""
+        fields = {
+            "steps": step,
+            "optimizer": hyper,
+            "loss scale": scale,
+            "checksum of the weights x": checksum(weights.parts()),
+        }
+        heading = (
+            f"the ranks differ at step {step}: all must start from the same weights or checkpoint, give the optimizer "
+            "the same settings and change parameters alike; if they did, they have diverged: load the last checkpoint"
+        )
+        compare(fields, transport, weights.device, heading)
+        self._compared_at = step

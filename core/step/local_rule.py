@@ -1,0 +1,87 @@
+"""The user's optimizer in a step: the rule it has, and what it says now."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from ..rules import AnyHyper, rule_for
+from ..rules.rule import LR, table
+from ..wire.kernels.table import Update
+from .loss_scale import LossScale
+from .memory import Memory
+from .settings import Settings
+from .weights import Weights
+
+
+@final
+class LocalRule:
+    """The rule of one optimizer, which stays the source of all its settings: they are read in every step.
+
+    Args:
+        optimizer: the user's.
+        settings: where decay applies, whether there is error feedback, the clipping.
+        loss_scale: what gradients come multiplied by.
+
+    Raises:
+        TypeError: if no rule is that of the optimizer.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, settings: Settings, loss_scale: LossScale) -> None:
+        self._rule = rule_for(optimizer, outer=settings.outer, signum=not settings.feedback)
+        self._optimizer, self._loss_scale = optimizer, loss_scale
+        self._max_grad_norm, self._feedback = settings.max_grad_norm, settings.feedback
+
+    def adopt(self, optimizer: torch.optim.Optimizer) -> None:
+        """From now on read this optimizer, which has the same groups."""
+        self._optimizer = optimizer
+
+    @property
+    def _groups(self) -> list[dict[str, Any]]:
+        return self._optimizer.param_groups
+
+    def read(self, step: int) -> list[AnyHyper]:
+        """The optimizer's settings for step t, one record a group. Raises ValueError on what cannot be honoured."""
+        return self._rule.read(self._optimizer, step)
+
+    def read_scaled(self, step: int) -> list[AnyHyper]:
+        """The same, gradients divided by the loss scale."""
+        inverse = self._loss_scale.inverse()
+        return [h._replace(factor=h.factor * inverse) for h in self.read(step)]
+
+    def grow(self, memory: Memory, hyper: Sequence[AnyHyper]) -> None:
+        """Make room for what the rule keeps with these settings, which may be more than before."""
+        memory.grow(self._rule.vectors(hyper), self._rule.keeps_decay(self._groups, hyper))
+
+    def update(self, hyper: Sequence[AnyHyper], norm: float, weights: Weights) -> Update:
+        """What the kernels need in this step.
+
+        Args:
+            hyper: what `read_scaled` gave.
+            norm: L2 norm of this worker's whole gradient, still scaled; looked at only to clip.
+        """
+        clip = 1.0
+        if self._max_grad_norm is not None:
+            norm *= self._loss_scale.inverse()
+            # A norm that is not finite must show, not turn the gradient into zeros.
+            clip = min(1.0, self._max_grad_norm / (norm + 1e-6)) if math.isfinite(norm) else math.nan
+        clipped = [h._replace(factor=h.factor * clip) for h in hyper]
+        rows = table(clipped, weights.dtype, weights.device)
+        return Update(self._rule.kind, rows, weights.x_half()[1], self._feedback)
+
+    def rates(self, update: Update) -> Tensor:
+        """[groups]: what R is multiplied with. D = e + eta u contains eta; without feedback D is u."""
+        lr = update.hyper[:, LR]
+        return torch.ones_like(lr) if self._feedback else lr.clone()
+
+    def decay(self, hyper: Sequence[AnyHyper], weights: Weights, memory: Memory) -> None:
+        """Decay at x, uncompressed, before x moves by R (dist-EF appendix A)."""
+        if not self._rule.decays_at_x:
+            return
+        for x, at, i in zip(weights.parts(), weights.offsets, weights.groups, strict=True):
+            m = memory.m_decay[at : at + x.numel()] if memory.m_decay.numel() else memory.m_decay
+            self._rule.decay(self._groups[i]["weight_decay"], hyper[i], x, m)

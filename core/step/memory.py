@@ -1,0 +1,132 @@
+"""What evolves in training, and what gives it its meaning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from ..comm.transport import Transport
+from ..wire.compressors import DENSE
+from ..wire.plan import Placement
+from .settings import Settings
+from .weights import Weights
+
+
+class Context(NamedTuple):
+    """What is fixed when a state is created, and a memory's numbers refer to.
+
+    Attributes:
+        weights: names, shapes and order of the parameters; x.
+        settings: compressors and the like.
+        placement: which rank serves which blocks.
+        transport: the ranks.
+    """
+
+    weights: Weights
+    settings: Settings
+    placement: Placement
+    transport: Transport
+
+    @property
+    def serves_with_error(self) -> bool:
+        """Whether servers keep an error: not where all they send is uncompressed, D - C(D) = 0."""
+        dense = all(self.settings.reply_compressor.for_tensor(n).kind == DENSE for n in self.weights.numels)
+        return self.settings.feedback and not dense
+
+
+@final
+@dataclass(slots=True)
+class Memory:
+    """All that evolves besides x. Written by the step's commit, by averaging, and by loading a checkpoint.
+
+    Vectors are flat, of the state's dtype, in the order of `Weights`: d coordinates. Those that the method does not
+    have are empty.
+    """
+
+    # Error feedback, in parameter units.
+    e: Tensor  # [d] e_k, what this worker has not sent yet
+    e_server: Tensor  # [served] e, what the server has not sent yet, for the blocks that this rank serves
+
+    # The local rule, in gradient units.
+    m: Tensor  # [S, d] what the rule keeps of this worker's gradients: S = 1 is a momentum
+    m_decay: Tensor  # [d] m~, the momentum of a decay at x; the same on every rank
+
+    # Counters.
+    steps: int = 0  # t, steps committed
+    skipped: int = 0  # steps skipped
+    skipped_in_a_row: int = 0  # those since the last commit
+    counted_from: int = 0  # the step since when bytes are counted
+
+    @classmethod
+    def create(cls, context: Context) -> Memory:
+        """Before the first step: errors zero, the rule's vectors not there yet."""
+        like = context.weights.flat
+        blocks, rank = context.placement.blocks, context.placement.rank
+        served = blocks.served[rank] if context.serves_with_error else 0
+        return cls(
+            e=torch.zeros_like(like) if context.settings.feedback else like.new_empty(0),
+            e_server=like.new_zeros(served),
+            m=like.new_empty(0, like.numel()),
+            m_decay=like.new_empty(0),
+        )
+
+    def grow(self, vectors: int, decay: bool) -> None:
+        """Make room for what a rule keeps now; what is there stays.
+
+        Args:
+            vectors: S.
+            decay: whether m~ is kept.
+        """
+        kept, numel = self.m.shape
+        if vectors > kept:
+            grown = self.m.new_zeros(vectors, numel)
+            grown[:kept] = self.m
+            self.m = grown
+        if decay and not self.m_decay.numel():
+            self.m_decay = self.m_decay.new_zeros(numel)
+
+    def commit(self) -> None:
+        """A step has happened."""
+        self.steps += 1
+        self.skipped_in_a_row = 0
+
+    def skip(self) -> None:
+        """A step has not happened, on any rank."""
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+
+    def owe_nothing(self) -> None:
+        """Errors <- 0: x has taken them over."""
+        self.e.zero_()
+        self.e_server.zero_()
+
+    def count_from(self, steps: int, skipped: int, in_a_row: int, counted_from: int) -> None:
+        """The counters of a checkpoint."""
+        self.steps, self.skipped, self.skipped_in_a_row, self.counted_from = steps, skipped, in_a_row, counted_from
+
+
+def all_server_errors(memory: Memory, context: Context, purpose: str) -> Tensor:
+    """The server errors of all blocks, flat like e; empty if there are none. Collective, in `Transport.call`."""
+    weights, placement = context.weights, context.placement
+    if placement.strategy == "replicated" or not context.serves_with_error:
+        return memory.e_server.clone()
+    blocks, dtype = placement.blocks, weights.dtype
+    sizes = [n * dtype.itemsize for n in blocks.served]
+    every = context.transport.all_gather(memory.e_server.view(torch.uint8), sizes, purpose).view(dtype)
+    server = torch.zeros_like(weights.flat)
+    for owner, error in enumerate(every.split(blocks.served)):
+        for block in blocks.served_by(owner):
+            server[block.state : block.state + block.numel] = error[block.served : block.served + block.numel]
+    return server
+
+
+def own_server_errors(server: Tensor, placement: Placement) -> Sequence[tuple[slice, Tensor]]:
+    """Of server errors that are flat like e, those of the blocks that this rank serves: (where in e_server, values)."""
+    return [
+        (slice(b.served, b.served + b.numel), server[b.state : b.state + b.numel])
+        for b in placement.blocks.served_by(placement.rank)
+    ]

@@ -1,0 +1,132 @@
+"""What a backward has prepared for the optimizer step, and whether the step may still take it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, final
+
+import torch
+from torch import Tensor
+from torch.futures import Future
+
+from ..rules import AnyHyper
+from ..wire.kernels.table import Update
+from ..wire.plan import Plan
+from .weights import Weights
+
+
+class Bucket(NamedTuple):
+    """A bucket on its way from gradient to replies.
+
+    Attributes:
+        parameters: indices into the state's parameters.
+        gradient: this worker's flat gradient; stays as it is until the step is committed.
+        views: the parameters' gradients, views of `gradient`.
+        done: a future of `gradient`, complete when `received` and `replies` are there.
+        received, replies: what `saef.comm.exchange.two_way` returned (empty lists until then).
+    """
+
+    parameters: tuple[int, ...]
+    plan: Plan
+    gradient: Tensor
+    views: Sequence[Tensor]
+    message: Tensor
+    done: Future[Tensor]
+    received: list[Tensor]
+    replies: list[Tensor]
+
+
+@final
+@dataclass
+class Prepared:
+    """Replaced by a new one when the step is committed, skipped or abandoned.
+
+    Attributes:
+        hyper: the optimizer's settings that the messages contain; update: the same with the clipping, once known.
+        gradients: address and version of each p.grad after the backward.
+    """
+
+    buckets: list[Bucket] = field(default_factory=list)
+    hyper: list[AnyHyper] = field(default_factory=list)
+    update: Update | None = None
+    gradients: list[tuple[int, int] | None] = field(default_factory=list)
+
+    def fix(self, update: Update) -> Update:
+        """From now on the messages are made with this."""
+        self.update = update
+        return update
+
+    def backward_ended(self, parameters: Sequence[Tensor]) -> None:
+        """What p.grad are now was sent: no change of them can count."""
+        self.gradients = gradients(parameters)
+
+    def expect_change(self, parameter: int) -> None:
+        """p.grad of this parameter will be set once more, to what it is."""
+        found = self.gradients[parameter]
+        if found is not None:
+            self.gradients[parameter] = found[0], found[1] + 1
+
+    def contains(self, parameters: Sequence[int]) -> bool:
+        """Whether a bucket with any of these parameters is here already."""
+        return any(not seen.isdisjoint(parameters) for seen in ({*b.parameters} for b in self.buckets))
+
+    def wait(self) -> None:
+        """Until all that was sent has been answered. DDP has waited already."""
+        if self.update is not None:  # else none was: with clipping, all go together
+            for bucket in self.buckets:
+                bucket.done.wait()
+
+    def norm(self, dtype: torch.dtype) -> float:
+        """L2 norm of this worker's gradient; summed parameter by parameter, so that buckets do not matter."""
+        views = sorted((i, v) for b in self.buckets for i, v in zip(b.parameters, b.views, strict=True))
+        norms = [torch.linalg.vector_norm(v, dtype=dtype) for _, v in views]
+        return float(torch.linalg.vector_norm(torch.stack(norms)))
+
+    def check(self, weights: Weights, hyper: list[AnyHyper], sizes: list[int], sizes_now: list[int]) -> None:
+        """Raise RuntimeError unless the exchange is complete, and still what the user wants to apply.
+
+        Args:
+            hyper: the optimizer's settings now.
+            sizes, sizes_now: `group_sizes` when the state was created, and now.
+        """
+        missing = {*range(len(weights.names))}.difference(*(b.parameters for b in self.buckets))
+        if missing or not all(b.replies for b in self.buckets):
+            names = [weights.names[i] for i in sorted(missing)][:5]
+            raise RuntimeError(
+                f"the exchange of this step is incomplete (parameters not exchanged: {names}): the backward failed, or "
+                "DDP was told to ignore them. Call optimizer.zero_grad() and run forward and backward again"
+            )
+        if self.gradients != gradients(weights.parameters):
+            raise RuntimeError(
+                "gradients were changed between backward() and optimizer.step(), when they had been compressed and "
+                "sent already: to clip, give SAEFState max_grad_norm"
+            )
+        if self.hyper != hyper:
+            raise RuntimeError(
+                "lr, momentum, weight_decay or the loss scale changed between backward() and optimizer.step(), but the "
+                "messages contain them already: change them after step(), as schedulers do"
+            )
+        if sizes != sizes_now:
+            raise RuntimeError("the optimizer's parameters changed: create SAEFState again after changing them")
+
+    def not_finite(self, weights: Weights) -> list[str]:
+        """Parameters among whose replies is a NaN or an infinity: some rank's gradient has one, or overflowed.
+
+        The replies are the same on every rank, and so is the answer; nothing more is sent for it.
+        """
+        finite = torch.stack([b.plan.finite(b.replies[0], weights.dtype) for b in self.buckets])
+        if bool(finite.all()):
+            return []
+        bad = sorted(i for b, fine in zip(self.buckets, finite.tolist(), strict=True) if not fine for i in b.parameters)
+        return [weights.names[i] for i in bad]
+
+
+def gradients(parameters: Sequence[Tensor]) -> list[tuple[int, int] | None]:
+    """Address and version of each p.grad: different after any change in place or replacement."""
+    return [None if p.grad is None else (p.grad.data_ptr(), p.grad._version) for p in parameters]
+
+
+def group_sizes(optimizer: torch.optim.Optimizer) -> list[int]:
+    """Number of parameters of each group."""
+    return [len(group["params"]) for group in optimizer.param_groups]

@@ -1,0 +1,93 @@
+"""What the user chose, checked once, before anything is built from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from numbers import Real
+from typing import Literal, final
+
+from ..protocols.averaging import Averaging
+from ..wire.compressors import Compressor, Identity
+
+ServerCompressor = Compressor | Literal["same"] | None
+
+
+@final
+@dataclass(frozen=True)
+class Settings:
+    """Everything that must be the same on all ranks, except what the optimizer holds.
+
+    Fields as the arguments of `saef.SAEFState`. Raises TypeError or ValueError on what cannot be honoured.
+    """
+
+    compressor: Compressor
+    server_compressor: ServerCompressor
+    step_ahead: float
+    averaging: Averaging | None
+    weight_decay_mode: str
+    exchange: str
+    max_grad_norm: float | None
+    max_consecutive_skips: int | None
+    audit_every: int | None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.compressor, Compressor):
+            raise TypeError(f"compressor must be e.g. saef.ScaledSign() or saef.TopK(0.01), got {self.compressor!r}")
+        server = self.server_compressor
+        if server is not None and server != "same" and not isinstance(server, Compressor):
+            raise TypeError(f'server_compressor must be "same", None (single-way) or a compressor, got {server!r}')
+        if not _number(self.step_ahead) or not 0.0 <= self.step_ahead <= 1.0:
+            raise ValueError(f"step_ahead must be in [0, 1] (0: EF, 1: SAEF), got {self.step_ahead!r}")
+        if self.averaging is not None and not isinstance(self.averaging, Averaging):
+            raise TypeError(f"averaging must be e.g. saef.AllReduce(period=20), or None, got {self.averaging!r}")
+        for field, allowed in (
+            ("weight_decay_mode", ("coupled", "outer")),
+            ("exchange", ("auto", "replicated", "sharded")),
+        ):
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"{field} must be one of {allowed}, got {getattr(self, field)!r}")
+        norm = self.max_grad_norm
+        if norm is not None and (not _number(norm) or not 0.0 < norm < float("inf")):
+            raise ValueError(f"max_grad_norm must be a positive number, or None, got {self.max_grad_norm!r}")
+        for field, least, meaning in (
+            ("max_consecutive_skips", 0, "steps in a row that may be skipped"),
+            ("audit_every", 1, "steps between two audits"),
+        ):
+            count = getattr(self, field)
+            if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < least):
+                raise ValueError(f"{field} must be an integer >= {least} ({meaning}), or None, got {count!r}")
+        self._check_feedback()
+
+    def _check_feedback(self) -> None:
+        if self.feedback != self.reply_compressor.feedback:
+            raise ValueError(
+                f"{self.compressor} and {self.reply_compressor} do not go together: a majority vote votes both ways; "
+                'use MajorityVote() with server_compressor="same"'
+            )
+        if not self.feedback and (self.step_ahead or self.averaging is not None or not self.outer):
+            raise ValueError(
+                "MajorityVote keeps no error, so there is nothing to step ahead or to average, and its weight decay "
+                'is outside the vote: use step_ahead=0, averaging=None, weight_decay_mode="outer" '
+                "(as saef.hooks.signsgd_majority_vote does)"
+            )
+
+    @property
+    def reply_compressor(self) -> Compressor:
+        """C on the way back; single-way sends the server's D as it is."""
+        if self.server_compressor is None:
+            return Identity()
+        return self.compressor if isinstance(self.server_compressor, str) else self.server_compressor
+
+    @property
+    def feedback(self) -> bool:
+        """Whether errors are kept at all."""
+        return self.compressor.feedback
+
+    @property
+    def outer(self) -> bool:
+        """Whether weight decay is applied outside the compressor (dist-EF appendix A)."""
+        return self.weight_decay_mode == "outer"
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)

@@ -1,0 +1,70 @@
+"""What the compiled loops pass around, and how large a chunk is. numba takes NamedTuples of arrays apart itself."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+CHUNK = 4096  # coordinates; a multiple of 8, so that a chunk's bits start at a byte
+WIDTH = CHUNK // 2
+
+# A literal 0 or True would be a type of its own for numba, and its callees would be compiled twice.
+ZERO: Any = np.int64(0)
+NO: Any = np.bool_(False)
+YES: Any = np.bool_(True)
+
+
+class Message(NamedTuple):
+    """One message, or one from every worker, seen twice.
+
+    Attributes:
+        floats: [scalars] or [K, scalars] of the state's dtype.
+        bytes: [bytes] or [K, bytes] uint8; the same memory.
+    """
+
+    floats: Array
+    bytes: Array
+
+
+class Scratch(NamedTuple):
+    """What a thread works in.
+
+    Attributes:
+        D: [CHUNK] of the state's dtype: what is compressed.
+        half: [WIDTH] float64: sums of magnitudes.
+        spread: [CHUNK] uint8: one byte a bit, since loops over bytes vectorize.
+    """
+
+    D: Array
+    half: Array
+    spread: Array
+
+
+class Candidates(NamedTuple):
+    """Entries of a block that may be among the k largest, by index.
+
+    Attributes:
+        values: [room] of the state's dtype.
+        indices: [room] int64.
+    """
+
+    values: Array
+    indices: Array
+
+
+class Progress(NamedTuple):
+    """What the chunks of a block so far tell.
+
+    Attributes:
+        found: number of candidates (TOPK).
+        bar: an entry of no larger magnitude is not among the k largest (TOPK).
+        total: sum of magnitudes (SIGN).
+    """
+
+    found: Any
+    bar: Any
+    total: Any

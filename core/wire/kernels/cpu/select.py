@@ -1,0 +1,116 @@
+"""Top-k of a block that is read in chunks: exact, NaN largest, ties to the lower index.
+
+Every entry whose magnitude is above a bar (or NaN) is a candidate; when their room is full they are cut to the k
+largest, and the bar rises to the least of them. A later entry equal to it loses to the lower index.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ...compressors import TOPK
+from ..table import COUNT, KIND, NUMEL
+from .compiling import helper
+from .records import ZERO, Candidates
+
+_DIGIT = 11  # bits of a digit of the radix selection
+_DIGITS = 1 << _DIGIT
+
+
+@helper
+def make_candidates(table, like):  # type: ignore[no-untyped-def]
+    """Room for four times the largest k of a table, so that they are rarely cut."""
+    room = 0
+    for r in range(len(table)):
+        if table[r, KIND] == TOPK:
+            room = max(room, min(table[r, NUMEL], 4 * table[r, COUNT] + 64))
+    return Candidates(np.empty(room, like.dtype), np.empty(room, np.int64))
+
+
+@helper
+def offer(D, lo, n, k, candidates, found, bar):  # type: ignore[no-untyped-def]
+    """Put the entries of a chunk that may be among the k largest into the candidates, in order. (found, bar) then."""
+    value, index = candidates
+    for start in range(0, n, 8):
+        end = min(start + 8, n)
+        below = True
+        for i in range(start, end):
+            below &= abs(D[i]) <= bar
+        if below:
+            continue
+        for i in range(start, end):
+            if not abs(D[i]) <= bar:
+                if found == value.size:
+                    found, bar = keep_largest(k, candidates, found)
+                    if abs(D[i]) <= bar:
+                        continue
+                value[found] = D[i]
+                index[found] = lo + i
+                found += 1
+    return found, bar
+
+
+@helper
+def guess_bar(D, n, row):  # type: ignore[no-untyped-def]
+    """A magnitude that about twice as many entries of the block exceed as are kept, judged by its first chunk.
+
+    If it proves too high, so that fewer than k are found, the block is gone through again without a guess.
+    """
+    rank = 2 * row[COUNT] * n // row[NUMEL] + 32
+    if rank >= n:
+        return D.dtype.type(-1)
+    return _kth_largest(D[:n], rank)
+
+
+@helper
+def keep_largest(k, candidates, found):  # type: ignore[no-untyped-def]
+    """Cut candidates (index ascending) to the k of largest magnitude, order kept. (k, least magnitude kept)."""
+    value, index = candidates
+    bar = _kth_largest(value[:found], k)
+    above = ZERO
+    for i in range(found):
+        a = abs(value[i])
+        above += a > bar or (np.isnan(a) and not np.isnan(bar))
+    ties = k - above
+    kept = ZERO
+    for i in range(found):
+        a = abs(value[i])
+        larger = a > bar or (np.isnan(a) and not np.isnan(bar))
+        tie = a == bar or (np.isnan(a) and np.isnan(bar))
+        if larger or (tie and ties > 0):
+            ties -= not larger
+            value[kept] = value[i]
+            index[kept] = index[i]
+            kept += 1
+    return kept, bar
+
+
+@helper
+def _kth_largest(v, k):  # type: ignore[no-untyped-def]
+    """The k-th largest magnitude (k from 1), NaN above infinity: radix selection on the bits of float64.
+
+    They are integers in the order of the magnitudes. Digit by digit, from the highest, only those are kept that have
+    the digit of the k-th; no order of the entries is a bad one.
+    """
+    wide = np.empty(v.size, np.float64)
+    for i in range(v.size):
+        wide[i] = abs(v[i])
+    keys, count = wide.view(np.int64), np.empty(_DIGITS, np.int64)
+    n, shift = v.size, np.int64(64)
+    while shift > 0 and n > 1:
+        shift = max(shift - _DIGIT, ZERO)
+        for d in range(_DIGITS):
+            count[d] = 0
+        for i in range(n):
+            count[(keys[i] >> shift) & (_DIGITS - 1)] += 1
+        digit = np.int64(_DIGITS - 1)
+        while count[digit] < k:
+            k -= count[digit]
+            digit -= 1
+        same = ZERO
+        for i in range(n):
+            key = keys[i]
+            keys[same] = key
+            same += (key >> shift) & (_DIGITS - 1) == digit
+        n = same
+    return v.dtype.type(wide[0])

@@ -1,0 +1,40 @@
+"""What all Triton code here reads: the columns, the sizes of things, and which tile a program has.
+
+Triton reads a global only if it is a constexpr, and only under the name that a function's own module has for it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from ....rules.rule import LR
+from ...compressors import DENSE, SIGN, TOPK
+from ..table import BYTE, COLUMNS, COUNT, FLOAT, GRAD, GROUP, KIND, NUMEL, STATE, UNIT
+
+TILE = 2048  # coordinates of a program; a power of two, at least 8, so that a tile's bits start at a byte
+WARPS = 8  # of a program: 8 coordinates a thread, few enough for its registers
+NO_ROW = 2**31 - 1
+
+_KIND, _GRAD, _STATE, _NUMEL, _GROUP, _FLOAT, _BYTE, _COUNT, _UNIT, _COLUMNS = (
+    tl.constexpr(c) for c in (KIND, GRAD, STATE, NUMEL, GROUP, FLOAT, BYTE, COUNT, UNIT, COLUMNS)
+)
+_DENSE, _SIGN, _TOPK = tl.constexpr(DENSE), tl.constexpr(SIGN), tl.constexpr(TOPK)
+_LR = tl.constexpr(LR)
+_TILE_COLUMNS = tl.constexpr(4)  # of Tiling.tiles
+_DIGIT = tl.constexpr(8)  # bits of a digit of the radix selection
+_DIGITS = tl.constexpr(256)
+_CHUNK = tl.constexpr(256)  # entries of a top-k message, or tiles, that a program reads at a time
+
+jit: Any = triton.jit
+# Compiled for any value of these; by default Triton compiles again for 1 and for multiples of 16.
+kernel: Any = triton.jit(do_not_specialize=["slots", "digits", "float_stride", "byte_stride"])
+
+
+@jit
+def tile_of(tiles):  # type: ignore[no-untyped-def]
+    """This program's row of Tiling.tiles: row, offset in the block, offset of the block in a scratch vector, slot."""
+    tile = tiles + tl.program_id(0).to(tl.int64) * _TILE_COLUMNS
+    return tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)

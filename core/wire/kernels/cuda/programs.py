@@ -1,0 +1,158 @@
+"""The kernels: one program a tile, or (`write_scale`, `inspect`) a block. Arguments as in the package's docstring.
+
+`at` is the offset of the block in a scratch vector, and `slot` its number among the blocks of the radix selection.
+"""
+
+from __future__ import annotations
+
+import triton.language as tl
+
+from .codes import average, encode, index_at, index_bytes, take
+from .constants import (
+    _BYTE,
+    _CHUNK,
+    _COLUMNS,
+    _COUNT,
+    _FLOAT,
+    _GROUP,
+    _KIND,
+    _NUMEL,
+    _SIGN,
+    _STATE,
+    _TOPK,
+    _UNIT,
+    kernel,
+    tile_of,
+)
+from .rules import produce
+
+
+# fmt: off
+@kernel
+def compress(  # type: ignore[no-untyped-def]
+    tiles, table, hyper, s, g, m, e, x, floats, message, partial, vector, hist,
+    TILE: tl.constexpr, RULE: tl.constexpr, FEEDBACK: tl.constexpr, HAS_M: tl.constexpr, HAS_E: tl.constexpr,
+    HAS_TOPK: tl.constexpr,
+):
+    r, lo, at, slot = tile_of(tiles)
+    row = table + r * _COLUMNS
+    i = lo + tl.arange(0, TILE)
+    inside = i < tl.load(row + _NUMEL)
+    D = produce(row, hyper, s, g, m, e, x, i, inside, False, RULE, FEEDBACK, HAS_M, HAS_E)
+    encode(row, lo, slot, i, inside, D, floats, message, partial, vector + at, hist, TILE, HAS_TOPK)
+
+
+@kernel
+def commit(  # type: ignore[no-untyped-def]
+    tiles, table, hyper, s, g, m, e, x, floats, message, bad,
+    TILE: tl.constexpr, RULE: tl.constexpr, FEEDBACK: tl.constexpr, HAS_M: tl.constexpr, HAS_E: tl.constexpr,
+):
+    r, lo, at, slot = tile_of(tiles)
+    row = table + r * _COLUMNS
+    i = lo + tl.arange(0, TILE)
+    inside = i < tl.load(row + _NUMEL)
+    D = produce(row, hyper, s, g, m, e, x, i, inside, True, RULE, FEEDBACK, HAS_M, HAS_E)
+    if FEEDBACK:
+        once = tl.full((), 1.0, floats.dtype.element_ty)
+        take(r, row, lo, i, inside, D, once, floats, message, e + tl.load(row + _STATE), bad, False, TILE)
+
+
+@kernel
+def serve(  # type: ignore[no-untyped-def]
+    tiles, table, reply_table, floats, float_stride, messages, byte_stride, e, bad,
+    reply_floats, reply, partial, vector, hist,
+    TILE: tl.constexpr, K: tl.constexpr, LANES: tl.constexpr, HAS_E: tl.constexpr, HAS_TOPK: tl.constexpr,
+):
+    r, lo, at, slot = tile_of(tiles)
+    row, out = table + r * _COLUMNS, reply_table + r * _COLUMNS
+    i = lo + tl.arange(0, TILE)
+    inside = i < tl.load(row + _NUMEL)
+    D = average(
+        r, row, lo, i, inside, floats, float_stride, messages, byte_stride, bad, vector + at, K, LANES, TILE
+    )
+    if HAS_E:
+        D = tl.load(e + tl.load(out + _STATE) + i, mask=inside, other=0) + D
+    encode(out, lo, slot, i, inside, D, reply_floats, reply, partial, vector + at, hist, TILE, HAS_TOPK)
+
+
+@kernel
+def settle(  # type: ignore[no-untyped-def]
+    tiles, table, reply_table, floats, float_stride, messages, byte_stride, e, bad,
+    reply_floats, reply, vector, TILE: tl.constexpr, K: tl.constexpr, LANES: tl.constexpr,
+):
+    r, lo, at, slot = tile_of(tiles)
+    row, out = table + r * _COLUMNS, reply_table + r * _COLUMNS
+    i = lo + tl.arange(0, TILE)
+    inside = i < tl.load(row + _NUMEL)
+    D = average(
+        r, row, lo, i, inside, floats, float_stride, messages, byte_stride, bad, vector + at, K, LANES, TILE
+    )
+    v = e + tl.load(out + _STATE)
+    D = tl.load(v + i, mask=inside, other=0) + D
+    once = tl.full((), 1.0, floats.dtype.element_ty)
+    take(r, out, lo, i, inside, D, once, reply_floats, reply, v, bad, False, TILE)
+
+
+@kernel
+def subtract(tiles, table, rates, floats, message, v, bad, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+    r, lo, at, slot = tile_of(tiles)
+    row = table + r * _COLUMNS
+    i = lo + tl.arange(0, TILE)
+    inside = i < tl.where(tl.load(row + _KIND) == _TOPK, 0, tl.load(row + _NUMEL))
+    v += tl.load(row + _STATE)
+    D = tl.load(v + i, mask=inside, other=0)
+    rate = tl.load(rates + tl.load(row + _GROUP))
+    take(r, row, lo, i, inside, D, rate, floats, message, v, bad, True, TILE)
+
+
+@kernel
+def step_ahead(tiles, table, reply_table, x, e, half, ahead, TILE: tl.constexpr, AHEAD: tl.constexpr):  # type: ignore[no-untyped-def]
+    """half <- x - ahead e; AHEAD: whether ahead is not 0."""
+    r, lo, at, slot = tile_of(tiles)
+    row, out = table + r * _COLUMNS, reply_table + r * _COLUMNS
+    i = lo + tl.arange(0, TILE)
+    inside = i < tl.load(row + _NUMEL)
+    here = tl.load(row + _STATE) + i
+    stepped = tl.load(x + tl.load(out + _STATE) + i, mask=inside, other=0)
+    if AHEAD:
+        stepped -= tl.load(e + here, mask=inside, other=0) * tl.load(ahead)
+    tl.store(half + here, stepped, mask=inside)
+
+
+@kernel
+def write_scale(tiles, first, table, partial, floats, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One program per block: the scale from the tiles' sums."""
+    r = tl.program_id(0).to(tl.int64)
+    row = table + r * _COLUMNS
+    if tl.load(row + _KIND) == _SIGN:
+        n = tl.load(row + _NUMEL)
+        start = tl.load(first + r)
+        end = start + (n + TILE - 1) // TILE
+        total = tl.zeros((_CHUNK,), tl.float64)
+        for chunk in range(start, end, _CHUNK):
+            t = chunk + tl.arange(0, _CHUNK)
+            total += tl.load(partial + t, mask=t < end, other=0)
+        scale = tl.sum(total, 0) / n.to(tl.float64)
+        if tl.load(row + _UNIT) != 0:
+            scale = tl.where(scale - scale == 0, 1.0, float("nan")).to(tl.float64)
+        tl.store(floats + tl.load(row + _FLOAT), scale.to(floats.dtype.element_ty))
+
+
+@kernel
+def inspect(tiles, table, message, bad, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One program per block."""
+    r = tl.program_id(0).to(tl.int64)
+    row = table + r * _COLUMNS
+    count = tl.where(tl.load(row + _KIND) == _TOPK, tl.load(row + _COUNT), 0)
+    n = tl.load(row + _NUMEL)
+    width = index_bytes(n)
+    start = message + tl.load(row + _BYTE)
+    wrong = tl.full((), 0, tl.int32)
+    for chunk in range(0, count, _CHUNK):
+        j = chunk + tl.arange(0, _CHUNK).to(tl.int64)
+        index = index_at(start, j, width, j < count)
+        before = index_at(start, j - 1, width, (j < count) & (j > 0))
+        fine = (index < n) & ((index > before) | (j == 0))
+        wrong += tl.sum(((j < count) & (fine == 0)).to(tl.int32), 0)
+    if wrong > 0:
+        tl.atomic_min(bad, r.to(tl.int32))

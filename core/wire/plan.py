@@ -1,0 +1,239 @@
+"""Who serves which block, and where everything lies in the messages of one bucket.
+
+A block has exactly one server rank, whatever bucket it travels in: servers are a function of the
+model and the number of ranks alone, so DDP may rebuild its buckets without moving any server error.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from itertools import chain
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .codec import Block, Layout, block_ranges, lay_out, scalars
+from .compressors import Compressor
+from .kernels.table import COLUMNS, STATE
+
+
+class Blocks(NamedTuple):
+    """The blocks of the whole model.
+
+    Attributes:
+        of_parameter: for each parameter tensor its blocks, with `grad` counted from the tensor's start.
+        owner: for each parameter tensor the server rank of each of its blocks.
+        served: coordinates that each server rank serves (the length of its server error).
+    """
+
+    of_parameter: list[list[Block]]
+    owner: list[list[int]]
+    served: list[int]
+
+    def served_by(self, server: int) -> list[Block]:
+        """The blocks of one server rank."""
+        pairs = zip(chain(*self.of_parameter), chain(*self.owner), strict=True)
+        return [block for block, owner in pairs if owner == server]
+
+
+def partition(
+    numels: Sequence[int],
+    groups: Sequence[int],
+    up: Compressor,
+    down: Compressor,
+    servers: int,
+) -> Blocks:
+    """Cut the parameter tensors into blocks and give each block to the server with the least load.
+
+    Args:
+        numels, groups: size and optimizer group of each parameter tensor, in the order of the flat state.
+        up, down: the compressors on the way to and from the servers.
+        servers: how many ranks serve; 1 if every rank serves everything (replicated).
+
+    Raises:
+        ValueError: if the two compressors cut a tensor differently.
+    """
+    load = [(0, r) for r in range(servers)]
+    of_parameter, owner, served, offset = [], [], [0] * servers, 0
+    for numel, group in zip(numels, groups, strict=True):
+        there, back = up.for_tensor(numel), down.for_tensor(numel)
+        sizes = {s for s in (there.block_numel(numel), back.block_numel(numel)) if s is not None}
+        if len(sizes) > 1:
+            raise ValueError(
+                f"compressor {there} and server_compressor {back} cut a tensor of {numel} entries into "
+                "different blocks; a block has one server, so give both the same block size"
+            )
+        mine, owners = [], []
+        for start, n in block_ranges(numel, sizes.pop() if sizes else None):
+            busy, r = heapq.heappop(load)
+            heapq.heappush(load, (busy + n, r))
+            mine.append(Block(there, back, start, offset + start, served[r], n, group))
+            owners.append(r)
+            served[r] += n
+        of_parameter.append(mine)
+        owner.append(owners)
+        offset += numel
+    return Blocks(of_parameter, owner, served)
+
+
+class Placement(NamedTuple):
+    """Which rank serves which blocks.
+
+    Attributes:
+        strategy: "replicated": every rank serves all blocks, as if it were server 0 of 1; "sharded": each its own.
+        rank: this rank's number among the servers.
+        servers: how many there are: 1, or the number of workers.
+        blocks: the blocks and their servers.
+    """
+
+    strategy: str
+    rank: int
+    servers: int
+    blocks: Blocks
+
+
+def place(
+    numels: Sequence[int],
+    groups: Sequence[int],
+    up: Compressor,
+    down: Compressor,
+    strategy: str,
+    workers: int,
+    rank: int,
+) -> Placement:
+    """Place the servers.
+
+    Args:
+        numels, groups, up, down: as for `partition`.
+        strategy: "replicated" or "sharded".
+        workers, rank: how many ranks exchange, and which of them this is.
+    """
+    if strategy not in ("replicated", "sharded"):
+        raise ValueError(f'the strategy must be "replicated" or "sharded", got {strategy!r}')
+    servers, rank = (workers, rank) if strategy == "sharded" else (1, 0)
+    return Placement(strategy, rank, servers, partition(numels, groups, up, down, servers))
+
+
+class Plan(NamedTuple):
+    """The messages of one bucket. Server r's part is called its section; sections lie one after the other.
+
+    Attributes:
+        send: this worker's C(D_k), all sections (phase 1, out).
+        send_bytes: length of each server's section in it.
+        receive: this server's section as it comes from every worker (phase 1, in).
+        reply: R of the blocks this server serves (phase 2, out).
+        reply_bytes: length of each server's reply.
+        apply: R of all blocks, the servers' replies one after the other (phase 2, in).
+        heads: (start, scalars) of each server's reply in `apply`, in bytes and scalars.
+        of_parameter: (index, rows of `send`, rows of `apply`) of each parameter tensor of the bucket, the latter
+            with STATE counted from the tensor's start.
+    """
+
+    send: Layout
+    send_bytes: list[int]
+    receive: Layout
+    reply: Layout
+    reply_bytes: list[int]
+    apply: Layout
+    heads: list[tuple[int, int]]
+    of_parameter: list[tuple[int, Tensor, Tensor]]
+
+    def to(self, device: torch.device) -> Plan:
+        """The same plan with its tables on `device`."""
+        moved = [
+            layout._replace(table=layout.table.to(device))
+            for layout in (self.send, self.receive, self.reply, self.apply)
+        ]
+        return self._replace(send=moved[0], receive=moved[1], reply=moved[2], apply=moved[3])
+
+    def finite(self, replies: Tensor, dtype: torch.dtype) -> Tensor:
+        """0-dim bool tensor: whether every scale and value of the replies is a finite number."""
+        parts = [scalars(count, replies[start:], dtype) for start, count in self.heads]
+        return torch.isfinite(torch.cat(parts)).all()
+
+
+def plan_bucket(blocks: Blocks, parameters: Sequence[tuple[int, int]], servers: int, rank: int, itemsize: int) -> Plan:
+    """Lay out the messages for a bucket.
+
+    Args:
+        parameters: (index of the parameter tensor, its offset in the bucket's gradient vector).
+        itemsize: bytes of a scalar on the wire.
+    """
+    sections: list[list[Block]] = [[] for _ in range(servers)]
+    indices: list[list[int]] = [[] for _ in range(servers)]
+    for index, offset in parameters:
+        for block, r in zip(blocks.of_parameter[index], blocks.owner[index], strict=True):
+            sections[r].append(block._replace(grad=offset + block.grad))
+            indices[r].append(index)
+    send = _concatenate(sections, itemsize, reply=False)
+    apply = _concatenate(sections, itemsize, reply=True)
+    own = sections[rank]
+    starts = [sum(apply[1][:r]) for r in range(servers)]
+    return Plan(
+        send=send[0],
+        send_bytes=send[1],
+        receive=lay_out(own, itemsize, reply=False, served=True),
+        reply=lay_out(own, itemsize, reply=True, served=True),
+        reply_bytes=apply[1],
+        apply=apply[0],
+        heads=list(zip(starts, apply[2], strict=True)),
+        of_parameter=_of_parameter(blocks, torch.tensor(sum(indices, [])), send[0].table, apply[0].table),
+    )
+
+
+class Plans:
+    """The plans of the buckets seen so far; DDP rebuilds its buckets after the first step.
+
+    Args:
+        parameters: in the order of the flat state.
+        dtype: of the state.
+    """
+
+    def __init__(self, placement: Placement, parameters: Sequence[Tensor], dtype: torch.dtype) -> None:
+        self._placement, self._itemsize = placement, dtype.itemsize
+        self._index = {id(p): i for i, p in enumerate(parameters)}
+        self._plans: dict[tuple[tuple[int, int], ...], Plan] = {}
+
+    def __len__(self) -> int:
+        return len(self._plans)
+
+    def find(self, parameters: Sequence[Tensor], views: Sequence[Tensor], flat: Tensor) -> tuple[tuple[int, ...], Plan]:
+        """The numbers of a bucket's parameters, and its plan; `views` are their gradients, views of `flat`."""
+        where = []
+        for p, view in zip(parameters, views, strict=True):
+            i = self._index.get(id(p))
+            if i is None:
+                raise RuntimeError(
+                    f"a gradient of shape {tuple(p.shape)} belongs to no parameter of this state: the model's "
+                    "trainable parameters changed. Wrap the model and create SAEFState again after changing them"
+                )
+            where.append((i, int(view.storage_offset() - flat.storage_offset())))
+        key = tuple(where)
+        if key not in self._plans:
+            at = self._placement
+            plan = plan_bucket(at.blocks, where, at.servers, at.rank, self._itemsize)
+            self._plans[key] = plan.to(flat.device)
+        return tuple(i for i, _ in where), self._plans[key]
+
+
+def _of_parameter(blocks: Blocks, index: Tensor, send: Tensor, apply: Tensor) -> list[tuple[int, Tensor, Tensor]]:
+    """`index`: the parameter tensor of each row."""
+    parts = []
+    for i in index.unique().tolist():
+        mine, theirs = send[index == i], apply[index == i]
+        theirs[:, STATE] -= blocks.of_parameter[i][0].state
+        parts.append((i, mine, theirs))
+    return parts
+
+
+def _concatenate(sections: list[list[Block]], itemsize: int, *, reply: bool) -> tuple[Layout, list[int], list[int]]:
+    layouts: list[Layout] = []
+    start = 0
+    for section in sections:
+        layouts.append(lay_out(section, itemsize, reply=reply, served=False, start=start))
+        start += layouts[-1].message_bytes
+    table = torch.cat([layout.table for layout in layouts]).view(-1, COLUMNS)
+    count = [layout.scalars for layout in layouts]
+    return Layout(table, start, sum(count), start), [layout.message_bytes for layout in layouts], count

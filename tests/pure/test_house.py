@@ -1,0 +1,96 @@
+"""The structure: imports point one way, classes are abstract or final, and importing saef stays cheap."""
+
+import importlib
+import inspect
+import pkgutil
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import saef
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = ("core", "hooks", "integrations")
+
+
+def arrows(root: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, root / ".ci" / "arrows.py"], capture_output=True, text=True)
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    for folder in (*FOLDERS, ".ci"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path
+
+
+def test_arrows_point_down() -> None:
+    found = arrows(ROOT)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.endswith(" 0 problems\n")
+
+
+UPWARDS = {
+    "at the top": "from ..step.memory import Memory\n",
+    "in a function": "def f():\n    from saef.step import memory\n",
+    "for types": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import saef.step.memory\n",
+}
+
+
+@pytest.mark.parametrize("way", UPWARDS)
+def test_an_arrow_upwards_is_found(copy: Path, way: str) -> None:
+    with (copy / "core" / "comm" / "exchange.py").open("a") as file:
+        file.write(UPWARDS[way])
+    found = arrows(copy)
+    assert found.returncode == 1
+    assert "saef.comm.exchange imports saef.step.memory: arrows point down only" in found.stderr
+
+
+def test_wire_and_protocols_do_not_know_each_other(copy: Path) -> None:
+    (copy / "core" / "wire" / "new.py").write_text("from ..protocols.averaging import Averaging\n")
+    assert "saef.wire.new imports saef.protocols.averaging" in arrows(copy).stderr
+
+
+def test_a_circle_in_a_folder_is_found(copy: Path) -> None:
+    (copy / "core" / "comm" / "one.py").write_text("from . import two\n")
+    (copy / "core" / "comm" / "two.py").write_text("def f():\n    from .one import x\n")
+    found = arrows(copy)
+    assert found.returncode == 1
+    assert "a circle: " in found.stderr
+    assert "saef.comm.one imports saef.comm.two" in found.stderr
+
+
+def test_a_module_outside_the_rooms_is_found(copy: Path) -> None:
+    (copy / "core" / "helpers.py").write_text("")
+    assert "saef.helpers is in no room" in arrows(copy).stderr
+
+
+def classes() -> list[type[Any]]:
+    """All classes of the package that import without a framework."""
+    found = []
+    for module in pkgutil.walk_packages(saef.__path__, "saef."):
+        if module.name.startswith("saef.integrations.") or ".cuda" in module.name or module.name.endswith("__main__"):
+            continue
+        for _, value in inspect.getmembers(importlib.import_module(module.name), inspect.isclass):
+            if value.__module__ == module.name:
+                found.append(value)
+    return found
+
+
+def test_a_class_is_abstract_or_final() -> None:
+    found = classes()
+    assert len(found) > 40
+    for kind in found:
+        for base in kind.__mro__[1:]:
+            if base.__module__.split(".")[0] == "saef":
+                assert inspect.isabstract(base) or getattr(base, "_is_protocol", False), f"{kind} derives from {base}"
+
+
+def test_importing_saef_imports_nothing_that_takes_long() -> None:
+    code = "import saef, saef.hooks, sys; print([m for m in sys.argv[1:] if m in sys.modules])"
+    words = [sys.executable, "-c", code, "numba", "triton", "deepspeed", "horovod", "pandas"]
+    assert subprocess.run(words, capture_output=True, text=True).stdout == "[]\n"
