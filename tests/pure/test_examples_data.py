@@ -17,6 +17,8 @@ sys.path.insert(0, str(EXAMPLES))
 import data
 from resnet import ResNet
 
+pytestmark = pytest.mark.slow
+
 RNG = np.random.default_rng(0)
 IDX_TRAIN, IDX_TEST = data.IDX_FILES["train"], data.IDX_FILES["test"]
 

@@ -812,6 +812,7 @@ print([name for name in ("numba", "triton") if name in sys.modules])
     assert process.communicate() == ("[]\n", "")
 
 
+@pytest.mark.slow
 def test_compiling_ahead_of_time():
     """In this session's cache, where the kernels are."""
     cpu.prepare(torch.float32)

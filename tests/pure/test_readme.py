@@ -259,6 +259,7 @@ def test_the_presets() -> None:
     assert {row[0].strip("` ") for row in rows(section)} == {*saef.hooks.__all__} - {"saef_hook"}
 
 
+@pytest.mark.slow
 def test_the_mixing_times() -> None:
     """The columns n = 4, 8 and 32, rounded; at period 1, where a "p" stands for the factor p."""
     section = PAGES["averaging.md"].partition("## Which to choose")[0]

@@ -18,6 +18,8 @@ from support.protocols import ERRORS, PER_WORKERS, PROTOCOLS, TORUS, expected, m
 from support.ranks import RankPool
 from support.training import Job, gradient, train
 
+pytestmark = pytest.mark.slow
+
 
 def execute(group: dist.ProcessGroup, protocols: list[saef.Averaging], X: Tensor, steps: int) -> list[Any]:
     """Every protocol for some steps from row `rank` of X; the state after, and the bytes sent."""

@@ -14,6 +14,8 @@ from saef.hooks import saef_hook
 from support.ranks import RankPool
 from support.training import batch, flat, make_net
 
+pytestmark = pytest.mark.slow
+
 TOPK = {"compressor": saef.TopK(0.2, block=20), "exchange": "sharded", "averaging": saef.Rotating(3)}
 SIGN = {"compressor": saef.ScaledSign(block=20), "exchange": "replicated", "max_grad_norm": 0.3}
 

@@ -19,6 +19,8 @@ from saef.protocols.mixing import estimate_mixing_time, mixing_time, stationary_
 from support.protocols import PER_WORKERS, PROTOCOLS, TORUS
 from support.ranks import RankPool
 
+pytestmark = pytest.mark.slow
+
 # -- known values -----------------------------------------------------------------------------------------------------
 
 

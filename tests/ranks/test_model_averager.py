@@ -17,6 +17,8 @@ from support.protocols import expected
 from support.ranks import RankPool
 from support.training import batch, flat, make_net
 
+pytestmark = pytest.mark.slow
+
 PROTOCOLS = [
     saef.LocalStep(3),
     saef.AllReduce(1),

@@ -18,6 +18,8 @@ import saef
 from support.ranks import RankPool, context
 from support.training import batch, flat, make_net
 
+pytestmark = pytest.mark.slow
+
 STEPS = 40  # pushes of each worker
 
 

@@ -16,6 +16,8 @@ from support.checkpoint_runs import SIGN, TOPK, Run
 from support.equal import assert_equal
 from support.ranks import RankPool
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = {"compressor": TOPK, "exchange": "sharded", "averaging": saef.Rotating(5)}
 
 
