@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
 from . import checkpoint, telemetry
+from .comm.exchange import Strategy
 from .comm.transport import Transport
 from .protocols.averaging import Averaging
+from .step.arguments import Exchange, ServerCompressor, WeightDecayMode, check_keywords
 from .step.engine import Engine, logger
 from .step.memory import all_server_errors
-from .step.settings import ServerCompressor, Settings
+from .step.settings import Settings
 from .step.weights import Weights
 from .wire.compressors import Compressor, ScaledSign
 
@@ -72,6 +74,7 @@ class SAEFState:
         TypeError, ValueError: on anything that cannot be honoured, saying what to do instead.
     """
 
+    @check_keywords
     def __init__(
         self,
         model: nn.Module,
@@ -81,8 +84,8 @@ class SAEFState:
         server_compressor: ServerCompressor = "same",
         step_ahead: float = 1.0,
         averaging: Averaging | None = None,
-        weight_decay_mode: str = "coupled",
-        exchange: str = "auto",
+        weight_decay_mode: WeightDecayMode = "coupled",
+        exchange: Exchange = "auto",
         max_grad_norm: float | None = None,
         max_consecutive_skips: int | None = 10,
         audit_every: int | None = None,
@@ -112,7 +115,7 @@ class SAEFState:
         return self.engine.context.settings
 
     @property
-    def strategy(self) -> str:
+    def strategy(self) -> Strategy:
         return self.engine.context.placement.strategy
 
     @property

@@ -3,17 +3,35 @@
 All take the arguments of `saef.SAEFState`; what a method fixes cannot be given again.
 """
 
-from typing import Any
-
 import torch
 from torch import nn
+from typing_extensions import Unpack
 
 from saef import Compressor, MajorityVote, SAEFState, ScaledSign
+from saef.step.arguments import Carried, Free, Scaled, WeightDecayMode
 
 
-def ef(model: nn.Module, optimizer: torch.optim.Optimizer, **settings: Any) -> SAEFState:
+class Rest(Free, Scaled, Carried, total=False):
+    """The arguments of SAEFState beside those in a preset's own signature, and those that it fixes."""
+
+
+def ef(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    compressor: Compressor = ScaledSign(),  # noqa: B008 - frozen
+    weight_decay_mode: WeightDecayMode = "coupled",
+    **settings: Unpack[Rest],
+) -> SAEFState:
     """Local error feedback, EF-SGD(M): SAEF Algorithm 1, lines 14-16. The gradient is taken at x."""
-    return SAEFState(model, optimizer, step_ahead=0.0, **settings)
+    return SAEFState(
+        model,
+        optimizer,
+        compressor=compressor,
+        step_ahead=0.0,
+        weight_decay_mode=weight_decay_mode,
+        **settings,
+    )
 
 
 def dist_ef_block_sgd(
@@ -21,7 +39,7 @@ def dist_ef_block_sgd(
     optimizer: torch.optim.Optimizer,
     *,
     compressor: Compressor = ScaledSign(block="layer"),  # noqa: B008 - frozen
-    **settings: Any,
+    **settings: Unpack[Rest],
 ) -> SAEFState:
     """dist-EF-blockSGD: dist-EF Algorithm 3, weight decay uncompressed (appendix A).
 
@@ -38,7 +56,7 @@ def dist_ef_block_sgdm(
     optimizer: torch.optim.Optimizer,
     *,
     compressor: Compressor = ScaledSign(block="layer"),  # noqa: B008 - frozen
-    **settings: Any,
+    **settings: Unpack[Rest],
 ) -> SAEFState:
     """dist-EF-blockSGDM: dist-EF Algorithm 4 (Nesterov), weight decay with a momentum of its own (appendix A).
 
@@ -50,7 +68,13 @@ def dist_ef_block_sgdm(
     return SAEFState(model, optimizer, compressor=compressor, step_ahead=0.0, weight_decay_mode="outer", **settings)
 
 
-def signsgd_majority_vote(model: nn.Module, optimizer: torch.optim.Optimizer, **settings: Any) -> SAEFState:
+def signsgd_majority_vote(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    compressor: Compressor = MajorityVote(),  # noqa: B008 - frozen
+    **settings: Unpack[Rest],
+) -> SAEFState:
     """signSGD with majority vote: x <- x - eta (vote of sign(g_k) + lambda x). A baseline: no error feedback.
 
     Raises:
@@ -58,10 +82,16 @@ def signsgd_majority_vote(model: nn.Module, optimizer: torch.optim.Optimizer, **
     """
     if any(group["momentum"] for group in optimizer.param_groups):
         raise ValueError("signSGD has no momentum: use momentum=0, or the preset signum_majority_vote")
-    return _majority_vote(model, optimizer, settings)
+    return SAEFState(model, optimizer, compressor=compressor, step_ahead=0.0, weight_decay_mode="outer", **settings)
 
 
-def signum_majority_vote(model: nn.Module, optimizer: torch.optim.Optimizer, **settings: Any) -> SAEFState:
+def signum_majority_vote(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    compressor: Compressor = MajorityVote(),  # noqa: B008 - frozen
+    **settings: Unpack[Rest],
+) -> SAEFState:
     """Signum with majority vote: m = beta m + (1 - beta) g, the vote of sign(m_k); beta is the momentum.
 
     Raises:
@@ -69,15 +99,4 @@ def signum_majority_vote(model: nn.Module, optimizer: torch.optim.Optimizer, **s
     """
     if any(not group["momentum"] or group["nesterov"] for group in optimizer.param_groups):
         raise ValueError("signum needs momentum (its beta) and nesterov=False: use SGD(..., momentum=0.9)")
-    return _majority_vote(model, optimizer, settings)
-
-
-def _majority_vote(model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> SAEFState:
-    return SAEFState(
-        model,
-        optimizer,
-        compressor=settings.pop("compressor", MajorityVote()),
-        step_ahead=0.0,
-        weight_decay_mode="outer",
-        **settings,
-    )
+    return SAEFState(model, optimizer, compressor=compressor, step_ahead=0.0, weight_decay_mode="outer", **settings)

@@ -26,11 +26,12 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
+from typing_extensions import Unpack
 
 import saef
 from saef.comm.agreement import compare
 
-from .deepspeed_config import check_config, parse
+from .deepspeed_config import Params, check_config, parse
 
 try:
     import deepspeed
@@ -58,7 +59,7 @@ class SAEF(torch.optim.SGD):
 
     saef: saef.SAEFState | None = None
 
-    def __init__(self, params: Iterable[Any], **settings: Any) -> None:
+    def __init__(self, params: Iterable[Any], **settings: Unpack[Params]) -> None:
         hyper, self._settings = parse(settings)
         super().__init__(params, **hyper)
         self.register_step_pre_hook(_refuse_unattached)

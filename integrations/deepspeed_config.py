@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from functools import reduce
 from numbers import Real
-from typing import Any
+from typing import Any, Literal, TypedDict, cast
 
 import saef
+from saef.step.arguments import Agreed, Exchange, WeightDecayMode, check_known, nearest
+from saef.step.settings import Settings
 
 COMPRESSORS: dict[str, type[Any]] = {
     "sign": saef.ScaledSign,
@@ -35,9 +36,33 @@ OBJECTS: list[tuple[str, dict[str, type[Any]], tuple[Any, ...]]] = [
     ("averaging", AVERAGING, (None,)),
 ]
 
+
+class Params(TypedDict, total=False):
+    """The keys of `optimizer.params`, in JSON's form."""
+
+    lr: float
+    momentum: float
+    weight_decay: float
+    nesterov: bool
+    maximize: bool
+    compressor: Mapping[str, Any]
+    server_compressor: Mapping[str, Any] | Literal["same"] | None
+    step_ahead: float
+    averaging: Mapping[str, Any] | None
+    weight_decay_mode: WeightDecayMode
+    exchange: Exchange
+    max_grad_norm: float | None
+    max_consecutive_skips: int | None
+    audit_every: int | None
+
+
 HYPER = {"lr": 1e-3, "momentum": 0.0, "weight_decay": 0.0, "nesterov": False, "maximize": False}
 NOT_IN_JSON = ("model", "optimizer", "grad_scaler", "process_group", "transport")  # what the engine knows
-SETTINGS = [name for name in inspect.signature(saef.SAEFState).parameters if name not in NOT_IN_JSON]
+SETTINGS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(saef.SAEFState).parameters.items()
+    if name not in NOT_IN_JSON
+}
 
 ZERO = (
     "ZeRO reduces gradients into shards and keeps one copy of the weights, while here every rank takes its gradient at "
@@ -90,7 +115,7 @@ REFUSED: list[tuple[str, tuple[Any, ...], str, str]] = [
 
 def check_config(config: Any) -> None:
     """Raise TypeError or ValueError naming what SAEF cannot honour in a DeepSpeedConfig."""
-    _known("optimizer", config._param_dict["optimizer"], ["type", "params"])
+    check_known("optimizer", config._param_dict["optimizer"], ["type", "params"])
     parse(config.optimizer_params or {})
     problems = []
     for path, allowed, key, why in REFUSED:
@@ -107,7 +132,7 @@ def check_config(config: Any) -> None:
         raise ValueError("SAEF cannot work with this DeepSpeed config:\n  " + "\n  ".join(problems))
 
 
-def parse(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def parse(params: Mapping[str, Any]) -> tuple[dict[str, Any], Agreed]:
     """(arguments of torch.optim.SGD, settings of SAEFState) from `optimizer.params`.
 
     Raises:
@@ -116,7 +141,7 @@ def parse(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     if not isinstance(params, Mapping):
         raise TypeError(f'optimizer.params must be an object such as {{"lr": 0.1}}, got {params!r}')
-    _known("optimizer.params", params, [*HYPER, *SETTINGS])
+    check_known("optimizer.params", params, [*HYPER, *SETTINGS])
     hyper = {key: params.get(key, default) for key, default in HYPER.items()}
     for key, value in hyper.items():
         flag = isinstance(HYPER[key], bool)
@@ -125,19 +150,26 @@ def parse(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     settings = {key: params[key] for key in SETTINGS if key in params}
     for key, names, plain in OBJECTS:
         if key in settings and settings[key] not in plain:
-            settings[key] = _build(f"optimizer.params.{key}", settings[key], names)
-    return hyper, settings
+            settings[key] = _build(f"optimizer.params.{key}", settings[key], names, plain)
+    try:
+        Settings(**{**SETTINGS, **settings})
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"optimizer.params: {error}") from error
+    return hyper, cast(Agreed, settings)
 
 
-def _build(where: str, value: object, names: Mapping[str, type[Any]]) -> Any:
-    """The object that {"type": a name, field: value, ...} describes."""
+def _build(where: str, value: object, names: Mapping[str, type[Any]], plain: tuple[Any, ...] = ()) -> Any:
+    """The object that {"type": a name, field: value, ...} describes, if the value is none of the plain ones."""
     if not isinstance(value, Mapping) or "type" not in value:
         example = f'{{"type": "{next(iter(names))}"}}'
-        raise TypeError(f"{where} must be an object with a type, such as {example}, got {value!r}")
+        words = [word for word in plain if isinstance(word, str)]
+        raise TypeError(
+            f"{where} must be an object with a type, such as {example}, got {value!r}{nearest(value, words)}"
+        )
     name, given = value["type"], {key: part for key, part in value.items() if key != "type"}
-    _known(f"{where}.type", [name], names)
+    check_known(f"{where}.type", [name], names)
     kind = names[name]
-    _known(where, given, [f.name for f in fields(kind)])
+    check_known(where, given, [f.name for f in fields(kind)])
     if missing := [f.name for f in fields(kind) if f.default is MISSING and f.name not in given]:
         raise ValueError(f"{where} of type {name!r} needs {missing}")
     if "inner" in given:
@@ -146,12 +178,3 @@ def _build(where: str, value: object, names: Mapping[str, type[Any]]) -> Any:
         return kind(**given)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{where}: {error}") from error
-
-
-def _known(where: str, given: Iterable[Any], known: Iterable[str]) -> None:
-    names = [*known]
-    for word in given:
-        if word not in names:
-            near = difflib.get_close_matches(str(word), names, n=1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise ValueError(f"{where}: {word!r} is unknown{hint}; expected {', '.join(map(repr, names))}")

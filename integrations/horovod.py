@@ -29,9 +29,11 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from saef import SAEFState
 from saef.comm.transport import Ordered
+from saef.step.arguments import Agreed, Scaled, check_known
 from saef.step.buckets import SPARSE
 
 try:
@@ -99,6 +101,10 @@ def _sleep_until_done(handle: int) -> None:
         time.sleep(POLL_S)
 
 
+class CompressionSettings(Agreed, Scaled, total=False):
+    """The keyword arguments of SAEFState but for process_group and transport, which are Horovod's."""
+
+
 @final
 class SAEFCompression:
     """Horovod's `compression`, and the `SAEFState` behind it.
@@ -108,7 +114,7 @@ class SAEFCompression:
     Args:
         model: the module that is trained.
         optimizer: the torch.optim.SGD that DistributedOptimizer is given too. Its class becomes a subclass of SGD.
-        settings: keyword arguments of SAEFState.
+        settings: keyword arguments of SAEFState, but for process_group and transport.
 
     Attributes:
         state: the SAEFState, for metrics(), checkpoints and the like. After state.detach() gradients travel as
@@ -119,9 +125,12 @@ class SAEFCompression:
             over all ranks, at the first gradient.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, **settings: Any) -> None:
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, **settings: Unpack[CompressionSettings]
+    ) -> None:
         if "transport" in settings or "process_group" in settings:
             raise TypeError("SAEFCompression exchanges among all Horovod ranks: it takes no transport or process_group")
+        check_known("SAEFCompression", settings, CompressionSettings.__annotations__, TypeError)
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.state = SAEFState(model, optimizer, transport=HorovodTransport(device), **settings)
         self._engine = self.state.engine

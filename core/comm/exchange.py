@@ -13,10 +13,13 @@ Who carries the bytes is a `saef.comm.transport.Transport`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 from torch import Tensor
 
 from .transport import Transport
+
+Strategy = Literal["replicated", "sharded"]
 
 LATENCY_BYTES = 1 << 16  # one more collective costs about as much as sending this: 50 us at 10 Gb/s
 
@@ -47,7 +50,7 @@ def two_way(
     return received, transport.all_gather(serve(received), reply_bytes, "phase2")
 
 
-def choose(workers: int, message_bytes: int, reply_bytes: int) -> str:
+def choose(workers: int, message_bytes: int, reply_bytes: int) -> Strategy:
     """The cost rule behind exchange="auto": "replicated" unless it sends more than one latency's worth more.
 
     A rank sends (K - 1) a bytes replicated and (K - 1) / K (a + b) sharded, for messages of a and

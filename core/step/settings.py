@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from numbers import Real
-from typing import Literal, final
+from typing import final, get_args
 
 from ..protocols.averaging import Averaging
 from ..wire.compressors import Compressor, Identity
-
-ServerCompressor = Compressor | Literal["same"] | None
+from .arguments import Exchange, ServerCompressor, WeightDecayMode, nearest
 
 
 @final
@@ -24,8 +23,8 @@ class Settings:
     server_compressor: ServerCompressor
     step_ahead: float
     averaging: Averaging | None
-    weight_decay_mode: str
-    exchange: str
+    weight_decay_mode: WeightDecayMode
+    exchange: Exchange
     max_grad_norm: float | None
     max_consecutive_skips: int | None
     audit_every: int | None
@@ -35,17 +34,18 @@ class Settings:
             raise TypeError(f"compressor must be e.g. saef.ScaledSign() or saef.TopK(0.01), got {self.compressor!r}")
         server = self.server_compressor
         if server is not None and server != "same" and not isinstance(server, Compressor):
-            raise TypeError(f'server_compressor must be "same", None (single-way) or a compressor, got {server!r}')
+            raise TypeError(
+                f'server_compressor must be "same", None (single-way) or a compressor, got {server!r}'
+                f"{nearest(server, ['same'])}"
+            )
         if not _number(self.step_ahead) or not 0.0 <= self.step_ahead <= 1.0:
             raise ValueError(f"step_ahead must be in [0, 1] (0: EF, 1: SAEF), got {self.step_ahead!r}")
         if self.averaging is not None and not isinstance(self.averaging, Averaging):
             raise TypeError(f"averaging must be e.g. saef.AllReduce(period=20), or None, got {self.averaging!r}")
-        for field, allowed in (
-            ("weight_decay_mode", ("coupled", "outer")),
-            ("exchange", ("auto", "replicated", "sharded")),
-        ):
-            if getattr(self, field) not in allowed:
-                raise ValueError(f"{field} must be one of {allowed}, got {getattr(self, field)!r}")
+        for field, words in (("weight_decay_mode", WeightDecayMode), ("exchange", Exchange)):
+            allowed, value = get_args(words), getattr(self, field)
+            if value not in allowed:
+                raise ValueError(f"{field} must be one of {allowed}, got {value!r}{nearest(value, allowed)}")
         norm = self.max_grad_norm
         if norm is not None and (not _number(norm) or not 0.0 < norm < float("inf")):
             raise ValueError(f"max_grad_norm must be a positive number, or None, got {self.max_grad_norm!r}")

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..comm.exchange import Strategy
 from .codec import Block, Layout, block_ranges, lay_out, scalars
 from .compressors import Compressor
 from .kernels.table import COLUMNS, STATE
@@ -88,7 +89,7 @@ class Placement(NamedTuple):
         blocks: the blocks and their servers.
     """
 
-    strategy: str
+    strategy: Strategy
     rank: int
     servers: int
     blocks: Blocks
@@ -99,7 +100,7 @@ def place(
     groups: Sequence[int],
     up: Compressor,
     down: Compressor,
-    strategy: str,
+    strategy: Strategy,
     workers: int,
     rank: int,
 ) -> Placement:

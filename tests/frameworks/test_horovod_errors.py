@@ -21,7 +21,8 @@ if find_spec("horovod") is None:
 import horovod.torch as hvd
 
 import saef
-from saef.integrations.horovod import SAEFCompression
+from saef.integrations.horovod import CompressionSettings, SAEFCompression
+from saef.step.arguments import Carried, StateSettings
 from support.horovod_jobs import backward, make, steps
 from support.horovod_ranks import STALL_S, HorovodPool, command, environment
 from support.training import Job, batch, make_model
@@ -89,6 +90,13 @@ def misuse() -> None:
     sgd = torch.optim.SGD(net.parameters(), lr=0.1)
     with pytest.raises(TypeError, match="takes no transport"):
         SAEFCompression(net, sgd, process_group=object())
+    for word, meant in (("compresor", "compressor"), ("grad_scalar", "grad_scaler")):
+        with pytest.raises(TypeError, match=rf"SAEFCompression: '{word}' is unknown \(did you mean '{meant}'\?\)"):
+            SAEFCompression(net, sgd, **{word: None})
+    with pytest.raises(ValueError, match=r"exchange must be .*got 'shraded' \(did you mean 'sharded'\?\)"):
+        SAEFCompression(net, sgd, exchange="shraded")  # type: ignore[arg-type]
+    transported = {*StateSettings.__annotations__} - {*Carried.__annotations__}
+    assert {*CompressionSettings.__annotations__} == transported
     with pytest.raises(TypeError, match="needs torch.optim.SGD"):
         SAEFCompression(net, torch.optim.Adam(net.parameters()))
     with pytest.raises(ValueError, match="compressor"):

@@ -4,6 +4,8 @@ import inspect
 import json
 import math
 from collections import Counter
+from dataclasses import fields
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -20,12 +22,16 @@ from saef import (
     SAEFState,
     ScaledSign,
     TopK,
+    hooks,
     message_bytes,
 )
 from saef.comm.agreement import compare
 from saef.comm.exchange import LATENCY_BYTES, choose
+from saef.hooks.presets import Rest
+from saef.integrations.deepspeed_config import HYPER, Params, parse
 from saef.rules import SGD, rule_for
 from saef.rules.sgd import Hyper
+from saef.step.arguments import Agreed, StateSettings, nearest
 from saef.step.settings import Settings
 from saef.wire.kernels.table import BYTE, COLUMNS, COUNT, FLOAT, GRAD, GROUP, KIND, NUMEL, STATE
 from saef.wire.plan import partition, plan_bucket
@@ -134,6 +140,89 @@ def test_a_vote_keeps_no_error(changed):
     advice = r'keeps no error.*use step_ahead=0, averaging=None, weight_decay_mode="outer" .*signsgd_majority_vote'
     with pytest.raises(ValueError, match=advice):
         Settings(**{**DEFAULTS, **VOTE, **changed})
+
+
+# --- names and words ----------------------------------------------------------------------------------------
+
+
+def keywords(function):
+    return {n for n, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY}
+
+
+def test_the_types_of_settings_are_those_of_the_state():
+    state = get_type_hints(SAEFState.__init__)
+    assert get_type_hints(StateSettings) == {name: state[name] for name in keywords(SAEFState)}
+    assert not StateSettings.__required_keys__
+
+
+def test_what_ranks_agree_on_is_what_settings_hold():
+    assert get_type_hints(Agreed) == {f.name: get_type_hints(Settings)[f.name] for f in fields(Settings)}
+
+
+def test_deepspeeds_keys_have_types():
+    assert [*Params.__annotations__] == [*HYPER, *DEFAULTS]
+    ours, theirs = get_type_hints(Agreed), get_type_hints(Params)
+    for name in {*DEFAULTS} - {"compressor", "server_compressor", "averaging"}:  # which are objects in JSON
+        assert theirs[name] == ours[name], name
+
+
+FIXED = {"ef": {"step_ahead"}}
+
+
+@pytest.mark.parametrize("name", sorted({*hooks.__all__} - {"saef_hook"}))
+def test_a_preset_takes_what_it_does_not_fix(name):
+    fixed = FIXED.get(name, {"step_ahead", "weight_decay_mode"})
+    preset = getattr(hooks, name)
+    assert keywords(preset) | {*Rest.__annotations__} == {*StateSettings.__annotations__} - fixed
+    assert get_type_hints(preset)["settings"].__args__ == (Rest,)  # Unpack[Rest]
+
+
+MISSPELT = [("compresor", "compressor"), ("Compressor", "compressor"), ("step_ahed", "step_ahead"),
+            ("weigth_decay_mode", "weight_decay_mode"), ("exchang", "exchange"), ("averging", "averaging"),
+            ("max_gradnorm", "max_grad_norm"), ("audit", "audit_every"), ("gradscaler", "grad_scaler"),
+            ("procces_group", "process_group")]  # fmt: skip
+
+
+@pytest.mark.parametrize("word, meant", MISSPELT)
+@pytest.mark.parametrize("make", [SAEFState, hooks.ef])
+def test_a_misspelt_keyword_of_a_state_is_told_the_nearest(make, word, meant):
+    """Before anything else is looked at: there are no ranks here, and no model."""
+    with pytest.raises(TypeError, match=rf"SAEFState: '{word}' is unknown \(did you mean '{meant}'\?\); expected 'mod"):
+        make(None, None, **{word: None})
+
+
+def test_a_keyword_that_is_like_no_other_is_told_all():
+    with pytest.raises(TypeError, match=r"SAEFState: 'lr' is unknown; expected 'model', 'optimizer', 'compressor', "):
+        SAEFState(None, None, compressor=ScaledSign(), lr=0.1)
+
+
+WORDS = [("exchange", "shraded", "sharded"), ("exchange", "Replicated", "replicated"), ("exchange", "atuo", "auto"),
+         ("weight_decay_mode", "couple", "coupled"), ("weight_decay_mode", "OUTER", "outer")]  # fmt: skip
+
+
+@pytest.mark.parametrize("field, word, meant", [*WORDS, ("server_compressor", "Same", "same")])
+def test_a_misspelt_word_is_told_the_nearest(field, word, meant):
+    with pytest.raises((TypeError, ValueError), match=rf"{field} must be .*got '{word}' \(did you mean '{meant}'\?\)"):
+        Settings(**{**DEFAULTS, field: word})
+
+
+@pytest.mark.parametrize("field, word, meant", [*WORDS, ("server_compressor", "sane", "same")])
+def test_a_misspelt_word_in_deepspeeds_json_is_told_the_nearest(field, word, meant):
+    with pytest.raises(
+        (TypeError, ValueError), match=rf"^optimizer\.params.*got '{word}' \(did you mean '{meant}'\?\)"
+    ):
+        parse({"lr": 0.1, field: word})
+
+
+@pytest.mark.parametrize("word, meant", [*MISSPELT[:8], ("momentun", "momentum"), ("LR", "lr")])
+def test_a_misspelt_key_of_deepspeeds_json_is_told_the_nearest(word, meant):
+    with pytest.raises(ValueError, match=rf"^optimizer\.params: '{word}' is unknown \(did you mean '{meant}'\?\); exp"):
+        parse({word: None})
+
+
+@pytest.mark.parametrize("word", ["ring", "", None, 3, ["sharded", "auto"]])
+def test_what_is_like_no_word_gets_no_hint(word):
+    assert nearest(word, ["auto", "replicated", "sharded"]) == ""
 
 
 # --- averaging ----------------------------------------------------------------------------------------------
