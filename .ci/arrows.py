@@ -1,7 +1,7 @@
 """Holds the direction of imports: python .ci/arrows.py [--graph]
 
-Every import counts, also one inside a function or under TYPE_CHECKING. Exits with 1 on an arrow that points upwards,
-and on a circle. `--graph` prints each module with those it imports.
+Every import counts, also one inside a function or under TYPE_CHECKING, but for those of FOR_TYPES. Exits with 1 on an
+arrow that points upwards, and on a circle. `--graph` prints each module with those it imports.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ ROWS = [
     ["saef"],
     ["saef.hooks", "saef.integrations"],
 ]
+# `saef.hooks` and `saef.integrations` are attributes of `saef` that it imports by name when they are first used. Under
+# TYPE_CHECKING, and nowhere else, it may say so to type checkers.
+FOR_TYPES = {("saef", "saef.hooks"), ("saef", "saef.integrations")}
 ROOM = {room: row for row, rooms in enumerate(ROWS) for room in rooms}
 
 
@@ -40,7 +43,15 @@ def modules(root: Path) -> dict[str, Path]:
 def imports(name: str, path: Path, known: dict[str, Path]) -> Iterator[str]:
     """The distribution's modules that a module imports."""
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+    tree = ast.parse(path.read_text("utf-8"))
+    for_types = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+        for statement in block.body
+        for node in ast.walk(statement)
+    }
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in known)
         elif isinstance(node, ast.ImportFrom):
@@ -48,7 +59,8 @@ def imports(name: str, path: Path, known: dict[str, Path]) -> Iterator[str]:
             source = ".".join([*base, *([node.module] if node.module else [])])
             for alias in node.names:
                 target = f"{source}.{alias.name}"
-                if found := target if target in known else source if source in known else "":
+                found = target if target in known else source if source in known else ""
+                if found and not (id(node) in for_types and (name, found) in FOR_TYPES):
                     yield found
 
 

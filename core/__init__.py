@@ -6,7 +6,9 @@ state = saef.SAEFState(model, optimizer, compressor=saef.ScaledSign())
 model.register_comm_hook(state, saef.hooks.saef_hook)
 """
 
+from importlib import import_module
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 from .protocols.adaptive import StochasticAdaptive
 from .protocols.averaging import AllReduce, Averaging, LocalStep, Rotating, Slack
@@ -50,3 +52,20 @@ __all__ = [
     "save_checkpoint",
     "stationary_distance",
 ]
+
+# Attributes that are imported when they are first used. By name, since arrows point down: hooks and integrations import
+# the core, and the core works without them. Type checkers get an import, which never runs.
+_LATER = ("hooks", "integrations")
+
+if TYPE_CHECKING:
+    from . import hooks as hooks
+    from . import integrations as integrations
+else:
+
+    def __getattr__(name):
+        if name in _LATER:
+            return import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__():
+        return sorted({*globals(), *_LATER})

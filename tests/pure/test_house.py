@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import pkgutil
+import re
 import shutil
 import subprocess
 import sys
@@ -50,6 +51,25 @@ def test_an_arrow_upwards_is_found(copy: Path, way: str) -> None:
     assert "saef.comm.exchange imports saef.step.memory: arrows point down only" in found.stderr
 
 
+FOR_TYPES = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from {} import hooks\n"
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("core/__init__.py", "from . import hooks\n"),
+        ("core/__init__.py", "def f():\n    import saef.integrations\n"),
+        ("core/__init__.py", FOR_TYPES.format(".") + "else:\n    from . import hooks\n"),
+        ("core/__init__.py", FOR_TYPES.format(".hooks").replace("hooks\n", "presets\n")),
+        ("core/state.py", FOR_TYPES.format(".")),
+    ],
+)
+def test_only_the_package_itself_may_name_what_is_above_and_for_types_only(copy: Path, file: str, text: str) -> None:
+    with (copy / file).open("a") as changed:
+        changed.write(text)
+    assert re.search(r"saef(\.state)? imports saef\.(hooks|integrations)\S*: arrows point", arrows(copy).stderr)
+
+
 def test_wire_and_protocols_do_not_know_each_other(copy: Path) -> None:
     (copy / "core" / "wire" / "new.py").write_text("from ..protocols.averaging import Averaging\n")
     assert "saef.wire.new imports saef.protocols.averaging" in arrows(copy).stderr
@@ -90,7 +110,41 @@ def test_a_class_is_abstract_or_final() -> None:
                 assert inspect.isabstract(base) or getattr(base, "_is_protocol", False), f"{kind} derives from {base}"
 
 
+def said(code: str) -> str:
+    """What a new process prints that has imported saef alone."""
+    words = [sys.executable, "-c", f"import sys, saef\n{code}"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def test_importing_saef_imports_nothing_that_takes_long() -> None:
-    code = "import saef, saef.hooks, sys; print([m for m in sys.argv[1:] if m in sys.modules])"
-    words = [sys.executable, "-c", code, "numba", "triton", "deepspeed", "horovod", "pandas"]
-    assert subprocess.run(words, capture_output=True, text=True).stdout == "[]\n"
+    heavy = {"numba", "triton", "deepspeed", "horovod", "pandas"}
+    loaded = "print(*sorted(m for m in sys.modules if m.split('.')[0] in " + repr({*heavy, "saef"}) + "))"
+    before, after = said(f"{loaded}; saef.hooks.saef_hook, saef.integrations; {loaded}").splitlines()
+    assert {m.split(".")[0] for m in before.split()} == {m.split(".")[0] for m in after.split()} == {"saef"}
+    assert not [m for m in before.split() if m.startswith(("saef.hooks", "saef.integrations"))]
+    assert {*after.split()} - {*before.split()} >= {"saef.hooks", "saef.hooks.saef_hook", "saef.integrations"}
+
+
+def test_hooks_and_integrations_are_attributes() -> None:
+    assert said("print(sorted({'hooks', 'integrations', 'SAEFState'} & {*dir(saef)}), 'hooks' in vars(saef))") == (
+        "['SAEFState', 'hooks', 'integrations'] False\n"
+    )
+    assert (
+        said("f = saef.hooks.ef; import saef.hooks; print(saef.hooks.ef is f, 'hooks' in vars(saef))") == "True True\n"
+    )
+    assert said("from saef import hooks, integrations; print(hooks.__name__)") == "saef.hooks\n"
+
+
+@pytest.mark.parametrize("module", ["saef", "saef.hooks", "saef.integrations"])
+@pytest.mark.parametrize("name", ["hoks", "tests", "__wrapped__"])
+def test_other_attributes_are_not_there(module: str, name: str) -> None:
+    with pytest.raises(AttributeError, match=f"module '{module}' has no attribute '{name}'"):
+        getattr(importlib.import_module(module), name)
+
+
+@pytest.mark.parametrize("framework", ["deepspeed", "horovod"])
+def test_an_adapter_is_an_attribute_and_says_what_is_missing(framework: str) -> None:
+    code = f"sys.modules['{framework}'] = None\ntry: saef.integrations.{framework}\nexcept ImportError as e: print(e)"
+    assert re.match(f"saef.integrations.{framework} needs {framework}".lower(), said(code).lower())

@@ -16,9 +16,6 @@ import torch
 from torch import nn
 
 import saef
-import saef.hooks
-import saef.integrations.deepspeed
-import saef.integrations.horovod
 
 model = nn.Linear(2, 2)
 sgd = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -37,6 +34,10 @@ saef.SAEFState(model, sgd, server_compressor="sane")  # Argument "server_compres
 saef.SAEFState(model, sgd, compressor="sign")  # Argument "compressor" to "SAEFState" has incompatible type
 saef.SAEFState(model, sgd, averaging=20)  # Argument "averaging" to "SAEFState" has incompatible type
 saef.SAEFState(model, sgd, saef.TopK())  # Too many positional arguments for "SAEFState"
+saef.SAEFSate(model, sgd)  # Module has no attribute "SAEFSate"
+saef.hoks.ef(model, sgd)  # Module has no attribute "hoks"
+saef.hooks.fe(model, sgd)  # Module has no attribute "fe"
+saef.integrations.openmpi  # Module has no attribute "openmpi"
 saef.ScaledSign(block="tensor")  # Argument "block" to "ScaledSign" has incompatible type
 saef.TopK(ration=0.1)  # Unexpected keyword argument "ration" for "TopK"
 if state.strategy == "shraded":  # Non-overlapping equality check
