@@ -106,6 +106,9 @@ class SAEFState:
         )
         self.engine = Engine(model, optimizer, settings, grad_scaler, process_group, transport)
 
+    def __repr__(self) -> str:
+        return f"<SAEFState: {telemetry.describe(self.engine.memory, self.engine.context)}>"
+
     @property
     def weights(self) -> Weights:
         return self.engine.weights

@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 
 from .comm.agreement import gather_values
+from .comm.exchange import sent_bytes
 from .comm.transport import PURPOSES
 from .step.clock import Clock
 from .step.memory import Context, Memory, all_server_errors
 from .wire import kernels
+from .wire.codec import message_bytes
+from .wire.compressors import DENSE
 
 
 def metrics(memory: Memory, context: Context, clock: Clock) -> dict[str, float]:
@@ -43,6 +46,45 @@ def summary(memory: Memory, context: Context, clock: Clock) -> str:
         f"saef step {memory.steps}: {m['bytes_per_step']:,.0f} bytes/step (1/{m['compression_ratio']:.1f}), "
         f"skipped {memory.skipped}{error}; {took}"
     )
+
+
+def describe(memory: Memory, context: Context) -> str:
+    """What `repr(state)` says: method, compressors, ranks, size, bytes. Not collective."""
+    settings, weights, placement = context.settings, context.weights, context.placement
+    up, down, averaging = settings.compressor, settings.reply_compressor, settings.averaging
+    parts = [f"{_method(memory, context)}, {up} "]
+    parts[0] += (
+        "both ways" if up == down else "single-way" if settings.server_compressor is None else f"and {down} back"
+    )
+    if averaging is not None:
+        text = repr(averaging)  # which of a Gossip is all its weights
+        parts.append(f"errors averaged by {text if len(text) <= 40 else f'{text[:37]}...'}")
+    if settings.feedback and settings.outer:
+        parts.append("weight decay at x")
+    ranks = context.transport.size
+    parts.append(f"{ranks} rank{'s' * (ranks > 1)}, {placement.strategy}")
+    parts.append(f"{sum(weights.numels):,} parameters")
+    if memory.steps > memory.counted_from:
+        measured = metrics(memory, context, Clock())
+        parts.append(f"{measured['bytes_per_step']:,.0f} bytes a step and rank")
+    else:
+        sizes = [message_bytes(c, weights.numels, weights.dtype) for c in (up, down)]
+        expected = f"about {sent_bytes(placement.strategy, ranks, *sizes):,.0f} bytes a step and rank"
+        parts.append(expected + (", beside the averaging" if averaging is not None else ""))
+    return "; ".join(parts)
+
+
+def _method(memory: Memory, context: Context) -> str:
+    """What the settings amount to, in the papers' names."""
+    settings = context.settings
+    momentum = len(memory.m) > 0
+    if not settings.feedback:
+        return f"{'signum' if momentum else 'signSGD'} with majority vote"
+    both = (settings.compressor, settings.reply_compressor)
+    if all(c.for_tensor(n).kind == DENSE for c in both for n in context.weights.numels):
+        return f"plain {'momentum ' * momentum}SGD"
+    s = settings.step_ahead
+    return "SAEF" if s == 1 else "EF" if s == 0 else f"SA-PEF (step_ahead={s})"
 
 
 @torch.no_grad()

@@ -78,6 +78,9 @@ class SAEF(torch.optim.SGD):
         engine.save_checkpoint = _wrap(engine, engine.save_checkpoint, _save_checkpoint)
         engine.load_checkpoint = _wrap(engine, engine.load_checkpoint, _load_checkpoint)
 
+    def __repr__(self) -> str:
+        return super().__repr__() + ("" if self.saef is None else f"\n{self.saef!r}")
+
     @property
     def overflow(self) -> bool:
         """Whether all ranks skipped the last step; the engine then counts it and leaves the scheduler where it is."""

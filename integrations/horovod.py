@@ -139,6 +139,9 @@ class SAEFCompression:
         self._guess = 0  # the parameter that is likely the next: one backward is like another
         self._pending = False  # whether gradients came that were not all exchanged
 
+    def __repr__(self) -> str:
+        return f"<SAEFCompression with {self.state!r}>"
+
     def compress(self, tensor: Tensor) -> tuple[Tensor, int | None]:
         """Horovod calls it with a p.grad that is ready: a dummy for Horovod to reduce, and the parameter's number."""
         if not self._engine.attached:

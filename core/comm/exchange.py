@@ -53,9 +53,20 @@ def two_way(
 def choose(workers: int, message_bytes: int, reply_bytes: int) -> Strategy:
     """The cost rule behind exchange="auto": "replicated" unless it sends more than one latency's worth more.
 
-    A rank sends (K - 1) a bytes replicated and (K - 1) / K (a + b) sharded, for messages of a and
-    replies of b bytes (the whole model); sharding costs one more collective (`LATENCY_BYTES`).
+    Sharding costs one more collective (`LATENCY_BYTES`). Arguments as for `sent_bytes`.
     """
-    replicated = (workers - 1) * message_bytes
-    sharded = (workers - 1) * (message_bytes + reply_bytes) / workers
+    replicated = sent_bytes("replicated", workers, message_bytes, reply_bytes)
+    sharded = sent_bytes("sharded", workers, message_bytes, reply_bytes)
     return "replicated" if replicated <= sharded + LATENCY_BYTES else "sharded"
+
+
+def sent_bytes(strategy: Strategy, workers: int, message_bytes: int, reply_bytes: int) -> float:
+    """What a rank sends in a step, in the mean over K ranks: (K - 1) a replicated, (K - 1) / K (a + b) sharded.
+
+    Args:
+        workers: K.
+        message_bytes, reply_bytes: a and b, of a worker's message and of all replies, for the whole model.
+    """
+    if strategy == "replicated":
+        return (workers - 1) * message_bytes
+    return (workers - 1) * (message_bytes + reply_bytes) / workers

@@ -378,3 +378,30 @@ def test_timers_and_monitors_go_on(pools: dict[int, RankPool], tmp_path: Path) -
         assert "bwd_allreduce" in timers
     (rates,) = tmp_path.rglob("*lr.csv")
     assert [float(line.split(",")[1]) for line in rates.read_text().splitlines()[1:]] == [0.1] * 3
+
+
+def represent(group: dist.ProcessGroup, params: dict[str, Any]) -> tuple[str, str]:
+    """repr(optimizer) in an engine, and after the engine has let go of it."""
+    engine = start(Setup(params), Net())
+    optimizer = engine.optimizer
+    found = repr(optimizer)
+    engine.destroy()
+    return found, repr(optimizer)
+
+
+@pytest.mark.parametrize(
+    ("params", "said"),
+    [
+        (TOPK, "SAEF, TopK(ratio=0.1, block='layer') both ways; 2 ranks, replicated; 161 parameters; about "),
+        (
+            {"lr": 0.1, "step_ahead": 0, "exchange": "sharded"},
+            "EF, ScaledSign(block=65536) both ways; 2 ranks, sharded",
+        ),
+    ],
+    ids=["SAEF", "EF"],
+)
+def test_the_optimizer_says_what_it_is(pools: dict[int, RankPool], params: dict[str, Any], said: str) -> None:
+    for inside, after in pools[2].run(represent, params, ranks=2):
+        assert inside.startswith("SAEF (\nParameter Group 0") and "lr: 0.1\n" in inside
+        assert inside.splitlines()[-1].startswith(f"<SAEFState: {said}")
+        assert inside.startswith(after) and "SAEFState" not in after

@@ -19,6 +19,7 @@ from horovod.torch import mpi_ops
 
 import saef
 from saef.comm.agreement import checksum
+from saef.integrations.horovod import SAEFCompression
 from saef.step import buckets
 from support.equal import same, snapshot
 from support.horovod_jobs import backward, make, steps, train
@@ -280,3 +281,18 @@ def test_a_pool_starts_anew_when_a_rank_was_killed_since_the_last_job(horovods: 
     assert horovods[2].run(pid) == before  # no new processes without need
     kill(before[1])
     assert set(horovods[2].run(pid)).isdisjoint(before)
+
+
+def represent(compressor: saef.Compressor, step_ahead: float) -> str:
+    net = make_net(torch.float32)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    return repr(SAEFCompression(net, optimizer, compressor=compressor, step_ahead=step_ahead))
+
+
+@pytest.mark.parametrize(("compressor", "step_ahead", "method"), [(TOPK, 1.0, "SAEF"), (SIGN, 0.0, "EF")])
+def test_a_compression_says_what_it_is(
+    horovods: dict[int, HorovodPool], compressor: saef.Compressor, step_ahead: float, method: str
+) -> None:
+    for said in horovods[2].run(represent, compressor, step_ahead):
+        about = f"{method}, {compressor} both ways; 2 ranks, replicated; 141 parameters; about "
+        assert said.startswith(f"<SAEFCompression with <SAEFState: {about}") and "\n" not in said

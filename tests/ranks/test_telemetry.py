@@ -140,3 +140,99 @@ def vote(group: dist.ProcessGroup) -> tuple[dict[str, float], str]:
 def test_a_vote_has_no_errors_to_measure(pool: RankPool) -> None:
     for measured, line in pool.run(vote, ranks=2):
         assert measured == {} and "\n" not in line and line.startswith("saef step 1: ") and "|e_k|" not in line
+
+
+SIGN, LAYER = saef.ScaledSign(block=9), saef.TopK(0.2, block="layer")
+VOTE = {"compressor": saef.MajorityVote(), "step_ahead": 0.0, "weight_decay_mode": "outer"}
+LINE = saef.Gossip([[0.75, 0.25, 0.0], [0.25, 0.5, 0.25], [0.0, 0.25, 0.75]])
+# Settings, momentum, and what repr(state) says of them first.
+SAID: list[tuple[dict[str, Any], float, str]] = [
+    ({}, 0.9, "SAEF, ScaledSign(block=65536) both ways"),
+    ({"compressor": SIGN, "server_compressor": None}, 0.9, "SAEF, ScaledSign(block=9) single-way"),
+    (
+        {"compressor": LAYER, "server_compressor": saef.Identity()},
+        0.0,
+        "SAEF, TopK(ratio=0.2, block='layer') and Identity() back",
+    ),
+    (
+        {"compressor": SIGN, "averaging": saef.Rotating(4)},
+        0.9,
+        "SAEF, ScaledSign(block=9) both ways; errors averaged by Rotating(period=4)",
+    ),
+    (  # K rows of K weights would be too long
+        {"compressor": SIGN, "averaging": LINE},
+        0.9,
+        "SAEF, ScaledSign(block=9) both ways; errors averaged by Gossip(weights=((0.75, 0.25, 0.0), (0...",
+    ),
+    ({"compressor": SIGN, "step_ahead": 0}, 0.9, "EF, ScaledSign(block=9) both ways"),
+    (
+        {"compressor": SIGN, "step_ahead": 0, "weight_decay_mode": "outer"},
+        0.9,
+        "EF, ScaledSign(block=9) both ways; weight decay at x",
+    ),
+    ({"compressor": SIGN, "step_ahead": 0.5}, 0.9, "SA-PEF (step_ahead=0.5), ScaledSign(block=9) both ways"),
+    (VOTE, 0.0, "signSGD with majority vote, MajorityVote(block=65536) both ways"),
+    (VOTE, 0.9, "signum with majority vote, MajorityVote(block=65536) both ways"),
+    ({"compressor": saef.Identity()}, 0.0, "plain SGD, Identity() both ways"),
+    ({"compressor": saef.Identity()}, 0.9, "plain momentum SGD, Identity() both ways"),
+    (
+        {"compressor": saef.MinSize(1000, SIGN)},
+        0.9,
+        "plain momentum SGD, MinSize(numel=1000, inner=ScaledSign(block=9)) both ways",
+    ),
+]
+
+
+def describe(group: dist.ProcessGroup, strategy: str) -> list[tuple[str, str, float]]:
+    """repr(state) before the first step and after the second, and the bytes counted in a step."""
+    found = []
+    for options, momentum, _ in SAID:
+        options = {"exchange": strategy, **options}
+        _, model, optimizer, state = wrap(group, Job(state=options, groups=[{"momentum": momentum}]))
+        first = repr(state)
+        for t in range(2):
+            optimizer.zero_grad()
+            x, y = batch(dist.get_rank(group), t)
+            F.mse_loss(model(x), y).backward()
+            assert repr(state).startswith(first[:30])  # also while a step is under way
+            optimizer.step()
+        found.append((first, repr(state), state.metrics()["bytes_per_step"]))
+    return found
+
+
+@pytest.mark.parametrize("strategy", ["replicated", "sharded"])
+def test_a_state_says_what_it_is(pool: RankPool, strategy: str) -> None:
+    """Method, compressors, averaging, ranks, strategy, parameters (6 9 + 9 + 9 7 + 7 + 7 + 1) and bytes."""
+    for rank in pool.run(describe, strategy, ranks=K):
+        for (options, _, start), (first, later, measured) in zip(SAID, rank, strict=True):
+            about = f"<SAEFState: {start}; {K} ranks, {strategy}; 141 parameters; "
+            assert first.startswith(f"{about}about ") and later == f"{about}{measured:,.0f} bytes a step and rank>"
+            assert first.endswith(", beside the averaging>" if "averaging" in options else " bytes a step and rank>")
+
+
+def in_one_bucket(group: dist.ProcessGroup, compressor: saef.Compressor, strategy: Any) -> tuple[float, float]:
+    """Bytes a step: what repr(state) expects before the first, and what the first one sent."""
+    net = make_net()
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    state = saef.SAEFState(net, optimizer, compressor=compressor, exchange=strategy, process_group=group)
+    expected = float(repr(state).partition("about ")[2].partition(" bytes")[0].replace(",", ""))
+    x, y = batch(0, 0)
+    F.mse_loss(net(x), y).backward()
+    state.engine.exchange_gradients()
+    optimizer.step()
+    return expected, state.metrics()["bytes_per_step"]
+
+
+@pytest.mark.parametrize("compressor", [SIGN, LAYER, saef.MinSize(9, SIGN)], ids=repr)
+def test_the_bytes_that_it_expects_are_those_that_it_sends(pool: RankPool, compressor: saef.Compressor) -> None:
+    """Whole messages replicated. Sharded in the mean, but for up to 7 bytes of padding in each of K sections."""
+    (a,) = {a for a, _ in pool.run(in_one_bucket, compressor, "replicated", ranks=K)}
+    numels = [p.numel() for p in make_net().parameters()]
+    assert a == (K - 1) * saef.message_bytes(compressor, numels, torch.float64)
+    assert [sent for _, sent in pool.run(in_one_bucket, compressor, "replicated", ranks=K)] == [a] * K
+    sharded = pool.run(in_one_bucket, compressor, "sharded", ranks=K)
+    mean = sum(sent for _, sent in sharded) / K
+    for expected, _ in sharded:
+        assert expected == round(2 / K * a)  # as much again comes back: C is the same both ways
+        # Of messages and replies a rank sends K - 1 of K sections each.
+        assert 0 <= mean - expected + 0.5 <= 2 * (K - 1) * 7 + 1
