@@ -23,6 +23,8 @@ ROWS = [
     ["saef.storage"],
     ["saef"],
     ["saef.hooks", "saef.integrations"],
+    ["saef.trial"],
+    ["saef.__main__"],
 ]
 # `saef.hooks` and `saef.integrations` are attributes of `saef` that it imports by name when they are first used. Under
 # TYPE_CHECKING, and nowhere else, it may say so to type checkers.
