@@ -3,13 +3,14 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from support import EXAMPLES
+from support import EXAMPLES, readme_script
 
 pytestmark = pytest.mark.ahead
 
@@ -20,6 +21,18 @@ def run(*command: str, cwd: Path) -> str:
     done = subprocess.run(words, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def test_the_readmes_script_can_be_copied_and_run(tmp_path: Path) -> None:
+    """Under its own name, by its own command; all ranks train, one reports."""
+    script = readme_script()
+    name, command = re.match(r"# (\S+), started by: torchrun (.*)\n", script).groups()  # type: ignore[union-attr]
+    assert 20 <= len(script.splitlines()) <= 30 and "--nproc_per_node=2" in command and command.endswith(f" {name}")
+    (tmp_path / name).write_text(script)
+    said = run("-m", "torch.distributed.run", *command.split(), cwd=tmp_path).splitlines()
+    losses = [float(re.fullmatch(r"step \d+: loss ([\d.]+) at x_half", line)[1]) for line in said[:-1]]  # type: ignore[index]
+    assert len(losses) == 6 and losses[0] > 2 > 0.5 > losses[-1]  # log(10) is guessing
+    assert said[-1].startswith("<SAEFState: SAEF, ScaledSign(block=65536) both ways; 2 ranks, replicated; 19,210 param")
 
 
 @pytest.mark.parametrize(

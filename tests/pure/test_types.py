@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from support import CHECKOUT
+from support import CHECKOUT, readme_script
 
 # A comment is the start of the error that mypy must find in its line; it must find no other.
 SNIPPET = """\
@@ -75,13 +75,15 @@ def test_wrong_names_and_words_are_errors_and_right_ones_are_not(tmp_path: Path)
     if not find_spec("mypy"):
         pytest.skip("needs mypy")
     (tmp_path / "snippet.py").write_text(SNIPPET)
+    (tmp_path / "train.py").write_text(readme_script().replace(".backward()", ".backward()  # type: ignore"))  # torch's
     words = ["--strict", "--hide-error-context", "--no-pretty", "--cache-dir", str(CHECKOUT / ".cache" / "mypy-user")]
     done = subprocess.run(
-        [sys.executable, "-m", "mypy", *words, "snippet.py"], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "-m", "mypy", *words, "snippet.py", "train.py"], cwd=tmp_path, capture_output=True, text=True
     )
     found = dict(re.findall(r"^snippet\.py:(\d+): error: (.*)$", done.stdout, re.MULTILINE))
     lines = dict(enumerate(SNIPPET.splitlines(), 1))
     expected = {str(n): line.partition("  # ")[2] for n, line in lines.items() if "  # " in line}
+    assert "train.py:" not in done.stdout, done.stdout
     assert found.keys() == expected.keys(), done.stdout + done.stderr
     for n, start in expected.items():
         assert found[n].startswith(start), (n, found[n])

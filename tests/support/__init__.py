@@ -12,11 +12,18 @@ sys.path, test modules since pytest puts their folders there. Names of test file
 """
 
 import os
+import re
 import sys
 from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 EXAMPLES = CHECKOUT / "examples"
+
+
+def readme_script() -> str:
+    """The whole script that the README has for copying."""
+    (script,) = re.findall(r"^```python\n(.*?)^```$", (CHECKOUT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    return script
 
 
 def environment(**variables: str) -> dict[str, str]:
