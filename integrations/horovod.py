@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from saef import SAEFState
-from saef.comm.transport import Ordered
+from saef.comm.transport import Ordered, Purpose
 from saef.step.arguments import Agreed, Scaled, check_known
 from saef.step.buckets import SPARSE
 
@@ -68,21 +68,21 @@ class HorovodTransport(Ordered):
         super().__init__(hvd.rank(), hvd.size(), device, thread=True)
         self._prefix = f"saef.{next(_numbers)}"
 
-    def _all_gather(self, message: Tensor, sizes: Sequence[int], purpose: str) -> Tensor:
+    def _all_gather(self, message: Tensor, sizes: Sequence[int], purpose: Purpose) -> Tensor:
         out: Tensor = _wait(hvd.allgather_async(message.cpu(), f"{self._prefix}.{purpose}.{sum(sizes)}"))
         return out.to(self.device)
 
-    def _all_to_all(self, message: Tensor, sizes: Sequence[int], received: int, purpose: str) -> Tensor:
+    def _all_to_all(self, message: Tensor, sizes: Sequence[int], received: int, purpose: Purpose) -> Tensor:
         splits, name = torch.tensor(sizes, dtype=torch.int32), f"{self._prefix}.{purpose}.{message.numel()}"
         out: Tensor = _wait(hvd.alltoall_async(message.cpu(), splits, name))[0]
         return out.to(self.device)
 
-    def _sum(self, v: Tensor, purpose: str) -> None:
+    def _sum(self, v: Tensor, purpose: Purpose) -> None:
         host = v.cpu()
         _wait(hvd.allreduce_async_(host, op=hvd.Sum, name=f"{self._prefix}.{purpose}.{v.numel()}"))
         v.copy_(host)
 
-    def _send_receive(self, v: Tensor, to: Sequence[int], sources: Sequence[int], purpose: str) -> list[Tensor]:
+    def _send_receive(self, v: Tensor, to: Sequence[int], sources: Sequence[int], purpose: Purpose) -> list[Tensor]:
         """Horovod has nothing between two ranks alone: an all-to-all in which others get nothing."""
         splits = torch.tensor([v.numel() if r in to else 0 for r in range(self.size)], dtype=torch.int32)
         host, name = v.cpu().repeat(len(to)), f"{self._prefix}.{purpose}.neighbours.{v.numel()}"

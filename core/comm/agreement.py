@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .transport import Transport
+from .transport import Purpose, Transport
 
 CHUNK = 1 << 20  # entries of a checksum at a time
 
 
-def gather_values(value: object, transport: Transport, device: torch.device, purpose: str = "settings") -> list[Any]:
+def gather_values(
+    value: object, transport: Transport, device: torch.device, purpose: Purpose = "settings"
+) -> list[Any]:
     """Every rank's value, anything that JSON can say, in rank order. Collective; nothing is unpickled.
 
     Args:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
 
-from .transport import Ordered
+from .transport import Ordered, Purpose
 
 
 @final
@@ -38,7 +38,7 @@ class TorchTransport(Ordered):
         self.group: Any = _private_gloo(group) if cpu else group  # a gloo backend has the same methods
         self._nccl = not cpu and group._get_backend(device).name() == "nccl"
 
-    def _all_gather(self, message: Tensor, sizes: Sequence[int], purpose: str) -> Tensor:
+    def _all_gather(self, message: Tensor, sizes: Sequence[int], purpose: Purpose) -> Tensor:
         out = message.new_empty(sum(sizes))
         if len(set(sizes)) == 1:
             self.group._allgather_base(out, message).wait()
@@ -47,15 +47,15 @@ class TorchTransport(Ordered):
             self.group.alltoall_base(out, copies, list(sizes), [message.numel()] * self.size).wait()
         return out
 
-    def _all_to_all(self, message: Tensor, sizes: Sequence[int], received: int, purpose: str) -> Tensor:
+    def _all_to_all(self, message: Tensor, sizes: Sequence[int], received: int, purpose: Purpose) -> Tensor:
         out = message.new_empty(self.size * received)
         self.group.alltoall_base(out, message, [received] * self.size, list(sizes)).wait()
         return out
 
-    def _sum(self, v: Tensor, purpose: str) -> None:
+    def _sum(self, v: Tensor, purpose: Purpose) -> None:
         self.group.allreduce([v]).wait()
 
-    def _send_receive(self, v: Tensor, to: Sequence[int], sources: Sequence[int], purpose: str) -> list[Tensor]:
+    def _send_receive(self, v: Tensor, to: Sequence[int], sources: Sequence[int], purpose: Purpose) -> list[Tensor]:
         if self._nccl:
             received = [torch.empty_like(v) for _ in sources]
             peer = partial(dist.get_global_rank, self.group)

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, Protocol, TypeVar, final
+from typing import Any, Literal, Protocol, TypeVar, final, get_args
 
 import torch
 from torch import Tensor
@@ -24,7 +24,9 @@ from torch.futures import Future
 T = TypeVar("T")
 Context = Callable[[], AbstractContextManager[Any]]
 
-PURPOSES = ("phase1", "phase2", "averaging", "settings", "checkpoint", "telemetry")  # what bytes are counted as
+# What bytes are counted as.
+Purpose = Literal["phase1", "phase2", "averaging", "settings", "checkpoint", "telemetry"]
+PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 
 
 class Transport(Protocol):
@@ -73,19 +75,19 @@ class Transport(Protocol):
         """`sent_bytes` <- what was sent until a checkpoint that has been loaded."""
         ...
 
-    def all_gather(self, message: Tensor, sizes: Sequence[int], purpose: str) -> Tensor:
+    def all_gather(self, message: Tensor, sizes: Sequence[int], purpose: Purpose) -> Tensor:
         """The ranks' messages one after the other; rank r's has sizes[r] bytes."""
         ...
 
-    def all_to_all(self, message: Tensor, sizes: Sequence[int], received: int, purpose: str) -> Tensor:
+    def all_to_all(self, message: Tensor, sizes: Sequence[int], received: int, purpose: Purpose) -> Tensor:
         """Send section r (sizes[r] bytes) to rank r; [K, received] bytes, row k from rank k."""
         ...
 
-    def mean(self, v: Tensor, purpose: str) -> None:
+    def mean(self, v: Tensor, purpose: Purpose) -> None:
         """v <- mean over the ranks, in place; the same bits on every rank."""
         ...
 
-    def send_receive(self, v: Tensor, to: Sequence[int], sources: Sequence[int], purpose: str) -> list[Tensor]:
+    def send_receive(self, v: Tensor, to: Sequence[int], sources: Sequence[int], purpose: Purpose) -> list[Tensor]:
         """Send v to the ranks of `to`; receive one vector like it from each of `sources`, in this order.
 
         Both are ascending and without this rank. A rank with nothing to send or receive calls it too.
@@ -167,38 +169,38 @@ class Ordered(ABC):
             f"cause: {cause}"
         )
 
-    def all_gather(self, message: Tensor, sizes: Sequence[int], purpose: str) -> Tensor:
+    def all_gather(self, message: Tensor, sizes: Sequence[int], purpose: Purpose) -> Tensor:
         self.sent_bytes[purpose] += message.numel() * (self.size - 1)
         return message if self.size == 1 else self._all_gather(message, sizes, purpose)
 
-    def all_to_all(self, message: Tensor, sizes: Sequence[int], received: int, purpose: str) -> Tensor:
+    def all_to_all(self, message: Tensor, sizes: Sequence[int], received: int, purpose: Purpose) -> Tensor:
         self.sent_bytes[purpose] += sum(sizes) - sizes[self.rank]
         out = message if self.size == 1 else self._all_to_all(message, sizes, received, purpose)
         return out.view(self.size, received)
 
-    def mean(self, v: Tensor, purpose: str) -> None:
+    def mean(self, v: Tensor, purpose: Purpose) -> None:
         self.sent_bytes[purpose] += 2 * (self.size - 1) * v.numel() * v.element_size() // self.size
         if self.size > 1:
             self._sum(v, purpose)
             v.div_(self.size)
 
-    def send_receive(self, v: Tensor, to: Sequence[int], sources: Sequence[int], purpose: str) -> list[Tensor]:
+    def send_receive(self, v: Tensor, to: Sequence[int], sources: Sequence[int], purpose: Purpose) -> list[Tensor]:
         self.sent_bytes[purpose] += len(to) * v.numel() * v.element_size()
         return self._send_receive(v, to, sources, purpose) if self.size > 1 else []
 
     # What subclasses move, among more than one rank.
 
     @abstractmethod
-    def _all_gather(self, message: Tensor, sizes: Sequence[int], purpose: str) -> Tensor: ...
+    def _all_gather(self, message: Tensor, sizes: Sequence[int], purpose: Purpose) -> Tensor: ...
 
     @abstractmethod
-    def _all_to_all(self, message: Tensor, sizes: Sequence[int], received: int, purpose: str) -> Tensor: ...
+    def _all_to_all(self, message: Tensor, sizes: Sequence[int], received: int, purpose: Purpose) -> Tensor: ...
 
     @abstractmethod
-    def _sum(self, v: Tensor, purpose: str) -> None: ...
+    def _sum(self, v: Tensor, purpose: Purpose) -> None: ...
 
     @abstractmethod
-    def _send_receive(self, v: Tensor, to: Sequence[int], sources: Sequence[int], purpose: str) -> list[Tensor]: ...
+    def _send_receive(self, v: Tensor, to: Sequence[int], sources: Sequence[int], purpose: Purpose) -> list[Tensor]: ...
 
 
 EXIT_S = 5.0  # that a process waits at its end for an exchange that is under way

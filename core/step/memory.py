@@ -9,7 +9,7 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
-from ..comm.transport import Transport
+from ..comm.transport import Purpose, Transport
 from ..wire.compressors import DENSE
 from ..wire.plan import Placement
 from .settings import Settings
@@ -109,7 +109,7 @@ class Memory:
         self.steps, self.skipped, self.skipped_in_a_row, self.counted_from = steps, skipped, in_a_row, counted_from
 
 
-def all_server_errors(memory: Memory, context: Context, purpose: str) -> Tensor:
+def all_server_errors(memory: Memory, context: Context, purpose: Purpose) -> Tensor:
     """The server errors of all blocks, flat like e; empty if there are none. Collective, in `Transport.call`."""
     weights, placement = context.weights, context.placement
     if placement.strategy == "replicated" or not context.serves_with_error:

@@ -42,6 +42,8 @@ saef.ScaledSign(block="tensor")  # Argument "block" to "ScaledSign" has incompat
 saef.TopK(ration=0.1)  # Unexpected keyword argument "ration" for "TopK"
 if state.strategy == "shraded":  # Non-overlapping equality check
     pass
+state.engine.transport.mean(torch.ones(1), "averaging")
+state.engine.transport.mean(torch.ones(1), "avreaging")  # Argument 2 to "mean" of "Transport" has incompatible type
 
 saef.hooks.ef(model, sgd, compressor=saef.TopK(), weight_decay_mode="outer", grad_scaler=scaler, exchange="sharded")
 saef.hooks.dist_ef_block_sgd(model, sgd, averaging=saef.AllReduce(20))
