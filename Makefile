@@ -21,7 +21,7 @@ export NUMBA_CACHE_DIR
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help env horovod demo lint types docs test quick reproduce mixing bench soak fuzz clean
+.PHONY: help env horovod demo lint types docs test quick reproduce table1 mixing bench soak fuzz clean
 
 help:
 	@echo 'make env        .venv with the exact versions of constraints.txt and saef installed in it'
@@ -33,6 +33,7 @@ help:
 	@echo 'make test       the whole test suite'
 	@echo 'make quick      the tests that need no Horovod, DeepSpeed or launcher, without the slow ones: 90 s at most'
 	@echo 'make reproduce  examples/reproduce.py on Fashion-MNIST; DATA=folder if you have it already'
+	@echo 'make table1     examples/table1.py: the SAEF paper'\''s Table 1, for one GPU and some minutes; DATA=folder'
 	@echo 'make mixing     examples/mixing.py: mixing times, and training under weak consistency, drawn'
 	@echo 'make bench      the benchmarks behind the figures in docs/performance.md'
 	@echo 'make soak       10,000 steps with NaNs and killed ranks, for two methods: about 15 minutes'
@@ -111,10 +112,13 @@ demo: env
 	$(PY) examples/demo.py $(ARGS)
 
 ifeq ($(DATA),)
-reproduce: $(FASHION)/.complete
+reproduce table1: $(FASHION)/.complete
 endif
 reproduce: env
 	$(PY) examples/reproduce.py --data "$(or $(DATA),$(FASHION))" $(ARGS)
+
+table1: env
+	$(PY) examples/table1.py --data "$(or $(DATA),$(FASHION))" $(ARGS)
 
 # Debian and Ubuntu have the data as a package; unpacking it needs no root.
 $(FASHION)/.complete:
@@ -125,7 +129,7 @@ $(FASHION)/.complete:
 	mv usr/share/datasets/fashion-mnist/*.gz ../../$(FASHION)/ && cd .. && rm -rf deb; } || true
 	@for f in $(FASHION_FILES); do test -s $(FASHION)/$$f || { \
 	echo "Fashion-MNIST could not be fetched as Debian's package dataset-fashion-mnist (apt-get download)." >&2; \
-	echo "Put its four files into $(FASHION), or name their folder with make reproduce DATA=folder:" >&2; \
+	echo "Put its four files into $(FASHION), or name their folder with DATA=folder:" >&2; \
 	for g in $(FASHION_FILES); do echo "    $$g" >&2; done; exit 1; }; done
 	@touch $@
 

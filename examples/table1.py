@@ -13,7 +13,7 @@ random crops (the images padded by 4 pixels of zeros, by 2 if they are smaller t
 Test accuracy on all test images and training loss on the first 5,000 training images, neither cropped nor flipped, at
 x, with batch norm statistics estimated at x on these 5,000. As in the paper's table the accuracy is the best up to the
 first decay; the one at the end stands beside it. Bytes are those that a worker sends in a step, if K ranks share the
-server's part, to the other K - 1: for full precision that is a ring all-reduce.
+server's part (`exchange="sharded"`), to the other K - 1: for full precision that is a ring all-reduce.
 
 Each row is written to --out once it is there. Started again with the same settings, the rows in the file are kept.
 """
@@ -22,6 +22,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import time
 from argparse import Namespace
 from collections.abc import Callable
@@ -226,7 +227,7 @@ def train(label: str, net: nn.Module, batches: Batches, dataset: Dataset, args: 
         run.advance(t, rate(t, steps, args.lr))
         done = t + 1
         if done in points:
-            row["curve"].append([done, run.mean_loss(done - read)])
+            row["curve"].append([done, round(run.mean_loss(done - read), 5)])
             read = done
         if done in evaluations:
             synchronize(args)
@@ -325,13 +326,14 @@ def settings(args: Namespace, net: nn.Module, batches: Batches, dataset: Dataset
 
 
 def machine(args: Namespace) -> dict:
+    """On what a row was made."""
     name = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
     versions = {"saef": saef.__version__, "torch": torch.__version__, "python": platform.python_version()}
     if args.device == "cuda":
         import triton
 
         versions |= {"triton": triton.__version__, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
-    return {"machine": name, "graph": args.graph, "versions": versions}
+    return {"machine": name, "graph": args.graph} | versions
 
 
 def resume(path: Path, wanted: dict, steps: int | None) -> dict:
@@ -349,7 +351,8 @@ def resume(path: Path, wanted: dict, steps: int | None) -> dict:
 def save(path: Path, results: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    text = re.sub(r"\[\s+(\d+),\s+(\S+)\s+\]", r"[\1, \2]", json.dumps(results, indent=1))  # a point of a curve a line
+    part.write_text(text + "\n", encoding="utf-8")
     os.replace(part, path)
 
 
@@ -387,13 +390,13 @@ def main() -> None:
         return
 
     steps = round(args.epochs * batches.per_epoch) if args.epochs else args.steps
-    results = resume(args.out, settings(args, net, batches, dataset), steps) | machine(args)
+    results = resume(args.out, settings(args, net, batches, dataset), steps)
     steps = results["steps"] or steps_in(args.seconds_per_row, net, batches, dataset, args)
     results |= {"steps": steps, "epochs": steps / batches.per_epoch}
     batches.draw(steps, args.seed)
     for label in METHODS:
         if label not in results["rows"]:
-            results["rows"][label] = train(label, net, batches, dataset, args, steps)
+            results["rows"][label] = train(label, net, batches, dataset, args, steps) | machine(args)
             save(args.out, results)
     print(markdown(results))
 

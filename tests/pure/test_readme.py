@@ -148,8 +148,8 @@ def test_targets_of_make_exist(name: str) -> None:
         for line in re.findall(r"^([\w ]+):(?!=)", (CHECKOUT / "Makefile").read_text(), re.MULTILINE)
         for word in line.split()
     }
-    named = re.findall(r"\bmake ((?:[a-z]+ ?)+)", " ; ".join(quoted(TEXTS[name])))
-    named += re.findall(r"^    make ((?:[a-z]+ ?)+)", TEXTS[name], re.MULTILINE)
+    named = re.findall(r"\bmake ((?:[a-z][a-z0-9]* ?)+)", " ; ".join(quoted(TEXTS[name])))
+    named += re.findall(r"^    make ((?:[a-z][a-z0-9]* ?)+)", TEXTS[name], re.MULTILINE)
     for words in named:
         assert {*words.split()} <= targets, f"{name}: make {words}"
 
