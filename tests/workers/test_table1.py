@@ -2,7 +2,9 @@
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from support.reference import Settings, identity, run, scaled_sign, top_k
 
 sys.path.insert(0, str(EXAMPLES))
 
+import one_device
 import table1
 from data import Images
 from one_device import WAYS, Workers, with_batch_statistics
@@ -130,6 +133,32 @@ def test_crops_and_flips_are_those_of_the_plan() -> None:
             padded = F.pad(pixels[index], (2, 2, 2, 2))[:, down : down + 6, right : right + 6]
             assert label == index
             assert torch.equal(image, ((padded.flip(2) if flipped else padded).float() - mean) / std)
+
+
+def test_a_graph_that_does_not_compute_the_step_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: a graph that, replayed, does what it is told to."""
+    x, replay = torch.ones(3), []
+
+    def step() -> None:
+        x.mul_(2)
+
+    graph, stream = SimpleNamespace(replay=lambda: replay[0]()), SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in {
+        "Stream": lambda: stream,
+        "current_stream": lambda: stream,
+        "stream": nullcontext,
+        "synchronize": lambda: None,
+        "CUDAGraph": lambda: graph,
+        "graph": lambda graph, stream: nullcontext(),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    replay[:] = [step]
+    assert one_device.capture(step, [x], lambda: [x]) == graph.replay
+    assert x.tolist() == [1, 1, 1]
+    for wrong in (lambda: x.mul_(2.001), lambda: x.fill_(torch.nan)):
+        replay[:] = [wrong]
+        with pytest.raises(RuntimeError, match="the first step of the CUDA graph is not the step"):
+            one_device.capture(step, [x], lambda: [x])
 
 
 def test_the_learning_rate_falls_where_the_papers_does() -> None:
