@@ -96,8 +96,8 @@ class Workers:
         return [self.x, self.e_server, self.half, self.e, self.m]
 
     def zeros(self, *rows: int) -> Tensor:
-        """[*rows, d]. Rows begin at multiples of 16 bytes: Triton compiles once more for those that do not."""
-        width = -(-self.d // 4) * 4
+        """[*rows, d]. Rows begin as torch aligns a tensor, at multiples of 512 bytes: cuDNN and Triton look at that."""
+        width = -(-self.d // 128) * 128
         return torch.zeros(*rows, width, dtype=self.dtype, device=self.device)[..., : self.d]
 
     def tensors(self, v: Tensor) -> list[Tensor]:

@@ -75,7 +75,7 @@ def assert_equal(found: Tensor, expected: Tensor) -> None:
     assert (found - expected).norm() <= 1e-12 * expected.norm()
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [WAYS[0], *(pytest.param(way, marks=pytest.mark.slow) for way in WAYS[1:])])
 @pytest.mark.parametrize(("name", "ahead", "period"), METHODS)
 def test_the_list_of_workers_is_the_reference(name: str, ahead: float, period: int | None, way: str) -> None:
     net = with_batch_statistics(make_net())
