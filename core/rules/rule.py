@@ -90,7 +90,9 @@ class Rule(ABC):
 
 def table(hyper: Sequence[AnyHyper], dtype: torch.dtype, device: torch.device) -> Tensor:
     """[groups, columns]: what the kernels read, a row a group in the order of the fields."""
-    return torch.tensor([[float(v) for v in h] for h in hyper], dtype=dtype, device=device)
+    rows = [[float(v) for v in h] for h in hyper]
+    host = torch.tensor(rows, dtype=dtype, pin_memory=device.type == "cuda")  # pinned: nobody waits for the copy
+    return host.to(device, non_blocking=True)
 
 
 def step_ahead(x: Tensor, e: Tensor, s: float) -> Tensor:

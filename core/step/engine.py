@@ -93,7 +93,6 @@ class Engine:
         self.context = Context(weights, settings, self._place_servers(settings), self.transport)
         self._plans = Plans(self.context.placement, weights.parameters, weights.dtype)
         self.memory = Memory.create(self.context)
-        self._errors = weights.cut(self.memory.e) if settings.feedback else []
         self.rule.grow(self.memory, hyper)
         self.clock = Clock()
         self._algorithm = Algorithm(self.context, self.memory, self.rule, self.clock)
@@ -144,6 +143,12 @@ class Engine:
         """Average the errors, once a step, and step ahead. Micro-batches stay at x_half."""
         if self._at_half:
             return
+        if self.weights.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a training forward of the wrapped model is being captured into a CUDA graph, which would replay it "
+                "without saef's part of the step: capture parts of the model with torch.cuda.make_graphed_callables, "
+                'or use torch.compile(mode="reduce-overhead")'
+            )
         memory = self.memory
         self.weights.absorb()
         if self._audit.due(memory.steps):
@@ -151,7 +156,7 @@ class Engine:
                 memory.steps, self.rule.read(memory.steps), self.loss_scale.value(), self.weights, self.transport
             )
         self.committed = []
-        self.weights.begin(self._errors, self._averaging.make(memory.steps, memory.e))
+        self.weights.begin(memory.e, self._averaging.make(memory.steps, memory.e))
         self.weights.watch()
         self._at_half = True
 

@@ -7,8 +7,9 @@ in one of two ways:
     Copies   x lies in a flat vector, and is copied into the parameters. Any device; for bf16
              parameters the flat vector is their float32 master.
     Swaps    x stays in the parameters' own storage; x_half lies in a flat vector, and for the time of a
-             step `p.data` points there. float32 and float64 on CPU, where memory traffic is what a
-             step costs: x_half is written by the kernel that has e and x in cache.
+             step `p.data` points there: float32 and float64. `OnCPU`, where memory traffic is what a step
+             costs, x_half is written by the kernel that has e and x in cache; `OnCUDA`, where launches
+             cost too, by one at the forward.
 """
 
 from __future__ import annotations
@@ -20,10 +21,13 @@ from typing import final
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..rules import step_ahead
 from ..wire import kernels
-from ..wire.kernels.table import Update, Worker
+from ..wire.codec import Block, lay_out
+from ..wire.compressors import Identity
+from ..wire.kernels.table import STATE, Update, Worker
 from ..wire.plan import Plan
 
 SAMPLES = 64  # entries of each parameter by which a change through `.data` is noticed
@@ -90,11 +94,11 @@ class Weights(ABC):
         """(v, s) with x_half = v - s e, v flat: what weight decay needs during a step."""
 
     @abstractmethod
-    def begin(self, errors: Sequence[Tensor], averaged: slice) -> None:
+    def begin(self, e: Tensor, averaged: slice) -> None:
         """parameters <- x_half = x - s e (Alg. 1, line 9); after `absorb`.
 
         Args:
-            errors: e, cut like the parameters (empty if there is none, with s = 0).
+            e: [d], or empty if there is none, with s = 0.
             averaged: coordinates of e that were changed since the last commit.
         """
 
@@ -147,15 +151,14 @@ class Copies(Weights):
         self.restore()
 
     @torch.no_grad()
-    def begin(self, errors: Sequence[Tensor], averaged: slice) -> None:
+    def begin(self, e: Tensor, averaged: slice) -> None:
         if self.s != 0.0:
-            for p, x, e in zip(self.parameters, self.views, errors, strict=True):
-                p.copy_(step_ahead(x, e, self.s))
+            for p, x, error in zip(self.parameters, self.views, self.cut(e), strict=True):
+                p.copy_(step_ahead(x, error, self.s))
 
     @torch.no_grad()
     def restore(self) -> None:
-        for p, x in zip(self.parameters, self.views, strict=True):
-            p.copy_(x)
+        torch._foreach_copy_(self.parameters, self.views)
 
     def parts(self) -> list[Tensor]:
         return list(self.flat.split(self.numels))
@@ -167,14 +170,12 @@ class Copies(Weights):
         self._kernels.subtract(plan.apply.table, rates, replies, self.flat)
 
 
-@final
 class Swaps(Weights):
-    """`flat` is x_half, made ready by the commit of the step before."""
+    """`flat` is x_half, during a step."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, s: float) -> None:
         super().__init__(model, optimizer, s)
         self._x = [p.data for p in self.parameters]
-        self._ready: list[tuple[int, int, Tensor]] = []  # of each x when `flat` was made from it
 
     def x(self) -> Tensor:
         return torch.cat(self.parts())
@@ -189,10 +190,30 @@ class Swaps(Weights):
     def write(self, x: Sequence[Tensor]) -> None:
         for mine, value in zip(self._x, x, strict=True):
             mine.copy_(value)
+
+    def restore(self) -> None:
+        for p, x in zip(self.parameters, self._x, strict=True):
+            p.data = x
+
+    def parts(self) -> list[Tensor]:
+        return [x.as_strided((x.numel(),), (1,)) for x in self._x]
+
+
+@final
+class OnCPU(Swaps):
+    """`flat` is made ready by the commit of the step before, unless x or e has changed since."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, s: float) -> None:
+        super().__init__(model, optimizer, s)
+        self._ready: list[tuple[int, int, Tensor]] = []  # of each x when `flat` was made from it
+
+    def write(self, x: Sequence[Tensor]) -> None:
+        super().write(x)
         self._ready = []
 
     @torch.no_grad()
-    def begin(self, errors: Sequence[Tensor], averaged: slice) -> None:
+    def begin(self, e: Tensor, averaged: slice) -> None:
+        errors = self.cut(e) if e.numel() else []
         ready = len(self._ready) == len(self._x) and all(
             p.data_ptr() == address and p._version == version and torch.equal(_sample(x), sample)
             for p, x, (address, version, sample) in zip(self.parameters, self._x, self._ready, strict=True)
@@ -207,14 +228,10 @@ class Swaps(Weights):
             p.data = half
 
     def restore(self) -> None:
-        for p, x in zip(self.parameters, self._x, strict=True):
-            p.data = x
+        super().restore()
         self._ready = [
             (p.data_ptr(), p._version, _sample(x).clone()) for p, x in zip(self.parameters, self._x, strict=True)
         ]
-
-    def parts(self) -> list[Tensor]:
-        return [x.as_strided((x.numel(),), (1,)) for x in self._x]
 
     def commit(
         self, plan: Plan, update: Update, rates: Tensor, worker: Worker, message: Tensor, replies: Tensor
@@ -223,6 +240,53 @@ class Swaps(Weights):
         for i, table, reply_table in plan.of_parameter:
             of_x = worker._replace(x=parts[i])
             self._kernels.advance(table, reply_table, update, of_x, message, rates, replies, self.flat, self.s)
+
+
+@final
+class OnCUDA(Swaps):
+    """x of all parameters as one vector for the kernels, counted from where the first one lies in memory.
+
+    So one launch serves all of them. `flat` is made from x at every `begin`: whatever has been done to x counts.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, s: float) -> None:
+        super().__init__(model, optimizer, s)
+        self._starts = torch.tensor(self.offsets, device=self.device)
+        whole = [Block(Identity(), Identity(), a, a, a, n, 0) for a, n in zip(self.offsets, self.numels, strict=True)]
+        self._whole = lay_out(whole, self.dtype.itemsize, reply=False, served=False).table.to(self.device)
+        self._shifts, self._tables = self._starts, WeakIdKeyDictionary()
+        self._addresses: list[int] = []
+        self.absorb()
+
+    def absorb(self) -> None:
+        super().absorb()
+        addresses = [x.data_ptr() for x in self._x]
+        if addresses != self._addresses:
+            self._addresses, self._tables = addresses, WeakIdKeyDictionary()
+            first, size = addresses[0], self.dtype.itemsize
+            moved = [(a - first) // size - at for a, at in zip(addresses, self.offsets, strict=True)]
+            self._shifts = torch.tensor(moved, device=self.device)
+
+    def _at_x(self, table: Tensor) -> Tensor:
+        """The table with STATE counted from the first parameter's x; kept, since kernels know a table by its object."""
+        moved: Tensor | None = self._tables.get(table)
+        if moved is None:
+            self._tables[table] = moved = table.clone()
+            parameter = torch.searchsorted(self._starts, table[:, STATE].contiguous(), right=True) - 1
+            moved[:, STATE] += self._shifts[parameter]
+        return moved
+
+    @torch.no_grad()
+    def begin(self, e: Tensor, averaged: slice) -> None:
+        self._kernels.step_ahead(self._whole, self._at_x(self._whole), self._x[0], e, self.flat, self.s)
+        for p, half in zip(self.parameters, self.views, strict=True):
+            p.data = half
+
+    def commit(
+        self, plan: Plan, update: Update, rates: Tensor, worker: Worker, message: Tensor, replies: Tensor
+    ) -> None:
+        self._kernels.commit(plan.send.table, update, worker, message)
+        self._kernels.subtract(self._at_x(plan.apply.table), rates, replies, self._x[0])
 
 
 def cut(flat: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
@@ -243,9 +307,13 @@ def create(model: nn.Module, optimizer: torch.optim.Optimizer, s: float) -> Weig
             "or bfloat16 parameters"
         )
     trainable = [p for p in model.parameters() if p.requires_grad]
-    dtypes = {p.dtype for p in trainable}
-    dense = all(_dense(p) and p.device.type == "cpu" for p in trainable)
-    return Swaps(model, optimizer, s) if dense and len(dtypes) == 1 and dtypes <= FULL else Copies(model, optimizer, s)
+    dtypes, devices = {p.dtype for p in trainable}, {p.device.type for p in trainable}
+    if len(dtypes) == 1 and dtypes <= FULL and all(map(_dense, trainable)) and not _captured(model):
+        if devices == {"cpu"}:
+            return OnCPU(model, optimizer, s)
+        if devices == {"cuda"}:
+            return OnCUDA(model, optimizer, s)
+    return Copies(model, optimizer, s)
 
 
 FULL = {torch.float32, torch.float64}
@@ -259,6 +327,12 @@ def _plain(names: list[str]) -> list[str]:
 
 def _sample(x: Tensor) -> Tensor:
     return x.as_strided((x.numel(),), (1,))[:: max(1, x.numel() // SAMPLES)]
+
+
+def _captured(model: nn.Module) -> bool:
+    """Whether `torch.cuda.make_graphed_callables` has a part of it: its graphs read the parameters' own storage."""
+    forwards = (module.__dict__.get("forward") for module in model.modules())
+    return any(getattr(forward, "__module__", None) == torch.cuda.graphs.__name__ for forward in forwards)
 
 
 def _dense(p: Tensor) -> bool:

@@ -7,6 +7,7 @@ numbers of one sign, each in a chain of at most some 60 additions (pairwise, or 
 60 * 2^-53, and the two differ by less than 2^-46: in float32 by one unit in the last place, at most 2^-23.
 """
 
+import copy
 import importlib
 import os
 import subprocess
@@ -15,13 +16,15 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from saef.rules.sgd import DECAY, PLAIN, SGD
+from saef.step.weights import Copies, OnCUDA
 from saef.wire import codec
 from saef.wire.compressors import Compressor, Identity, MajorityVote, ScaledSign, TopK, index_bytes
 from saef.wire.kernels import reference
-from saef.wire.kernels.table import BYTE, COUNT, FLOAT, KIND, NUMEL, STATE, UNIT, Update, Worker
+from saef.wire.kernels.table import BYTE, COUNT, FLOAT, GRAD, KIND, NUMEL, STATE, UNIT, Update, Worker
+from saef.wire.plan import Plans, place
 from support import fuzz
 
 CUDA = torch.cuda.is_available()
@@ -306,6 +309,8 @@ def test_blocks_of_many_tiles(
     n = 3_000_000
     if not CUDA:
         monkeypatch.setattr(cuda.constants, "TILE", 64)
+        monkeypatch.setattr(cuda.constants, "SPAN", 2)
+        monkeypatch.setattr(cuda.constants, "WIDTH", 4)
         for module in (cuda.codes, cuda.programs, cuda.radix):
             monkeypatch.setattr(module, "_CHUNK", type(cuda.constants._CHUNK)(4))
         n = 600
@@ -315,6 +320,69 @@ def test_blocks_of_many_tiles(
     message = scene.message(scene.up)
     message = agree(device, "compress", scene.up.table, *worker, message, layout=scene.up)
     agree(device, "subtract", scene.up.table, ONCE[scene.dtype], message, scene.x)
+
+
+@pytest.mark.parametrize("sampled", ["far too large", "zero", "all there is"])
+def test_a_sample_that_misleads(device: torch.device, sampled: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bar of a large block may be too high, or let everything through: the selection is the same."""
+    tile, runs = (64, 2) if device.type == "cpu" else (4096, 128)
+    monkeypatch.setattr(cuda.constants, "TILE", tile)
+    n = 20 * tile + 7
+    scene = Scene([(TopK(0.2, "layer"), TopK(0.2, "layer"), n)], torch.float32)
+    lane = torch.arange(tile)
+    seen = lane // 32 * (n - 32) // (runs - 1) + lane % 32  # as `cuda.radix.sampled`
+    row = scene.up.table[0].tolist()
+    for v, at in ((scene.g, row[GRAD]), (scene.e_server, int(scene.down_served.table[0, STATE]))):
+        block = v[at : at + n]
+        if sampled == "far too large":
+            block[seen] = 1e6
+        elif sampled == "zero":
+            block[seen] = 0.0
+        else:
+            block[torch.ones(n).index_fill_(0, seen, 0).bool()] = 0.0
+    message = scene.message(scene.up)
+    rule = identity_rule(torch.float32)
+    agree(device, "compress", scene.up.table, rule, only(scene.g), message, layout=scene.up)
+    messages = scene.messages(2, rule)
+    tables, reply = (scene.up_served.table, scene.down_served.table), scene.message(scene.down_served)
+    agree(device, "serve", *tables, messages, scene.e_server, reply, layout=scene.down_served)
+    agree(device, "serve", *tables, messages, scene.e_server[:0], reply, layout=scene.down_served)
+
+
+def test_x_in_the_parameters_own_storage(device: torch.device) -> None:
+    """`OnCUDA` against `Copies` with the reference: also where x is given other storage between steps."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(30, 20), nn.Linear(20, 50))
+    twin = copy.deepcopy(net)
+    net = net.to(device)
+    ours, theirs = (kind(n, torch.optim.SGD(n.parameters()), 0.3) for kind, n in ((OnCUDA, net), (Copies, twin)))
+    ours._kernels, theirs._kernels = cuda, reference
+    code, numels, d = TopK(0.1, 64), ours.numels, len(ours.flat)
+    placement = place(numels, [0] * 4, code, code, "replicated", 1, 0)
+    for t in range(4):
+        g, m, e = torch.randn(3, d)
+        plans = Plans(placement, theirs.parameters, torch.float32)
+        _, plan = plans.find(theirs.parameters, list(g.split(numels)), g)
+        rule = identity_rule(torch.float32)._replace(feedback=True)
+        message, rates = torch.zeros(plan.send.message_bytes, dtype=torch.uint8), torch.ones(1)
+        reference.compress(plan.send.table, rule, Worker(g, m[None], e, theirs.flat), message)
+        for weights, at in ((ours, device), (theirs, torch.device("cpu"))):
+            weights.absorb()
+            here = Worker(*(v.to(at, copy=True) for v in (g, m[None], e, weights.x_half()[0])))
+            there = [v.to(at) for v in (rates, message)]
+            weights.commit(plan.to(at), rule._replace(hyper=rule.hyper.to(at)), there[0], here, there[1], there[1])
+            weights.begin(here.e, slice(0, 0))
+        for a, b in zip(net.parameters(), twin.parameters(), strict=True):
+            assert_same(b.detach(), a.detach())
+        for weights in (ours, theirs):
+            weights.restore()
+        for a, b in zip(ours.parts(), theirs.parts(), strict=True):
+            assert_same(b, a)
+        if t == 1:
+            net[0].weight.data = net[0].weight.data.clone()
+        if t == 2:
+            for n in (net, twin):
+                n[1].bias.data.mul_(0.5)
 
 
 def test_indices_of_four_bytes(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -635,7 +703,7 @@ def test_kernels_compile_for_hopper() -> None:
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     names, checked = done.stdout.splitlines()
-    assert names.count("'") == 2 * 11
+    assert names.count("'") == 2 * 13
     assert checked == "checked"
 
 

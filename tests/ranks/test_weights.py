@@ -13,7 +13,7 @@ from saef.rules import SGD, step_ahead
 from saef.rules.rule import table as hyper_table
 from saef.rules.sgd import PLAIN
 from saef.step import engine
-from saef.step.weights import Copies, Swaps, create
+from saef.step.weights import Copies, OnCPU, create
 from saef.wire.codec import Block, block_ranges, lay_out
 from saef.wire.kernels import cpu
 from saef.wire.kernels.table import Update, Worker
@@ -53,8 +53,8 @@ def test_create_swaps_where_it_can() -> None:
     def kind(net: nn.Module) -> type:
         return type(create(net, torch.optim.SGD(net.parameters(), lr=0.1), 1.0))
 
-    assert kind(nn.Linear(3, 2)) is Swaps
-    assert kind(nn.Linear(3, 2).double()) is Swaps
+    assert kind(nn.Linear(3, 2)) is OnCPU
+    assert kind(nn.Linear(3, 2).double()) is OnCPU
     assert kind(nn.Linear(3, 2).bfloat16()) is Copies
     assert kind(nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2).bfloat16())) is Copies
     gaps = nn.Linear(3, 2)
@@ -78,7 +78,7 @@ def test_names_are_those_of_the_module_that_was_wrapped() -> None:
 
 def train_with(group: dist.ProcessGroup, job: Job, way: str) -> dict[str, Any]:
     original = engine.create
-    engine.create = {"copies": Copies, "swaps": Swaps}[way]
+    engine.create = {"copies": Copies, "swaps": OnCPU}[way]
     try:
         return train(group, job)
     finally:
@@ -126,7 +126,7 @@ def test_a_changed_parameter_is_stepped_ahead_from(edit: Any) -> None:
             edit(net.weight)
         ahead, before = expected(), [p.detach().clone() for p in net.parameters()]
         weights.absorb()
-        weights.begin(errors, slice(0, 0))
+        weights.begin(e, slice(0, 0))
         assert all(torch.equal(p, a) for p, a in zip(net.parameters(), ahead, strict=True))
         weights.restore()
         assert all(torch.equal(p, x) for p, x in zip(net.parameters(), before, strict=True))

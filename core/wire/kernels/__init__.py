@@ -1,4 +1,4 @@
-"""The hot loops, behind one interface: seven functions that `select` picks by device.
+"""The hot loops, behind one interface: eight functions that `select` picks by device.
 
 A *table* lists blocks; the names of all arguments are in `saef.wire.kernels.table`.
 
@@ -8,6 +8,7 @@ A *table* lists blocks; the names of all arguments are in `saef.wire.kernels.tab
     serve(table, reply_table, messages, e, reply)   reply <- C(e + mean_k C(D_k))      Alg. 1, 21, 23
     settle(table, reply_table, messages, e, reply)  e <- D - C(D), D as in serve       Alg. 1, 22
     subtract(table, rates, message, v)              v <- v - rate C                    Alg. 1, 25
+    step_ahead(table, x_table, x, e, half, ahead)   half <- x - s e                    Alg. 1, 9
     inspect(table, message)                         is it a message of this table?
 
 `compress` and `serve` change nothing but the message: a step that is abandoned leaves no trace. `serve`
@@ -53,6 +54,7 @@ class Kernels(Protocol):
     def serve(self, table: Tensor, reply_table: Tensor, messages: Tensor, e: Tensor, reply: Tensor) -> None: ...
     def settle(self, table: Tensor, reply_table: Tensor, messages: Tensor, e: Tensor, reply: Tensor) -> None: ...
     def subtract(self, table: Tensor, rates: Tensor, message: Tensor, v: Tensor) -> None: ...
+    def step_ahead(self, table: Tensor, x_table: Tensor, x: Tensor, e: Tensor, half: Tensor, ahead: float) -> None: ...
     def inspect(self, table: Tensor, message: Tensor) -> None: ...
 
 

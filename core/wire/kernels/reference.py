@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...rules import RULES, correct, step_ahead
+from ... import rules
+from ...rules import RULES, correct
 from ..compressors import DENSE, SIGN, TOPK, index_bytes
 from .table import (
     BYTE,
@@ -60,9 +61,7 @@ def advance(
     """`commit`, `subtract` from x, and half <- x - ahead e. During the step x_half is in `half`; decay reads it."""
     commit(table, update, worker._replace(x=half), message)
     subtract(reply_table, rates, replies, worker.x)
-    for row, out in zip(_rows(table), _rows(reply_table), strict=True):
-        x = _at(out, worker.x)
-        _at(row, half).copy_(step_ahead(x, _at(row, worker.e), ahead) if ahead else x)  # Alg. 1, line 9
+    step_ahead(table, reply_table, worker.x, worker.e, half, ahead)
 
 
 def serve(table: Tensor, reply_table: Tensor, messages: Tensor, e: Tensor, reply: Tensor) -> None:
@@ -79,6 +78,12 @@ def settle(table: Tensor, reply_table: Tensor, messages: Tensor, e: Tensor, repl
 def subtract(table: Tensor, rates: Tensor, message: Tensor, v: Tensor) -> None:
     for i, row in enumerate(_rows(table)):
         _at(row, v).sub_(_decode(i, row, message, v.dtype, rates[row[GROUP]]))
+
+
+def step_ahead(table: Tensor, x_table: Tensor, x: Tensor, e: Tensor, half: Tensor, ahead: float) -> None:
+    for row, out in zip(_rows(table), _rows(x_table), strict=True):
+        at = _at(out, x)
+        _at(row, half).copy_(rules.step_ahead(at, _at(row, e), ahead) if ahead else at)  # Alg. 1, line 9
 
 
 def inspect(table: Tensor, message: Tensor) -> None:
@@ -106,7 +111,7 @@ def _produce(row: Row, update: Update, worker: Worker) -> tuple[Tensor, Tensor]:
     h = rule.hyper(*update.hyper[row[GROUP]].tolist())
     g = worker.g[row[GRAD] : row[GRAD] + row[NUMEL]]
     e, x = _at(row, worker.e), _at(row, worker.x)
-    x_half = step_ahead(x, e, update.step_ahead) if len(x) and len(e) else x
+    x_half = rules.step_ahead(x, e, update.step_ahead) if len(x) and len(e) else x
     m_new, u = rule.update(h, g, _at(row, worker.m), x_half)
     return m_new, correct(h, e, u, update.feedback)
 

@@ -10,7 +10,8 @@ Legend of the names that all backends use (d: coordinates of the model, B: block
     messages            [K, bytes] uint8          one from every worker, bytes > 0
     rates               [groups] state's dtype    what C is multiplied with: 1 where D contains eta, else eta
     v                   [n] state's dtype         what a message is subtracted from
-    half, ahead         [d] state's dtype, float  x_half, and the s of the next step's (advance)
+    half, ahead         [d] state's dtype, float  x_half, and its s: the next step's (advance), this one's (step_ahead)
+    x_table             [B, COLUMNS] int64        the blocks with their offsets in x (step_ahead)
 
 The state's dtype is float32 or float64. Offsets in a table count elements, except BYTE.
 """

@@ -31,11 +31,12 @@ import torch
 from numba import boolean, from_dtype, int64, types, uint8
 from torch import Tensor
 
+from ..reference import step_ahead
 from ..table import KIND, NUMEL, Update, Worker, check_kinds, malformed, unknown_rule
 from . import compiling, loops, rules
 from .records import CHUNK, Array, Message
 
-__all__ = ["CHUNK", "advance", "commit", "compress", "inspect", "prepare", "serve", "settle", "subtract"]
+__all__ = ["CHUNK", "advance", "commit", "compress", "inspect", "prepare", "serve", "settle", "step_ahead", "subtract"]
 
 PARALLEL_NUMEL = 1 << 19  # coordinates; below this, starting threads costs more than it gains
 

@@ -24,6 +24,7 @@ Arguments of the kernels (T is the state's dtype), all in device memory but the 
     floats, message           a message as [scalars] T and as [bytes] uint8, the same memory; reply_floats, reply too
     messages                  [K, bytes] uint8; float_stride, byte_stride: from one message to the next, in entries
     rates, half, ahead        [groups], [d], [1] T
+    x_table                   [B, COLUMNS] int64, STATE counted in x; x may be where an address is counted from
     partial, vector, hist, counts   of `Work`
     bad                       [1] int32: the lowest row of a malformed message, or NO_ROW
     slots, digits             int: see `radix`
@@ -50,7 +51,7 @@ except ImportError as error:
         "otherwise: pip install triton"
     ) from error
 
-from . import programs, radix, rules
+from . import constants, programs, radix, rules
 from .constants import NO_ROW
 from .tiling import Tiling, Work, launch, make_work, tiling_of
 
@@ -59,11 +60,10 @@ Args = tuple[tuple[Any, ...], dict[str, Any]]
 
 def compress(table: Tensor, update: Update, worker: Worker, message: Tensor) -> None:
     tiling, floats = tiling_of(table), message.view(worker.g.dtype)
-    work = make_work(tiling, worker.g, tiling.slots > 0)
+    work = make_work(tiling, worker.g)
     args, flags = _worker_args(update, worker)
-    codes = (floats, message, work.partial, work.vector, work.hist)
-    launch(programs.compress, tiling, table, *args, *codes, **flags, HAS_TOPK=tiling.topk)
-    _finish(tiling, work, table, floats, message)
+    launch(programs.sample, tiling, table, tiling.large, *args, work.bars, programs=tiling.large.size(0), **flags)
+    _encode(programs.compress, tiling, work, table, table, *args, floats, message, **flags)
 
 
 def commit(table: Tensor, update: Update, worker: Worker, message: Tensor) -> None:
@@ -86,21 +86,21 @@ def advance(
     ahead: float,
 ) -> None:
     """`commit`, `subtract` from x, and half <- x - ahead e. During the step x_half is in `half`; decay reads it."""
-    x, e = worker.x, worker.e
     commit(table, update, worker._replace(x=half), message)
-    subtract(reply_table, rates, replies, x)
-    s = _number(ahead, half.dtype, half.device)
-    launch(programs.step_ahead, tiling_of(table), table, reply_table, x, e, half, s, AHEAD=ahead != 0)
+    subtract(reply_table, rates, replies, worker.x)
+    step_ahead(table, reply_table, worker.x, worker.e, half, ahead)
 
 
 def serve(table: Tensor, reply_table: Tensor, messages: Tensor, e: Tensor, reply: Tensor) -> None:
     tiling, floats = tiling_of(reply_table), reply.view(e.dtype)
-    work = make_work(tiling, e, tiling.slots > 0 or tiling_of(table).topk)
-    codes = (floats, reply, work.partial, work.vector, work.hist)
+    work = make_work(tiling, e, mean=tiling_of(table).topk)
     args, flags = _server_args(messages, e)
-    flags.update(HAS_E=e.numel() > 0, HAS_TOPK=tiling.topk)
-    launch(programs.serve, tiling, table, reply_table, *args, *codes, **flags)
-    _finish(tiling, work, reply_table, floats, reply)
+    flags["HAS_E"] = e.numel() > 0
+    if flags["HAS_E"]:
+        launch(programs.sample_error, tiling, reply_table, tiling.large, e, work.bars, programs=tiling.large.size(0))
+    else:
+        work.bars.fill_(1)  # the mean of top-k messages is mostly 0
+    _encode(programs.serve, tiling, work, reply_table, table, reply_table, *args, floats, reply, **flags)
     _check_now(e)
 
 
@@ -117,10 +117,17 @@ def subtract(table: Tensor, rates: Tensor, message: Tensor, v: Tensor) -> None:
     _check_now(v)
 
 
+def step_ahead(table: Tensor, x_table: Tensor, x: Tensor, e: Tensor, half: Tensor, ahead: float) -> None:
+    tiling = tiling_of(table)
+    tiling = tiling._replace(align=min(tiling.align, tiling_of(x_table).align))
+    s = _number(ahead, half.dtype, half.device)
+    launch(programs.step_ahead, tiling, table, x_table, x, e, half, s, AHEAD=ahead != 0)
+
+
 def inspect(table: Tensor, message: Tensor) -> None:
     tiling = tiling_of(table)
     if tiling.topk:
-        launch(programs.inspect, tiling, table, message, _bad(message.device), programs=len(table))
+        launch(programs.inspect, tiling, table, message, _bad(message.device), programs=table.size(0))
     _check_now(message)
 
 
@@ -168,19 +175,31 @@ def _worker_args(update: Update, worker: Worker) -> Args:
 
 
 def _server_args(messages: Tensor, e: Tensor) -> Args:
-    floats, K = messages.view(e.dtype), len(messages)
+    floats, K = messages.view(e.dtype), messages.size(0)
     args = (floats, floats.stride(0), messages, messages.stride(0), e, _bad(e.device))
     return args, {"K": K, "LANES": triton.next_power_of_2(2 * K)}
 
 
-def _finish(tiling: Tiling, work: Work, table: Tensor, floats: Tensor, message: Tensor) -> None:
-    """Finish what one tile cannot tell: scales, and top-k of blocks of more than one tile."""
+def _encode(program: Any, tiling: Tiling, work: Work, table: Tensor, *args: Any, **flags: Any) -> None:
+    """Run `program`, which codes D tile by tile, and finish what one tile cannot tell. `table`: of what is coded."""
+    floats, message = args[-2:]
+    flags["HAS_TOPK"] = tiling.topk
+    launch(program, tiling, *args, *work, REFILL=False, **flags)
     if tiling.signs:
-        launch(programs.write_scale, tiling, tiling.first, table, work.partial, floats, programs=len(table))
-    if tiling.slots:
-        digits = len(work.hist)
-        args = (table, work.vector, work.hist, tiling.slots)
-        for known in range(1, digits):
-            launch(radix.narrow, tiling, *args, known)
-        launch(radix.count_kept, tiling, *args, digits, work.counts)
-        launch(radix.keep, tiling, *args, digits, work.counts, floats, message)
+        launch(programs.write_scale, tiling, tiling.first, table, work.partial, floats, programs=table.size(0))
+    if slots := tiling.large.size(0):
+        launch(program, tiling, *args, *work, REFILL=True, **flags)
+        digits = floats.element_size()
+        hist = floats.new_zeros((digits, slots, constants._DIGITS.value), dtype=torch.int32)
+        kept = floats.new_empty((tiling.groups.size(0), 2), dtype=torch.int32)
+        candidates = (tiling.tiles, table, work.vector, work.counts, hist, slots)
+        for known in range(digits):
+            _select(radix.narrow, tiling, *candidates, known)
+        _select(radix.count_kept, tiling, *candidates, digits, kept)
+        _select(radix.keep, tiling, *candidates, digits, kept, work.where, floats, message)
+
+
+def _select(program: Any, tiling: Tiling, *args: Any) -> None:
+    """One program per group."""
+    group = {"SPAN": constants.SPAN, "WIDTH": constants.WIDTH}
+    launch(program, tiling._replace(tiles=tiling.groups), *args, **group)

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from .constants import _BYTE, _CHUNK, _COUNT, _DENSE, _DIGITS, _FLOAT, _KIND, _NUMEL, _SIGN, jit
-from .select import add_histogram, histogram_of, key_of, pick
+from .constants import _BYTE, _CHUNK, _COUNT, _DENSE, _FLOAT, _KIND, _NUMEL, _SIGN, jit
+from .select import key_of, largest
 
 
 # fmt: off
@@ -35,9 +35,10 @@ def index_bytes(n):  # type: ignore[no-untyped-def]
 @jit
 def index_at(start, j, width, mask):  # type: ignore[no-untyped-def]
     """Indices j of a block, little-endian; 0 where masked."""
-    index, there = tl.zeros_like(j), tl.where(mask, width, 0)
+    index = tl.zeros_like(j)
     for b in tl.static_range(4):
-        index |= tl.load(start + j * width + b, mask=b < there, other=0).to(tl.int64) << (8 * b)
+        if b < width:
+            index |= tl.load(start + j * width + b, mask=mask, other=0).to(tl.int64) << (8 * b)
     return index
 
 
@@ -77,28 +78,68 @@ def add_kept(  # type: ignore[no-untyped-def]
     width = index_bytes(n)
     floats += tl.load(row + _FLOAT)
     messages += tl.load(row + _BYTE)
+    if (n <= TILE) & (count <= _CHUNK):
+        wrong = add_few(n, count, width, floats, float_stride, messages, byte_stride, factor, v, K)
+    else:
+        wrong = add_many(
+            n, count, width, lo, floats, float_stride, messages, byte_stride, factor, v, K, LANES, TILE
+        )
+    if tl.max(wrong, 0) > 0:
+        tl.atomic_min(bad, r.to(tl.int32))
+
+
+@jit
+def add_few(n, count, width, floats, float_stride, messages, byte_stride, factor, v, K: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The block is one tile, and its entries fit into registers: the next message's are read before these are added."""
+    j = tl.arange(0, _CHUNK).to(tl.int64)
+    index, before, value = entries(j, j < count, width, floats, messages)
+    wrong = tl.zeros((_CHUNK,), tl.int32)
+    for k in range(K):
+        here, below, add = index, before, value * factor
+        floats += float_stride
+        messages += byte_stride
+        index, before, value = entries(j, (j < count) & (k + 1 < K), width, floats, messages)
+        fine = (here < n) & ((here > below) | (j == 0))
+        wrong += ((j < count) & (fine == 0)).to(tl.int32)
+        used = (j < count) & fine
+        tl.store(v + here, tl.load(v + here, mask=used, other=0) + add, mask=used)
+        tl.debug_barrier()  # the next message may add to what another thread has written
+    return wrong
+
+
+@jit
+def add_many(  # type: ignore[no-untyped-def]
+    n, count, width, lo, floats, float_stride, messages, byte_stride, factor, v,
+    K: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
+):
+    """A tile of several, or with many entries: those in it are found, and read in chunks."""
     found = find(messages, byte_stride, count, width, lo, K, LANES, TILE)
     lane = tl.arange(0, LANES)
-    wrong = tl.full((), 0, tl.int32)
+    wrong = tl.zeros((_CHUNK,), tl.int32)
     for k in range(K):
         start = tl.sum(tl.where(lane == 2 * k, found, 0), 0)
         end = tl.sum(tl.where(lane == 2 * k + 1, found, 0), 0)
         for chunk in range(start, end, _CHUNK):
             j = chunk + tl.arange(0, _CHUNK)
-            index = index_at(messages, j, width, j < end)
-            before = index_at(messages, j - 1, width, (j < end) & (j > 0))
+            index, before, value = entries(j, j < end, width, floats, messages)
             fine = (index >= lo) & (index < tl.minimum(lo + TILE, n)) & ((index > before) | (j == 0))
-            wrong += tl.sum(((j < end) & (fine == 0)).to(tl.int32), 0)
+            wrong += ((j < end) & (fine == 0)).to(tl.int32)
             used = (j < end) & fine
-            value = tl.load(floats + j, mask=used, other=0) * factor
-            tl.store(v + index, tl.load(v + index, mask=used, other=0) + value, mask=used)
+            tl.store(v + index, tl.load(v + index, mask=used, other=0) + value * factor, mask=used)
         if lo + TILE >= n:
             wrong += (end != count).to(tl.int32)
         tl.debug_barrier()  # the next message may add to what another thread has written
         floats += float_stride
         messages += byte_stride
-    if wrong > 0:
-        tl.atomic_min(bad, r.to(tl.int32))
+    return wrong
+
+
+@jit
+def entries(j, there, width, floats, messages):  # type: ignore[no-untyped-def]
+    """Entries j of a block where they are `there`: index, the index before, value."""
+    index = index_at(messages, j, width, there)
+    before = index_at(messages, j - 1, width, there & (j > 0))
+    return index, before, tl.load(floats + j, mask=there, other=0)
 
 
 @jit
@@ -132,12 +173,12 @@ def average(  # type: ignore[no-untyped-def]
     mean = tl.zeros((TILE,), dtype)
     at = floats + tl.load(row + _FLOAT)
     if kind == _SIGN:
-        for _ in range(K):
+        for _ in tl.range(0, K, loop_unroll_factor=4):
             mean += signed(row, i, inside, messages, tl.load(at) * share)
             at += float_stride
             messages += byte_stride
     elif kind == _DENSE:
-        for _ in range(K):
+        for _ in tl.range(0, K, loop_unroll_factor=4):
             mean += tl.load(at + i, mask=inside, other=0) * share
             at += float_stride
     else:
@@ -152,10 +193,10 @@ def average(  # type: ignore[no-untyped-def]
 
 @jit
 def encode(  # type: ignore[no-untyped-def]
-    row, lo, slot, i, inside, D, floats, message, partial, vector, hist,
-    TILE: tl.constexpr, HAS_TOPK: tl.constexpr,
+    row, lo, at, slot, i, inside, D, floats, message, partial, vector, where, bars, found, counts,
+    TILE: tl.constexpr, HAS_TOPK: tl.constexpr, REFILL: tl.constexpr,
 ):
-    """Code of a tile of D, as far as one tile can tell. `vector`: scratch for the block."""
+    """Code of a tile of D, as far as one tile can tell; of a longer top-k block its candidates (`radix`)."""
     kind = tl.load(row + _KIND)
     if kind == _SIGN:
         bits = tl.reshape(((D >= 0) & inside).to(tl.int32), (TILE // 8, 8))  # sign(0) = +1
@@ -169,28 +210,52 @@ def encode(  # type: ignore[no-untyped-def]
         tl.store(floats + tl.load(row + _FLOAT) + i, D, mask=inside)
     elif HAS_TOPK:
         key = key_of(D, inside)
-        prefix = tl.full((), 0, key.dtype)
         if slot < 0:
-            need = tl.load(row + _COUNT).to(tl.int32)
-            for known in range(4 if key.dtype == tl.int32 else 8):
-                prefix, need = pick(histogram_of(key, known, prefix), prefix, need)
-            write_kept(row, i, D, key, prefix, need, 0, 0, floats, message)
+            bar, need = largest(key, tl.load(row + _COUNT).to(tl.int32))
+            above, ties = ranks(key > bar, key == bar)
+            write_kept(row, i, D, key, bar, need, above, ties, floats, message)
         else:
-            tl.store(vector + i, D, mask=inside)
-            add_histogram(hist + slot * _DIGITS, histogram_of(key, 0, prefix))
+            offer(slot, at + lo, i, D, key, vector, where, bars, found, counts, REFILL)
 
 
 @jit
-def write_kept(row, i, D, key, threshold, need, above, ties, floats, message):  # type: ignore[no-untyped-def]
-    """Write the entries of a tile above the threshold, and the first `need` ties of the block.
+def offer(slot, start, i, D, key, vector, where, bars, found, counts, REFILL: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Put the tile's candidates, those not below the block's bar, in order where the tile begins. REFILL: all."""
+    bar = tl.full((), 0, key.dtype)
+    if not REFILL:
+        bar = tl.load(bars + slot).to(key.dtype)
+    place, _ = ranks(key >= bar, key < 0)
+    at = start + place - 1
+    tl.debug_barrier()  # `average` has read from there what another thread may now write
+    tl.store(vector + at, D, mask=key >= bar)
+    tl.store(where + at, i.to(tl.int32), mask=key >= bar)
+    count = tl.sum((key >= bar).to(tl.int32), 0)
+    tl.store(counts + tl.program_id(0), count)
+    if not REFILL:
+        tl.atomic_add(found + slot, count, sem="relaxed")
 
-    `above` and `ties`: entries above, and at, the threshold in the block's tiles before this one.
+
+@jit
+def ranks(above, tie):  # type: ignore[no-untyped-def]
+    """Along the last axis, how many entries are `above`, and how many `tie`, up to each one and with it."""
+    if above.shape[-1] < 1 << 15:
+        both = tl.cumsum(above.to(tl.int32) | (tie.to(tl.int32) << 16), -1)
+        return both & 0xFFFF, both >> 16
+    else:
+        return tl.cumsum(above.to(tl.int32), -1), tl.cumsum(tie.to(tl.int32), -1)
+
+
+@jit
+def write_kept(row, i, D, key, bar, need, above, ties, floats, message):  # type: ignore[no-untyped-def]
+    """Write the entries above the bar, and the first `need` of the block's that are equal to it.
+
+    `above` and `ties`: the block's entries above the bar, and equal to it, up to each one.
     """
-    tie = (key == threshold).to(tl.int32)
-    kept = ((key > threshold) | ((tie != 0) & (ties + tl.cumsum(tie, 0) <= need))).to(tl.int32)
-    place = (above + tl.minimum(ties, need) + tl.cumsum(kept, 0) - 1).to(tl.int64)
-    tl.store(floats + tl.load(row + _FLOAT) + place, D, mask=kept != 0)
+    kept = (key > bar) | ((key == bar) & (ties <= need))
+    place = (above + tl.minimum(ties, need) - 1).to(tl.int64)
+    tl.store(floats + tl.load(row + _FLOAT) + place, D, mask=kept)
     width = index_bytes(tl.load(row + _NUMEL))
     start = message + tl.load(row + _BYTE) + place * width
     for b in tl.static_range(4):
-        tl.store(start + b, ((i >> (8 * b)) & 255).to(tl.uint8), mask=b < kept * width)
+        if b < width:
+            tl.store(start + b, ((i >> (8 * b)) & 255).to(tl.uint8), mask=kept)

@@ -14,8 +14,10 @@ from ....rules.rule import LR
 from ...compressors import DENSE, SIGN, TOPK
 from ..table import BYTE, COLUMNS, COUNT, FLOAT, GRAD, GROUP, KIND, NUMEL, STATE, UNIT
 
-TILE = 2048  # coordinates of a program; a power of two, at least 8, so that a tile's bits start at a byte
-WARPS = 8  # of a program: 8 coordinates a thread, few enough for its registers
+TILE = 4096  # coordinates of a program, at most; a power of two
+LEAST = 256  # at least
+A_THREAD = 16  # coordinates of a thread: many enough to keep memory busy, few enough for its registers
+SPAN, WIDTH = 16, 128  # tiles, and candidates of each, that a program of the radix selection looks at together
 NO_ROW = 2**31 - 1
 
 _KIND, _GRAD, _STATE, _NUMEL, _GROUP, _FLOAT, _BYTE, _COUNT, _UNIT, _COLUMNS = (
@@ -26,7 +28,9 @@ _LR = tl.constexpr(LR)
 _TILE_COLUMNS = tl.constexpr(4)  # of Tiling.tiles
 _DIGIT = tl.constexpr(8)  # bits of a digit of the radix selection
 _DIGITS = tl.constexpr(256)
-_CHUNK = tl.constexpr(256)  # entries of a top-k message, or tiles, that a program reads at a time
+_CHUNK = tl.constexpr(256)  # entries of a top-k message, tiles or groups that a program reads at a time
+_GROUP_COLUMNS = tl.constexpr(3)  # of Tiling.groups
+_RUN = tl.constexpr(32)  # neighbouring coordinates in a sample
 
 jit: Any = triton.jit
 # Compiled for any value of these; by default Triton compiles again for 1 and for multiples of 16.
@@ -34,7 +38,13 @@ kernel: Any = triton.jit(do_not_specialize=["slots", "digits", "float_stride", "
 
 
 @jit
-def tile_of(tiles):  # type: ignore[no-untyped-def]
+def tile_of(tiles, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
     """This program's row of Tiling.tiles: row, offset in the block, offset of the block in a scratch vector, slot."""
     tile = tiles + tl.program_id(0).to(tl.int64) * _TILE_COLUMNS
-    return tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
+    return tl.load(tile), tl.multiple_of(tl.load(tile + 1), TILE), tl.load(tile + 2), tl.load(tile + 3)
+
+
+@jit
+def entry(row, column, ALIGN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """NUMEL, GRAD or STATE of a row; all are multiples of ALIGN, so that threads may move several numbers at once."""
+    return tl.multiple_of(tl.load(row + column), ALIGN)

@@ -21,106 +21,156 @@ from .constants import (
     _STATE,
     _TOPK,
     _UNIT,
+    entry,
+    jit,
     kernel,
     tile_of,
 )
+from .radix import bar_of, sampled
 from .rules import produce
 
 
 # fmt: off
+@jit
+def is_needed(slot, row, found, REFILL: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Whether this tile is coded. REFILL: only if its block has fewer candidates than are kept."""
+    needed = tl.full((), True, tl.int1)
+    if REFILL:
+        needed = slot >= 0
+        if needed:
+            needed = tl.load(found + slot) < tl.load(row + _COUNT)
+    return needed
+
+
 @kernel
 def compress(  # type: ignore[no-untyped-def]
-    tiles, table, hyper, s, g, m, e, x, floats, message, partial, vector, hist,
-    TILE: tl.constexpr, RULE: tl.constexpr, FEEDBACK: tl.constexpr, HAS_M: tl.constexpr, HAS_E: tl.constexpr,
-    HAS_TOPK: tl.constexpr,
+    tiles, table, hyper, s, g, m, e, x, floats, message, partial, vector, where, bars, found, counts,
+    TILE: tl.constexpr, ALIGN: tl.constexpr, RULE: tl.constexpr, FEEDBACK: tl.constexpr,
+    HAS_M: tl.constexpr, HAS_E: tl.constexpr, HAS_TOPK: tl.constexpr, REFILL: tl.constexpr,
 ):
-    r, lo, at, slot = tile_of(tiles)
+    r, lo, at, slot = tile_of(tiles, TILE)
     row = table + r * _COLUMNS
-    i = lo + tl.arange(0, TILE)
-    inside = i < tl.load(row + _NUMEL)
-    D = produce(row, hyper, s, g, m, e, x, i, inside, False, RULE, FEEDBACK, HAS_M, HAS_E)
-    encode(row, lo, slot, i, inside, D, floats, message, partial, vector + at, hist, TILE, HAS_TOPK)
+    if is_needed(slot, row, found, REFILL):
+        i = lo + tl.arange(0, TILE)
+        inside = i < entry(row, _NUMEL, ALIGN)
+        D = produce(row, hyper, s, g, m, e, x, i, inside, False, RULE, FEEDBACK, HAS_M, HAS_E, ALIGN)
+        encode(
+            row, lo, at, slot, i, inside, D, floats, message, partial, vector, where, bars, found, counts,
+            TILE, HAS_TOPK, REFILL,
+        )
+
+
+@kernel
+def sample(  # type: ignore[no-untyped-def]
+    tiles, table, large, hyper, s, g, m, e, x, bars,
+    TILE: tl.constexpr, ALIGN: tl.constexpr, RULE: tl.constexpr, FEEDBACK: tl.constexpr,
+    HAS_M: tl.constexpr, HAS_E: tl.constexpr,
+):
+    """One program per block that is longer than a tile."""
+    slot = tl.program_id(0)
+    row = table + tl.load(large + slot) * _COLUMNS
+    i = sampled(row, TILE)
+    D = produce(row, hyper, s, g, m, e, x, i, i >= 0, False, RULE, FEEDBACK, HAS_M, HAS_E, ALIGN)
+    tl.store(bars + slot, bar_of(row, D, TILE))
+
+
+@kernel
+def sample_error(tiles, table, large, e, bars, TILE: tl.constexpr, ALIGN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The same for a server, by its error alone: D is larger where something was sent, and seldom smaller."""
+    slot = tl.program_id(0)
+    row = table + tl.load(large + slot) * _COLUMNS
+    D = tl.load(e + tl.load(row + _STATE) + sampled(row, TILE))
+    tl.store(bars + slot, bar_of(row, D, TILE))
 
 
 @kernel
 def commit(  # type: ignore[no-untyped-def]
     tiles, table, hyper, s, g, m, e, x, floats, message, bad,
-    TILE: tl.constexpr, RULE: tl.constexpr, FEEDBACK: tl.constexpr, HAS_M: tl.constexpr, HAS_E: tl.constexpr,
+    TILE: tl.constexpr, ALIGN: tl.constexpr, RULE: tl.constexpr, FEEDBACK: tl.constexpr,
+    HAS_M: tl.constexpr, HAS_E: tl.constexpr,
 ):
-    r, lo, at, slot = tile_of(tiles)
+    r, lo, at, slot = tile_of(tiles, TILE)
     row = table + r * _COLUMNS
     i = lo + tl.arange(0, TILE)
-    inside = i < tl.load(row + _NUMEL)
-    D = produce(row, hyper, s, g, m, e, x, i, inside, True, RULE, FEEDBACK, HAS_M, HAS_E)
+    inside = i < entry(row, _NUMEL, ALIGN)
+    D = produce(row, hyper, s, g, m, e, x, i, inside, True, RULE, FEEDBACK, HAS_M, HAS_E, ALIGN)
     if FEEDBACK:
         once = tl.full((), 1.0, floats.dtype.element_ty)
-        take(r, row, lo, i, inside, D, once, floats, message, e + tl.load(row + _STATE), bad, False, TILE)
+        take(r, row, lo, i, inside, D, once, floats, message, e + entry(row, _STATE, ALIGN), bad, False, TILE)
 
 
 @kernel
 def serve(  # type: ignore[no-untyped-def]
-    tiles, table, reply_table, floats, float_stride, messages, byte_stride, e, bad,
-    reply_floats, reply, partial, vector, hist,
-    TILE: tl.constexpr, K: tl.constexpr, LANES: tl.constexpr, HAS_E: tl.constexpr, HAS_TOPK: tl.constexpr,
+    tiles, table, reply_table, messages_floats, float_stride, messages, byte_stride, e, bad,
+    floats, reply, partial, vector, where, bars, found, counts,
+    TILE: tl.constexpr, ALIGN: tl.constexpr, K: tl.constexpr, LANES: tl.constexpr,
+    HAS_E: tl.constexpr, HAS_TOPK: tl.constexpr, REFILL: tl.constexpr,
 ):
-    r, lo, at, slot = tile_of(tiles)
+    r, lo, at, slot = tile_of(tiles, TILE)
     row, out = table + r * _COLUMNS, reply_table + r * _COLUMNS
-    i = lo + tl.arange(0, TILE)
-    inside = i < tl.load(row + _NUMEL)
-    D = average(
-        r, row, lo, i, inside, floats, float_stride, messages, byte_stride, bad, vector + at, K, LANES, TILE
-    )
-    if HAS_E:
-        D = tl.load(e + tl.load(out + _STATE) + i, mask=inside, other=0) + D
-    encode(out, lo, slot, i, inside, D, reply_floats, reply, partial, vector + at, hist, TILE, HAS_TOPK)
+    if is_needed(slot, out, found, REFILL):
+        i = lo + tl.arange(0, TILE)
+        inside = i < entry(row, _NUMEL, ALIGN)
+        D = average(
+            r, row, lo, i, inside, messages_floats, float_stride, messages, byte_stride, bad, vector + at,
+            K, LANES, TILE,
+        )
+        if HAS_E:
+            D = tl.load(e + entry(out, _STATE, ALIGN) + i, mask=inside, other=0) + D
+        encode(
+            out, lo, at, slot, i, inside, D, floats, reply, partial, vector, where, bars, found, counts,
+            TILE, HAS_TOPK, REFILL,
+        )
 
 
 @kernel
 def settle(  # type: ignore[no-untyped-def]
     tiles, table, reply_table, floats, float_stride, messages, byte_stride, e, bad,
-    reply_floats, reply, vector, TILE: tl.constexpr, K: tl.constexpr, LANES: tl.constexpr,
+    reply_floats, reply, vector, TILE: tl.constexpr, ALIGN: tl.constexpr, K: tl.constexpr, LANES: tl.constexpr,
 ):
-    r, lo, at, slot = tile_of(tiles)
+    r, lo, at, slot = tile_of(tiles, TILE)
     row, out = table + r * _COLUMNS, reply_table + r * _COLUMNS
     i = lo + tl.arange(0, TILE)
-    inside = i < tl.load(row + _NUMEL)
+    inside = i < entry(row, _NUMEL, ALIGN)
     D = average(
         r, row, lo, i, inside, floats, float_stride, messages, byte_stride, bad, vector + at, K, LANES, TILE
     )
-    v = e + tl.load(out + _STATE)
+    v = e + entry(out, _STATE, ALIGN)
     D = tl.load(v + i, mask=inside, other=0) + D
     once = tl.full((), 1.0, floats.dtype.element_ty)
     take(r, out, lo, i, inside, D, once, reply_floats, reply, v, bad, False, TILE)
 
 
 @kernel
-def subtract(tiles, table, rates, floats, message, v, bad, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
-    r, lo, at, slot = tile_of(tiles)
+def subtract(tiles, table, rates, floats, message, v, bad, TILE: tl.constexpr, ALIGN: tl.constexpr):  # type: ignore[no-untyped-def]
+    r, lo, at, slot = tile_of(tiles, TILE)
     row = table + r * _COLUMNS
     i = lo + tl.arange(0, TILE)
-    inside = i < tl.where(tl.load(row + _KIND) == _TOPK, 0, tl.load(row + _NUMEL))
-    v += tl.load(row + _STATE)
+    inside = i < tl.where(tl.load(row + _KIND) == _TOPK, 0, entry(row, _NUMEL, ALIGN))
+    v += entry(row, _STATE, ALIGN)
     D = tl.load(v + i, mask=inside, other=0)
     rate = tl.load(rates + tl.load(row + _GROUP))
     take(r, row, lo, i, inside, D, rate, floats, message, v, bad, True, TILE)
 
 
 @kernel
-def step_ahead(tiles, table, reply_table, x, e, half, ahead, TILE: tl.constexpr, AHEAD: tl.constexpr):  # type: ignore[no-untyped-def]
+def step_ahead(  # type: ignore[no-untyped-def]
+    tiles, table, x_table, x, e, half, ahead, TILE: tl.constexpr, ALIGN: tl.constexpr, AHEAD: tl.constexpr
+):
     """half <- x - ahead e; AHEAD: whether ahead is not 0."""
-    r, lo, at, slot = tile_of(tiles)
-    row, out = table + r * _COLUMNS, reply_table + r * _COLUMNS
+    r, lo, at, slot = tile_of(tiles, TILE)
+    row, out = table + r * _COLUMNS, x_table + r * _COLUMNS
     i = lo + tl.arange(0, TILE)
-    inside = i < tl.load(row + _NUMEL)
-    here = tl.load(row + _STATE) + i
-    stepped = tl.load(x + tl.load(out + _STATE) + i, mask=inside, other=0)
+    inside = i < entry(row, _NUMEL, ALIGN)
+    here = entry(row, _STATE, ALIGN) + i
+    stepped = tl.load(x + entry(out, _STATE, ALIGN) + i, mask=inside, other=0)
     if AHEAD:
         stepped -= tl.load(e + here, mask=inside, other=0) * tl.load(ahead)
     tl.store(half + here, stepped, mask=inside)
 
 
 @kernel
-def write_scale(tiles, first, table, partial, floats, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+def write_scale(tiles, first, table, partial, floats, TILE: tl.constexpr, ALIGN: tl.constexpr):  # type: ignore[no-untyped-def]
     """One program per block: the scale from the tiles' sums."""
     r = tl.program_id(0).to(tl.int64)
     row = table + r * _COLUMNS
@@ -139,7 +189,7 @@ def write_scale(tiles, first, table, partial, floats, TILE: tl.constexpr):  # ty
 
 
 @kernel
-def inspect(tiles, table, message, bad, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+def inspect(tiles, table, message, bad, TILE: tl.constexpr, ALIGN: tl.constexpr):  # type: ignore[no-untyped-def]
     """One program per block."""
     r = tl.program_id(0).to(tl.int64)
     row = table + r * _COLUMNS

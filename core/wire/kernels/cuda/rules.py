@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton.language as tl
 
 from ....rules import sgd
-from .constants import _GRAD, _GROUP, _LR, _STATE, jit
+from .constants import _GRAD, _GROUP, _LR, _STATE, entry, jit
 
 _SGD, _SGD_COLUMNS = tl.constexpr(sgd.SGD.kind), tl.constexpr(sgd.COLUMNS)
 _MU, _GAIN, _NESTEROV, _DECAY, _FACTOR = (
@@ -28,11 +28,11 @@ KINDS = (sgd.SGD.kind,)
 @jit
 def produce(  # type: ignore[no-untyped-def]
     row, hyper, s, g, m, e, x, i, inside, STORE: tl.constexpr,
-    RULE: tl.constexpr, FEEDBACK: tl.constexpr, HAS_M: tl.constexpr, HAS_E: tl.constexpr,
+    RULE: tl.constexpr, FEEDBACK: tl.constexpr, HAS_M: tl.constexpr, HAS_E: tl.constexpr, ALIGN: tl.constexpr,
 ):
     """D = e + eta u; with STORE, m <- m'. As `saef.rules`, operation by operation."""
-    at = tl.load(row + _STATE) + i
-    D = tl.load(g + tl.load(row + _GRAD) + i, mask=inside, other=0)
+    at = entry(row, _STATE, ALIGN) + i
+    D = tl.load(g + entry(row, _GRAD, ALIGN) + i, mask=inside, other=0)
     error = tl.zeros_like(D)
     if HAS_E:
         error = tl.load(e + at, mask=inside, other=0)

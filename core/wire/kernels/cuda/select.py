@@ -1,9 +1,8 @@
-"""Selecting the k largest magnitudes by their bits, which as integers are in the same order: one digit a turn.
+"""Selecting the k largest magnitudes by their bits, which as integers are in the same order.
 
 D, inside   [TILE] a tile, and what of it is in the block
-key         [TILE] the magnitudes as integers
-prefix      the first `known` digits of the key of the k-th largest
-need        its rank among the keys that begin with them
+key         the magnitudes as integers, -1 for what does not take part
+need        int: the rank of the key that is looked for, from 1
 """
 
 from __future__ import annotations
@@ -22,6 +21,31 @@ def key_of(D, inside):  # type: ignore[no-untyped-def]
     else:
         key = tl.minimum(D.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF, 0x7FF0000000000001)
     return tl.where(inside, key, -1)
+
+
+@jit
+def largest(key, need):  # type: ignore[no-untyped-def]
+    """(bar, ties): the `need` largest of these keys are those above `bar`, and the first `ties` that are equal to it.
+
+    Fewer than `need` keys are not below `high`, as many or more are not below `low`. From the largest key down in
+    steps that double, then by halves; once exactly `need` are not below `low`, what lies between does not matter: after
+    some ten turns for common numbers.
+    """
+    top = tl.max(key, 0) + 1
+    step = tl.full((), 1, key.dtype) << (key.dtype.primitive_bitwidth - 11)  # a quarter of a factor of 2
+    low, high, count = top, top, tl.full((), 0, tl.int32)
+    while count < need:
+        high = low
+        low = tl.maximum(top - step, 0)
+        step = tl.where(step > top // 2, top, step * 2).to(key.dtype)
+        count = tl.sum((key >= low).to(tl.int32), 0)
+    while (count != need) & (high - low > 1):
+        middle = low + (high - low) // 2
+        found = tl.sum((key >= middle).to(tl.int32), 0)
+        enough = found >= need
+        low, high = tl.where(enough, middle, low), tl.where(enough, high, middle)
+        count = tl.where(enough, found, count)
+    return low, need - tl.sum((key > low).to(tl.int32), 0)
 
 
 @jit
