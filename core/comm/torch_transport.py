@@ -39,12 +39,16 @@ class TorchTransport(Ordered):
         self._nccl = not cpu and group._get_backend(device).name() == "nccl"
 
     def _all_gather(self, message: Tensor, sizes: Sequence[int], purpose: Purpose) -> Tensor:
+        if len(set(sizes)) > 1:
+            return self._gather_unequal(message, sizes)
         out = message.new_empty(sum(sizes))
-        if len(set(sizes)) == 1:
-            self.group._allgather_base(out, message).wait()
-        else:  # unequal: gloo and NCCL gather equal parts only; an all-to-all of copies sends the same bytes
-            copies = message.repeat(self.size)
-            self.group.alltoall_base(out, copies, list(sizes), [message.numel()] * self.size).wait()
+        self.group._allgather_base(out, message).wait()
+        return out
+
+    def _gather_unequal(self, message: Tensor, sizes: Sequence[int]) -> Tensor:
+        """gloo and NCCL gather equal parts only; an all-to-all of copies sends the same bytes."""
+        out, copies = message.new_empty(sum(sizes)), message.repeat(self.size)
+        self.group.alltoall_base(out, copies, list(sizes), [message.numel()] * self.size).wait()
         return out
 
     def _all_to_all(self, message: Tensor, sizes: Sequence[int], received: int, purpose: Purpose) -> Tensor:
