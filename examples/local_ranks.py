@@ -16,12 +16,14 @@ def run(work: Callable, *args: object, ranks: int = 4) -> object:
 
     If a rank fails, the others are ended and its error, traceback included, is raised here.
     """
-    # For the children: set before they load torch. Loopback, so that no host name needs resolving.
+    # For the ranks: set before they load torch. Loopback, so that no host name needs resolving.
     os.environ["OMP_NUM_THREADS"] = "1"
     if sys.platform in ("linux", "darwin"):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
+    # Ranks are forked from a process that has imported, once, the program and what an optimizer's first step imports.
+    mp.set_forkserver_preload(["torch._dynamo", "__main__"])
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, (ranks, folder, work, args), nprocs=ranks)
+        mp.start_processes(_rank, (ranks, folder, work, args), nprocs=ranks, start_method="forkserver")
         # Through a file: a queue's pipe would fill up while the parent waits for the ranks to end.
         return torch.load(Path(folder, "result"), weights_only=True)
 
