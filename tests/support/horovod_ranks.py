@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from support import environment as own_environment
+from support.forked import python
 from support.ranks import answer, lost, receive
 
 TIMEOUT_S = 120
@@ -25,8 +26,9 @@ STALL_S = 12  # after which Horovod ends a job with a silent rank, in these test
 
 
 def command(ranks: int, *words: str) -> list[str]:
+    """The launcher and all ranks are forked."""
     launcher = str(Path(sys.executable).parent / "horovodrun")
-    return [launcher, "--gloo", "-np", str(ranks), sys.executable, *words]
+    return [python(), launcher, "--gloo", "-np", str(ranks), python(), *words]
 
 
 def environment() -> dict[str, str]:
