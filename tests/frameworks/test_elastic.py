@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 
 from support import EXAMPLES, elastic_job, environment
+from support.forked import program, python
 from support.ranks import context
 
 pytestmark = pytest.mark.ahead
@@ -25,7 +25,7 @@ OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 def start(folder: Path, name: str, *words: str, **variables: str) -> subprocess.Popen[bytes]:
     """torchrun in the background, in a process group of its own, printing to a file."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--monitor-interval", "0.1", *words]
+    command = [python(), "-m", "torch.distributed.run", "--monitor-interval", "0.1", *words]
     with (folder / f"{name}.log").open("ab") as log:
         return subprocess.Popen(
             command, env={**ENVIRONMENT, **variables}, stdout=log, stderr=log, start_new_session=True
@@ -34,14 +34,14 @@ def start(folder: Path, name: str, *words: str, **variables: str) -> subprocess.
 
 def children(process: subprocess.Popen[bytes]) -> list[int]:
     """A torchrun's ranks; they are in sessions of their own."""
-    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout
-    return [int(pid) for pid in found.split()]
+    found = subprocess.run(["pgrep", "-P", str(program(process.pid))], capture_output=True, text=True).stdout
+    return [program(int(pid)) for pid in found.split()]
 
 
 def lose_node(agent: subprocess.Popen[bytes]) -> None:
     """What is left when a machine burns: nothing."""
     ranks = children(agent)
-    for pid in (agent.pid, *ranks):
+    for pid in (program(agent.pid), *ranks):
         os.kill(pid, signal.SIGKILL)
 
 
@@ -119,7 +119,7 @@ def test_from_4_to_3_to_4_ranks(tmp_path: Path) -> None:
     port = 29500 + os.getpid() % 1000
     words = ["--nnodes", "3:4", "--nproc_per_node", "1", "--max-restarts", "9", "--rdzv-backend", "c10d"]
     words += ["--rdzv-endpoint", f"localhost:{port}", "--rdzv-id", "saef", "--local-addr", "127.0.0.1"]
-    conf = "last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=3,join_timeout=120,is_host="
+    conf = "last_call_timeout=5,keep_alive_interval=1,keep_alive_max_attempt=3,join_timeout=120,is_host="
 
     def agent(number: int) -> subprocess.Popen[bytes]:
         host = str(number == 0).lower()
