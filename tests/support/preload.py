@@ -3,6 +3,7 @@
 Nothing here may start a thread, which a fork would lose, or touch a GPU.
 """
 
+import gc
 import os
 from pathlib import Path
 
@@ -20,3 +21,5 @@ for dtype in (torch.float32, torch.float64):  # numba, and its cache
 THREADS = len(os.listdir("/proc/self/task")) if Path("/proc/self/task").exists() else 1
 if THREADS != 1:
     raise RuntimeError(f"{THREADS} threads run where ranks are to be forked")
+gc.collect()
+gc.freeze()  # no rank looks at, and so copies, what all share
