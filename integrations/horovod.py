@@ -44,7 +44,7 @@ except ImportError as error:
         f"changes: run integrations/build_horovod.sh (or `make horovod`) of saef's repository. The cause: {error}"
     ) from error
 
-POLL_S = 1e-4  # a tenth of the cycle in which Horovod looks for work
+POLL_S, LONGEST_POLL_S = 1e-4, 1e-2  # Horovod looks for work in cycles of a millisecond, if not told otherwise
 UNEVEN = "a rank without data has no gradient at its own x_half: give all ranks the same number of batches"
 _numbers = count()  # of transports; every rank makes them in one order
 
@@ -97,8 +97,10 @@ def _wait(handle: Any) -> Any:
 
 
 def _sleep_until_done(handle: int) -> None:
+    """In ever longer naps, of a fifth of the time waited so far: each costs a core, which other ranks may need."""
+    began = time.monotonic()
     while not hvd.poll(handle):
-        time.sleep(POLL_S)
+        time.sleep(min(max(POLL_S, (time.monotonic() - began) / 5), LONGEST_POLL_S))
 
 
 class CompressionSettings(Agreed, Scaled, total=False):
