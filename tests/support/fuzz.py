@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,7 +60,7 @@ class Target:
 
     def check(self, data: bytes, with_kernels: bool = True) -> bool:
         """Give `data` to what decodes it; whether it was a message. Raises AssertionError if it did harm."""
-        message = torch.tensor(list(data), dtype=torch.uint8, device=self.device)
+        message = torch.from_numpy(np.frombuffer(data, np.uint8).copy()).to(self.device)
         try:
             decoded = torch.cat(self.codec.decode(message))
         except ValueError as error:
