@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -109,7 +110,8 @@ def test_the_example_survives_a_killed_rank(tmp_path: Path) -> None:
     assert job.wait(timeout=240) == 0, (tmp_path / "torchrun.log").read_text()[-5000:]
     last = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()][-1]
     assert last["step"] == 300 and last["accuracy"] > 80
-    assert "closing signal SIGTERM" in (tmp_path / "torchrun.log").read_text()  # it was restarted
+    # It was restarted. (torchrun only sometimes says so: the survivor may have ended before it could be told to.)
+    assert re.search(r" 0/[12][0-9]0 ", (tmp_path / "torchrun.log").read_text())
     assert max(checkpoints()) == 300
 
 
