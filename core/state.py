@@ -180,7 +180,7 @@ class SAEFState:
         checkpoint.check(state_dict, engine.memory, engine.context)
         engine.abandon()
         checkpoint.load(state_dict, engine.memory, engine.context)
-        engine.recheck()
+        engine.loaded()
 
     def x_tilde(self) -> Tensor:
         """x~ = x - (e + mean_k e_k), flat, of the state's dtype; the same bits on every rank. Collective."""
@@ -205,6 +205,14 @@ class SAEFState:
         self.engine.abandon()
         self.weights.write(self.weights.cut(x_tilde))
         self.engine.memory.owe_nothing()
+
+    def reset_errors(self) -> None:
+        """Errors <- 0; momentum and the step are taken from the optimizer. Drops a step under way. On every rank.
+
+        For going on from model.state_dict() and optimizer.state_dict() alone, which have no errors: what they owed is
+        lost, x~ becomes x.
+        """
+        self.engine.reset_errors()
 
     def metrics(self) -> dict[str, float]:
         """Counters, flat, ready for a logger. Not collective.

@@ -1,8 +1,10 @@
 """The DDP communication hook. (No `from __future__ import annotations`: DDP compares the types.)"""
 
 import torch
+import torch.distributed as dist
 from torch._C._distributed_c10d import GradBucket  # torch.distributed.GradBucket, for type checkers
 from torch.autograd import Variable
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.futures import Future
 
 from saef import SAEFState
@@ -11,8 +13,9 @@ from saef import SAEFState
 def saef_hook(state: SAEFState, bucket: GradBucket) -> Future[torch.Tensor]:
     """Compress a bucket's gradient and exchange it: `ddp_model.register_comm_hook(state, saef_hook)`.
 
-    One hook for all methods; the state says which. The gradient in `p.grad` stays this worker's own: the
-    optimizer step applies what came back. Reading it is fine, changing it is refused by the step.
+    One hook for all methods; the state says which. The gradient in `p.grad` stays this worker's own: the optimizer step
+    applies what came back. Reading it is fine, changing it is refused by the step. After `state.detach()` the hook
+    averages gradients, as DDP does without one.
 
     Raises:
         TypeError: if called without a `GradBucket` (DDP compiled with the python_reducer).
@@ -22,6 +25,8 @@ def saef_hook(state: SAEFState, bucket: GradBucket) -> Future[torch.Tensor]:
             f"saef_hook needs DDP's GradBucket, got {type(bucket).__name__}: under torch.compile leave "
             'torch._dynamo.config.optimize_ddp at its default instead of "python_reducer"'
         )
+    if not state.engine.attached:
+        return allreduce_hook(state.engine.process_group or dist.group.WORLD, bucket)  # type: ignore[arg-type]
     done = state.engine.exchange(bucket.parameters(), bucket.gradients(), bucket.buffer(), bucket.is_last())
     if bucket.is_last():  # queued twice, to come after DDP's own callback, which moves the buckets into p.grad
         autograd = Variable._execution_engine

@@ -176,6 +176,8 @@ class SAEFCompression:
     def step(self, optimizer: torch.optim.SGD, closure: Any, sgd_step: Callable[[], Any]) -> Any:
         """The optimizer's step, after Horovod has synchronized: commit or skip around SGD's own step."""
         engine = self._engine
+        if closure is not None:
+            raise TypeError("Horovod has synchronized before step(closure) runs it: call backward(), then step()")
         self._check()
         gradients = [p.grad for p in engine.weights.parameters if p.grad is not None]
         if not engine.under_way and not any(bool(g.any()) for g in gradients):
@@ -183,7 +185,7 @@ class SAEFCompression:
             return None
         if engine.transport.size == 1 and gradients:  # Horovod calls neither compress nor decompress
             engine.exchange_gradients()
-        engine.before_step(optimizer, (optimizer, closure), {})
+        engine.before_step(optimizer, (optimizer,), {})
         try:
             return sgd_step()
         finally:

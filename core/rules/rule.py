@@ -45,10 +45,12 @@ class Rule(ABC):
     Attributes:
         kind: the branch of the kernels that computes it.
         hyper: the NamedTuple of one group's settings; its fields are the columns that the kernels read.
+        names: what torch calls the vectors that the rule keeps, in the optimizer's state.
     """
 
     kind: ClassVar[int]
     hyper: ClassVar[type[Any]]
+    names: ClassVar[tuple[str, ...]]
 
     @classmethod
     @abstractmethod

@@ -50,6 +50,7 @@ class SGD(Rule):
 
     kind: ClassVar[int] = 0
     hyper: ClassVar[type[Any]] = Hyper
+    names: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
 
     outer: bool = False
     signum: bool = False

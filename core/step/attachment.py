@@ -1,65 +1,77 @@
-"""When a state is called: the hooks it puts on a model and an optimizer."""
+"""When a state is called: the hooks it puts on a model and an optimizer, and its watch over other optimizers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, final
-from weakref import WeakKeyDictionary
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from functools import partial
+from typing import Any, Protocol, final
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd import Variable
 from torch.distributed.algorithms.join import Joinable
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 # The newest attachment of each model, as a token.
 _newest: WeakKeyDictionary[nn.Module, object] = WeakKeyDictionary()
 
-StepHook = Callable[[torch.optim.Optimizer, Any, Any], None]
+
+class Steps(Protocol):
+    """What is called.
+
+    begin: before a forward with gradients enabled.
+    enter: before the backward of such a forward; its argument is what `begin` returned.
+    leave: after that backward, before any other forward, before state_dict(), load_state_dict() and zero_grad().
+    before_step, after_step: around `optimizer.step()`.
+    before_other_step: before the step of any other optimizer.
+    """
+
+    def begin(self) -> int: ...
+    def enter(self, number: int) -> None: ...
+    def leave(self) -> None: ...
+    def before_step(
+        self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None: ...
+    def after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None: ...
+    def before_other_step(self, optimizer: torch.optim.Optimizer) -> None: ...
 
 
 @final
 class Attachment:
     """Hooks on one model and one optimizer.
 
-    Args:
-        begin: before a forward in training mode with gradients enabled.
-        restore: before any other forward, and before state_dict() and load_state_dict().
-        before_step, after_step: around `optimizer.step()`.
-
     Raises:
         ValueError: if the optimizer has a state already.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        begin: Callable[[], None],
-        restore: Callable[[], None],
-        before_step: StepHook,
-        after_step: StepHook,
-    ) -> None:
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, steps: Steps) -> None:
         if getattr(optimizer, "_saef_attached", False):
             raise ValueError("this optimizer has a SAEFState already; call detach() on that one first")
-        self._optimizer = optimizer
+        self._optimizer, self._steps = optimizer, steps
         optimizer._saef_attached = True  # type: ignore[attr-defined]
         # GradScaler unscales p.grad without a trace, unless the optimizer claims to do it; then it shows.
         optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
-        self._begin, self._restore = begin, restore
         self._handles: list[RemovableHandle] = [
-            optimizer.register_step_pre_hook(before_step),
-            optimizer.register_step_post_hook(after_step),
+            optimizer.register_step_pre_hook(steps.before_step),
+            optimizer.register_step_post_hook(steps.after_step),
             model.register_forward_pre_hook(_Hook(self._before_forward)),
+            model.register_forward_hook(_Hook(self._after_forward)),
         ]
         modules, self._trained = [model], model
         if isinstance(inner := getattr(model, "module", None), nn.Module):
-            self._trained = inner  # DeepSpeed's engine leaves its own `training` as it is
+            self._trained = inner
             modules.append(inner)  # what DDP wraps; users evaluate and save it directly
             self._handles.append(inner.register_forward_pre_hook(_Hook(self._before_inner_forward)))
         _newest[self._trained] = self._token = object()
         for module in modules:
             self._handles.append(module.register_state_dict_pre_hook(_Hook(self._before_access)))
             self._handles.append(module.register_load_state_dict_pre_hook(_Hook(self._before_access)))
+        optimizer.zero_grad = _left_before(steps, optimizer.zero_grad)  # type: ignore[method-assign]
+        _watching.add(self)
+        self._number = 0
 
     @property
     def newest(self) -> bool:
@@ -71,12 +83,26 @@ class Attachment:
         """Whether the hooks are there."""
         return bool(self._handles)
 
+    def come_last(self) -> None:
+        """Whatever other hooks are to see before the step (gradients, above all), they see before this one hides it."""
+        hooks: Any = self._optimizer._optimizer_step_pre_hooks
+        hooks.move_to_end(self._handles[0].id)
+
     def remove(self) -> None:
-        """Take all hooks away."""
+        """Take all hooks away; again is fine."""
+        if not self._handles:
+            return
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        del self._optimizer._saef_attached, self._optimizer._step_supports_amp_scaling  # type: ignore[attr-defined]
+        _watching.discard(self)
+        optimizer: Any = self._optimizer
+        del optimizer._saef_attached, optimizer._step_supports_amp_scaling, optimizer.zero_grad
+
+    def before_any_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Before the step of any optimizer of this process."""
+        if not getattr(optimizer, "_saef_attached", False):
+            self._steps.before_other_step(optimizer)
 
     def _before_forward(self, module: nn.Module, args: Any) -> None:
         if isinstance(module, Joinable) and module._join_config.enable:
@@ -84,17 +110,72 @@ class Attachment:
                 "DDP's join() for uneven inputs cannot work with SAEF: a rank without data has no gradient at its own "
                 "x_half. Give all ranks the same number of batches (DistributedSampler does)"
             )
-        if self._trained.training and torch.is_grad_enabled():
-            self._begin()
+        if torch.is_grad_enabled():
+            self._number = self._steps.begin()
         else:
-            self._restore()
+            self._steps.leave()
 
     def _before_inner_forward(self, module: nn.Module, args: Any) -> None:
-        if not (module.training and torch.is_grad_enabled()):
-            self._restore()
+        if not torch.is_grad_enabled():
+            self._steps.leave()
+
+    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Have the backward tell when it begins: the gradient of an output is its first."""
+        if torch.is_grad_enabled():
+            for tensor in tensors_in(output):
+                if tensor.requires_grad:
+                    tensor.register_hook(partial(self._before_backward, self._number))
+
+    def _before_backward(self, number: int, gradient: Tensor) -> None:
+        if self.attached:
+            self._steps.enter(number)
+            if not torch.is_grad_enabled():  # else create_graph: another backward through these weights will follow
+                autograd = Variable._execution_engine  # queued twice, to come after DDP's own callback
+                autograd.queue_callback(lambda: autograd.queue_callback(self._steps.leave))
 
     def _before_access(self, *_: Any) -> None:
-        self._restore()
+        self._steps.leave()
+
+
+# The attachments that are there. One hook for all: torch keeps those of all optimizers for ever.
+_watching: WeakSet[Attachment] = WeakSet()
+
+
+def _before_any_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    for attachment in list(_watching):
+        attachment.before_any_step(optimizer)
+
+
+register_optimizer_step_pre_hook(_before_any_step)
+
+
+def _left_before(steps: Steps, original: Callable[..., None]) -> Callable[..., None]:
+    """`original` after `steps.leave()`."""
+
+    def zero_grad(*args: Any, **kwargs: Any) -> None:
+        steps.leave()
+        original(*args, **kwargs)
+
+    return zero_grad
+
+
+def tensors_in(output: Any) -> Iterator[Tensor]:
+    """The tensors in what a forward returned, in collections, dataclasses and objects with attributes."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from tensors_in(value)
+    elif isinstance(output, list | tuple | set | frozenset):
+        for value in output:
+            yield from tensors_in(value)
+    elif is_dataclass(output):
+        for field in fields(output):
+            yield from tensors_in(getattr(output, field.name))
+    elif hasattr(output, "__dict__") and not isinstance(output, type | nn.Module):
+        for value in vars(output).values():
+            if isinstance(value, Tensor | Mapping | list | tuple):
+                yield from tensors_in(value)
 
 
 @final

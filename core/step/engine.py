@@ -8,9 +8,10 @@ no_sync) therefore leaves nothing half done. What is computed is in `saef.step.a
 
 The path of one gradient:
 
-    forward          e averaged; parameters <- x_half = x - s e          Alg. 1, 6-9     _begin
+    forward          e averaged; parameters <- x_half = x - s e          Alg. 1, 6-9     begin
     backward         message = C(D), D = e + eta u; exchange; replies    Alg. 1, 10-23   exchange, Algorithm.send
-    optimizer step   m, e, server error; x <- x - R; parameters <- x     Alg. 1, 18-25   before_step, Algorithm.commit
+    its end          parameters <- x                                                     leave
+    optimizer step   m, e, server error; x <- x - R                      Alg. 1, 18-25   before_step, Algorithm.commit
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from ..comm.torch_transport import TorchTransport
 from ..comm.transport import Transport
 from ..wire import kernels
 from ..wire.codec import message_bytes
+from ..wire.compressors import DENSE
 from ..wire.plan import Placement, Plans, place
 from .algorithm import Algorithm
 from .attachment import Attachment
@@ -37,12 +39,14 @@ from .audit import Audit, compare_settings
 from .buckets import SPARSE, Buckets, flatten_gradients
 from .clock import Clock
 from .error_averaging import ErrorAveraging
+from .kept import Kept
 from .local_rule import LocalRule
 from .loss_scale import LossScale
 from .memory import Context, Memory
-from .prepared import Bucket, Prepared, group_sizes
+from .prepared import Bucket, Prepared
 from .settings import Settings
-from .weights import create
+from .watch import Watch, check_apart, check_model
+from .ways import create
 
 logger = logging.getLogger("saef")
 
@@ -59,11 +63,11 @@ class Engine:
         adopt, recheck                                        when an adapter has another optimizer, or loads weights
         attached, under_way, transport, weights               to look at
 
-    The rest is for SAEFState.
+    The rest is for SAEFState, and for the hooks of `saef.step.attachment`.
 
     Attributes:
         context: weights, settings, placement of the servers, transport. memory: all that evolves besides x.
-        weights, transport: of the context.
+        weights, transport: of the context. process_group: over which the transport goes, None for the default.
         rule: the optimizer's. loss_scale: the GradScaler's part in a step.
         clock: seconds by part of the work.
         committed: tables and messages of the last step, until the next begins.
@@ -81,31 +85,39 @@ class Engine:
         self.loss_scale = LossScale(grad_scaler)
         self.rule = LocalRule(optimizer, settings, self.loss_scale)
         hyper = self.rule.read(step=0)
+        check_model(model, process_group)
         self.weights = weights = create(model, optimizer, settings.step_ahead)
         self.loss_scale.check_dtypes(p.dtype for p in weights.parameters)
         if process_group is not None and transport is not None:
             raise ValueError("give a process_group or a transport, not both")
         kernels.prepare(weights.device, weights.dtype)
-        group = process_group or getattr(model, "process_group", None)
-        self.transport = transport or TorchTransport(group, weights.device)
+        self.process_group = process_group or getattr(model, "process_group", None)
+        self.transport = transport or TorchTransport(self.process_group, weights.device)
         compare_settings(settings, weights, self.transport, self.loss_scale.used)
         self._averaging = ErrorAveraging(settings.averaging, self.transport)
         self.context = Context(weights, settings, self._place_servers(settings), self.transport)
         self._plans = Plans(self.context.placement, weights.parameters, weights.dtype)
         self.memory = Memory.create(self.context)
         self.rule.grow(self.memory, hyper)
+        owes = settings.feedback and not {DENSE} >= {
+            c.for_tensor(n).kind for c in (settings.compressor, settings.reply_compressor) for n in weights.numels
+        }
+        self._kept = Kept(self.rule.names, weights, self.memory, owes)
         self.clock = Clock()
         self._algorithm = Algorithm(self.context, self.memory, self.rule, self.clock)
 
         self._settings, self._optimizer = settings, optimizer
         self._audit = Audit(settings.audit_every)
         self.committed: list[tuple[Tensor, Tensor]] = []
-        self._at_half = False
-        self._sizes = group_sizes(optimizer)
+        self._begun = False
+        self._mine = {id(p) for p in weights.parameters}
+        check_apart(weights.names, weights.parameters)
+        self._watch = Watch(model, weights.names, weights.parameters, optimizer)
+        self._committing = False
         self._buckets = Buckets(weights.parameters, self._exchange_bucket)
         self._hidden: list[Tensor | None] = []
         self._prepared = Prepared()
-        self._attachment = Attachment(model, optimizer, self._begin, self.restore, self.before_step, self.after_step)
+        self._attachment = Attachment(model, optimizer, self)
 
     def _place_servers(self, settings: Settings) -> Placement:
         """Choose the strategy, and which rank serves which blocks."""
@@ -128,48 +140,83 @@ class Engine:
 
     def detach(self) -> None:
         """The parameters are x; model and optimizer are as without saef."""
-        self.restore()
+        self.leave()
+        if self.attached:
+            self._kept.release(self._optimizer)
         self._attachment.remove()
+
+    def loaded(self) -> None:
+        """Memory and weights are a checkpoint's."""
+        self._kept.loaded(self._optimizer)
+        self.recheck()
+
+    def reset_errors(self) -> None:
+        """Go on from the weights and the optimizer's state as they are, with nothing owed. Drops a step under way."""
+        self.abandon()
+        self.memory.owe_nothing()
+        self._kept.adopt(self._optimizer)
+        self.weights.write(self.weights.cut(self.weights.x()))  # x_half is to be made anew
+        self.recheck()
 
     def snapshot(self) -> Memory:
         """What evolves as it was before the step under way, e a copy. The parameters are x."""
-        self.restore()
+        self._check_whole()
+        self.leave()
         self.weights.absorb()
         return replace(self.memory, e=self._averaging.before(self.memory.e))
 
     # -- forward: step ahead ------------------------------------------------------------------
 
-    def _begin(self) -> None:
-        """Average the errors, once a step, and step ahead. Micro-batches stay at x_half."""
-        if self._at_half:
-            return
-        if self.weights.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "a training forward of the wrapped model is being captured into a CUDA graph, which would replay it "
-                "without saef's part of the step: capture parts of the model with torch.cuda.make_graphed_callables, "
-                'or use torch.compile(mode="reduce-overhead")'
-            )
-        memory = self.memory
-        self.weights.absorb()
-        if self._audit.due(memory.steps):
-            self._audit.run(
-                memory.steps, self.rule.read(memory.steps), self.loss_scale.value(), self.weights, self.transport
-            )
-        self.committed = []
-        self.weights.begin(memory.e, self._averaging.make(memory.steps, memory.e))
-        self.weights.watch()
-        self._at_half = True
+    def begin(self) -> int:
+        """Before a training forward: average the errors, once a step, and step ahead. The number of this x_half."""
+        weights, memory = self.weights, self.memory
+        if weights.ahead or not self._attachment.newest:
+            return weights.number
+        _check_moment(weights.device)
+        self._check_whole()
+        self._watch.check()
+        weights.check_free()
+        weights.absorb()
+        averaged = slice(0, 0)
+        if not self._begun:
+            if self._audit.due(memory.steps):
+                self._audit.run(
+                    memory.steps, self.rule.read(memory.steps), self.loss_scale.value(), weights, self.transport
+                )
+            self._kept.follow(self._optimizer)
+            self.committed = []
+            averaged = self._averaging.make(memory.steps, memory.e)
+        weights.step_ahead(memory.e, averaged)
+        self._begun = True
+        self._attachment.come_last()
+        weights.enter()
+        return weights.number
 
-    def restore(self) -> None:
-        """Put x into the parameters if they are at x_half. The next training forward steps ahead again."""
-        if self._at_half and self._attachment.newest:
-            self._at_half = False
-            self.weights.restore()
+    def enter(self, number: int) -> None:
+        """Before the backward of a forward at x_half `number`: it reads the parameters again."""
+        if number != self.weights.number:
+            raise RuntimeError(
+                "a backward through a forward of an earlier step, or of before a change of the parameters: they were "
+                "changed since, in place, and the x_half of that forward is gone. Run the forward again, and detach "
+                "what is carried from one step to the next"
+            )
+        self.weights.enter()
+
+    def leave(self) -> None:
+        """The parameters are x. Raises RuntimeError if they were written to while they were x_half."""
+        if not self._attachment.newest:
+            return
+        if written := self.weights.leave():
+            raise RuntimeError(
+                f"parameters {written[:5]} were changed while they were x_half, between a training forward and the end "
+                "of its backward. They are x again, without that change: make it before the forward, after the "
+                "backward, or after step()"
+            )
 
     @property
     def under_way(self) -> bool:
         """Whether a step has begun: there was a forward at x_half, or gradients were exchanged."""
-        return self._at_half or bool(self._prepared.buckets)
+        return self._begun or bool(self._prepared.buckets)
 
     @property
     def attached(self) -> bool:
@@ -197,18 +244,17 @@ class Engine:
             raise TypeError(SPARSE)
         self.loss_scale.check_dtypes([flat.dtype])
         indices, plan = self._plans.find(parameters, views, flat)
-        if not self._at_half:
+        if not self._begun:
             raise RuntimeError(
-                "a gradient arrived that was not computed at x_half: run the forward through the wrapped model, in "
-                "training mode with gradients enabled, and do not evaluate, save or restore between forward and "
-                "backward"
+                "a gradient arrived that was not computed at x_half: run the forward through the wrapped model, with "
+                "gradients enabled"
             )
         # Of a second backward before the step the gradients contain the first's, so what is prepared is made anew.
         if not self._prepared.buckets or self._prepared.contains(indices):
             self._prepared = Prepared(hyper=self.rule.read_scaled(self.memory.steps))
         message = torch.zeros(plan.send.message_bytes, dtype=torch.uint8, device=self.weights.device)
         bucket = Bucket(indices, plan, flat, views, message, self.transport.future(), [], [])
-        self._prepared.buckets.append(bucket)
+        self._prepared.add(bucket)
         if self._settings.max_grad_norm is None:
             self._algorithm.send(self._prepared, [bucket])
         elif last:
@@ -247,25 +293,26 @@ class Engine:
 
     # -- optimizer step: commit, or skip ------------------------------------------------------
 
-    def before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        """Commit or skip, and hide the gradients, so that the optimizer's own arithmetic finds nothing to do."""
-        if kwargs.get("closure", args[1] if len(args) > 1 else None) is not None:
-            raise TypeError("step(closure) would evaluate the model inside the step; call backward(), then step()")
+    def before_step(
+        self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Commit or skip, and hide the gradients, so that the optimizer's own arithmetic finds nothing to do.
+
+        A closure is run first; its loss is what step() returns.
+        """
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.leave()
         self.loss_scale.check(optimizer)
-        parameters = self.weights.parameters
-        if self._at_half and (changed := self.weights.changed()):
-            raise RuntimeError(
-                f"parameters {changed[:5]} were changed between the forward and optimizer.step(), while they were "
-                "x_half, which the step replaces: change them after step()"
-            )
         if self._prepared.buckets:
             self._prepared.wait()
             cause = self.transport.failure
             if cause is not None:
                 raise self.transport.lost(cause) from cause
-            self._prepared.check(
-                self.weights, self.rule.read_scaled(self.memory.steps), self._sizes, group_sizes(optimizer)
-            )
+            self._watch.check_groups(optimizer)
+            self._prepared.check(self.weights, self.rule.read_scaled(self.memory.steps))
             bad = self._prepared.not_finite(self.weights)
             self.loss_scale.decide(bool(bad))
             if bad:
@@ -273,17 +320,29 @@ class Engine:
             else:
                 with self.clock.span("apply"):
                     self._commit()
-        elif any(p.grad is not None for p in parameters):
+        elif any(p.grad is not None and bool(p.grad.any()) for p in self.weights.parameters):
             raise RuntimeError(
                 "optimizer.step() found gradients that were never exchanged: run the last micro-batch outside "
                 "no_sync() and, with DDP, register the hook (model.register_comm_hook(state, saef_hook)). "
                 "DDP with static_graph=True skips its hooks after no_sync(): leave one of the two out"
             )
-        self.restore()
         self.loss_scale.hide(optimizer)
-        self._hidden = [p.grad for p in parameters]
-        for p in parameters:
+        self._hidden = [p.grad for p in self.weights.parameters]
+        for p in self.weights.parameters:
             p.grad = None
+        return None if closure is None else ((args[0], lambda: loss), {})
+
+    def before_other_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Raise RuntimeError if an optimizer that is not this state's is about to move its parameters."""
+        mine = self._mine
+        if not self._attachment.newest or optimizer is self._optimizer:
+            return
+        if any(id(p) in mine and p.grad is not None for group in optimizer.param_groups for p in group["params"]):
+            raise RuntimeError(
+                f"{type(optimizer).__name__}.step() would move parameters of a SAEFState that was made with another "
+                "optimizer: the exchanged gradients would never be applied. Create SAEFState with the optimizer that "
+                "steps (after a resume, and after a framework has made its own), or detach() the state"
+            )
 
     def after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         for p, g in zip(self.weights.parameters, self._hidden, strict=True):
@@ -291,12 +350,25 @@ class Engine:
         self._hidden = []
 
     def _commit(self) -> None:
+        self.weights.follow(self.memory.e)
+        self._committing = True  # until the end: an interrupt may come between any two lines
         self._algorithm.commit(self._prepared)
         self.committed = [(b.plan.send.table, b.message) for b in self._prepared.buckets]
         self._prepared = Prepared()
         self._averaging.commit()
-        self._at_half = False
-        self.weights.restore()
+        self._begun = False
+        self.weights.committed()
+        self._kept.show(self._optimizer)
+        self._committing = False
+
+    def _check_whole(self) -> None:
+        """Raise RuntimeError if a commit has not come to its end."""
+        if self._committing:
+            raise RuntimeError(
+                "the last optimizer.step() was interrupted while it changed x, errors and momentum: they are of two "
+                "steps now, and other ranks may be elsewhere. Load a checkpoint on all ranks (load_state_dict, "
+                "load_checkpoint), or restart"
+            )
 
     def _skip(self, names: list[str]) -> None:
         """The step has not happened: only these counters know of it. All ranks come here together."""
@@ -320,7 +392,25 @@ class Engine:
         """Drop the step that is under way: the parameters are x, and the errors as before it."""
         self._prepared.wait()
         self._prepared = Prepared()
+        self._committing = False
         self._buckets.restart()
-        self.restore()
+        self._begun = False
+        self.leave()
         self._averaging.undo(self.memory.e)
         self.committed = []
+
+
+def _check_moment(device: torch.device) -> None:
+    """Raise RuntimeError where a training forward cannot step ahead."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a training forward of the wrapped model is being captured into a CUDA graph, which would replay it "
+            "without saef's part of the step: capture parts of the model with torch.cuda.make_graphed_callables, or "
+            'use torch.compile(mode="reduce-overhead")'
+        )
+    if torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            "the wrapped model is run again within a backward, at x_half, while its first forward was at x without "
+            "gradients: that is reentrant activation checkpointing around it. Use torch.utils.checkpoint with "
+            "use_reentrant=False, or checkpoint parts of the model"
+        )

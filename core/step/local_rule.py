@@ -41,6 +41,11 @@ class LocalRule:
         self._optimizer = optimizer
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """What torch calls the vectors that the rule keeps."""
+        return self._rule.names
+
+    @property
     def _groups(self) -> list[dict[str, Any]]:
         return self._optimizer.param_groups
 

@@ -45,9 +45,11 @@ class Prepared:
     Attributes:
         hyper: the optimizer's settings that the messages contain; update: the same with the clipping, once known.
         gradients: address and version of each p.grad after the backward.
+        parameters: those of all buckets.
     """
 
     buckets: list[Bucket] = field(default_factory=list)
+    parameters: set[int] = field(default_factory=set)
     hyper: list[AnyHyper] = field(default_factory=list)
     update: Update | None = None
     gradients: list[tuple[int, int] | None] = field(default_factory=list)
@@ -67,9 +69,13 @@ class Prepared:
         if found is not None:
             self.gradients[parameter] = found[0], found[1] + 1
 
+    def add(self, bucket: Bucket) -> None:
+        self.buckets.append(bucket)
+        self.parameters.update(bucket.parameters)
+
     def contains(self, parameters: Sequence[int]) -> bool:
         """Whether a bucket with any of these parameters is here already."""
-        return any(not seen.isdisjoint(parameters) for seen in ({*b.parameters} for b in self.buckets))
+        return not self.parameters.isdisjoint(parameters)
 
     def wait(self) -> None:
         """Until all that was sent has been answered. DDP has waited already."""
@@ -83,14 +89,13 @@ class Prepared:
         norms = [torch.linalg.vector_norm(v, dtype=dtype) for _, v in views]
         return float(torch.linalg.vector_norm(torch.stack(norms)))
 
-    def check(self, weights: Weights, hyper: list[AnyHyper], sizes: list[int], sizes_now: list[int]) -> None:
+    def check(self, weights: Weights, hyper: list[AnyHyper]) -> None:
         """Raise RuntimeError unless the exchange is complete, and still what the user wants to apply.
 
         Args:
             hyper: the optimizer's settings now.
-            sizes, sizes_now: `group_sizes` when the state was created, and now.
         """
-        missing = {*range(len(weights.names))}.difference(*(b.parameters for b in self.buckets))
+        missing = {*range(len(weights.names))} - self.parameters
         if missing or not all(b.replies for b in self.buckets):
             names = [weights.names[i] for i in sorted(missing)][:5]
             raise RuntimeError(
@@ -107,8 +112,6 @@ class Prepared:
                 "lr, momentum, weight_decay or the loss scale changed between backward() and optimizer.step(), but the "
                 "messages contain them already: change them after step(), as schedulers do"
             )
-        if sizes != sizes_now:
-            raise RuntimeError("the optimizer's parameters changed: create SAEFState again after changing them")
 
     def not_finite(self, weights: Weights) -> list[str]:
         """Parameters among whose replies is a NaN or an infinity: some rank's gradient has one, or overflowed.
@@ -125,8 +128,3 @@ class Prepared:
 def gradients(parameters: Sequence[Tensor]) -> list[tuple[int, int] | None]:
     """Address and version of each p.grad: different after any change in place or replacement."""
     return [None if p.grad is None else (p.grad.data_ptr(), p.grad._version) for p in parameters]
-
-
-def group_sizes(optimizer: torch.optim.Optimizer) -> list[int]:
-    """Number of parameters of each group."""
-    return [len(group["params"]) for group in optimizer.param_groups]

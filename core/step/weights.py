@@ -1,36 +1,28 @@
 """The parameters and x: the only place that writes to the model's parameters.
 
-Between steps the parameters are x, during one x_half. x_half is derived from x and never the other way
-round: restoring x as x_half + e would round, and replicas would drift apart. So x is kept during a step,
-in one of two ways:
+The parameters are x, but for a *window* from the beginning of a training forward to the end of its backward, in which
+they are x_half. x_half is derived from x and never the other way round: restoring x as x_half + e would round, and
+replicas would drift apart. So x is kept in a window, in one of the two ways of `saef.step.ways`.
 
-    Copies   x lies in a flat vector, and is copied into the parameters. Any device; for bf16
-             parameters the flat vector is their float32 master.
-    Swaps    x stays in the parameters' own storage; x_half lies in a flat vector, and for the time of a
-             step `p.data` points there: float32 and float64. `OnCPU`, where memory traffic is what a step
-             costs, x_half is written by the kernel that has e and x in cache; `OnCUDA`, where launches
-             cost too, by one at the forward.
+Autograd is told by the parameters' versions. Those of x rise as for any write; x_half has versions of its own, another
+for each x_half there ever is. A backward through what was saved at x or at an earlier x_half so meets another version,
+and torch raises as it does after any change in place.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import final
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.weak import WeakIdKeyDictionary
 
-from ..rules import step_ahead
 from ..wire import kernels
-from ..wire.codec import Block, lay_out
-from ..wire.compressors import Identity
-from ..wire.kernels.table import STATE, Update, Worker
+from ..wire.kernels.table import Update, Worker
 from ..wire.plan import Plan
 
-SAMPLES = 64  # entries of each parameter by which a change through `.data` is noticed
+FIRST_HALF, NEXT_HALF = 1 << 30, 16  # versions of the x_half: from where on, and how far apart (writes in between show)
 
 
 class Weights(ABC):
@@ -44,6 +36,7 @@ class Weights(ABC):
     Attributes:
         names, parameters, groups: of each trainable parameter: name (without what DDP and torch.compile put
             before it), tensor, index of its param group.
+        ahead: whether the parameters are x_half. number: of that x_half; another after every change of it.
         numels, offsets: size, and where it begins in a flat vector. Entries lie there in the parameter's
             memory order, as in DDP's buckets.
         dtype: float64 for a float64 model, else float32: of x, errors, momentum and scalars on the wire.
@@ -56,22 +49,74 @@ class Weights(ABC):
         self.groups = _groups(self.names, self.parameters, optimizer)
         self.dtype = _master_dtype(self.names, self.parameters)
         self.numels = [p.numel() for p in self.parameters]
-        self.offsets = [sum(self.numels[:i]) for i in range(len(self.numels))]
+        self.offsets = [0, *accumulate(self.numels)][:-1]
         self.device = self.parameters[0].device
         self.flat = torch.empty(sum(self.numels), dtype=self.dtype, device=self.device)
         self.views = self.cut(self.flat)
         self.s = s
+        self.ahead = False
+        self.number = 0
         self._kernels = kernels.select(self.device)
-        self._versions: list[int] = []
+        self._marks: list[tuple[int, int]] = []  # of x when x_half was made from it
+        self._versions: list[int] = []  # of x, in a window
+        self._places: list[int] = []  # where x_half lies, in a window
 
-    def watch(self) -> None:
-        """Begin to notice changes of the parameters, which would be lost while they are x_half."""
+    @torch.no_grad()
+    def step_ahead(self, e: Tensor, averaged: slice) -> None:
+        """x_half <- x - s e (Alg. 1, line 9); after `absorb`, outside of a window.
+
+        Args:
+            e: [d], or empty if there is none, with s = 0.
+            averaged: coordinates of e that were changed since x_half was last made.
+        """
+        marks = [(p.data_ptr(), p._version) for p in self.parameters]
+        if marks != self._marks or averaged.stop > averaged.start:
+            self._marks, self.number = marks, self.number + 1
+        self._derive(e, averaged)
+
+    def follow(self, e: Tensor) -> None:
+        """Before the commit: if x was written to since, x_half <- x - s e again, since weight decay is taken there."""
+        self.absorb()
+        if self._marks != [(p.data_ptr(), p._version) for p in self.parameters]:
+            self.step_ahead(e, slice(0, 0))
+
+    def check_free(self) -> None:
+        """Raise RuntimeError if the parameters are what another state has made of them."""
+        if any(p._version >= FIRST_HALF for p in self.parameters):
+            raise RuntimeError(
+                "parameters of this state are the x_half of another SAEFState that shares them, whose training forward "
+                "still waits for its backward: run forward and backward of one model before the other's forward"
+            )
+
+    def enter(self) -> None:
+        """parameters <- x_half: the window opens. Where that is x (s = 0) nothing happens."""
+        if self.ahead or self.s == 0.0:
+            return
         self._versions = [p._version for p in self.parameters]
+        self._show_half()
+        self._places = [p.data_ptr() for p in self.parameters]
+        self.ahead = True
+        _set_versions(self.parameters, [self._half_version] * len(self.parameters))
 
-    def changed(self) -> list[str]:
-        """Names of the parameters that were changed in place since `watch`."""
-        now = [p._version for p in self.parameters]
-        return [n for n, a, b in zip(self.names, self._versions, now, strict=True) if a != b]
+    def leave(self) -> list[str]:
+        """parameters <- x: the window closes. Names of the parameters that were written to in it, in vain."""
+        if not self.ahead:
+            return []
+        expected, every = self._half_version, zip(self.names, self.parameters, self._places, strict=True)
+        written = [n for n, p, place in every if p._version != expected or p.data_ptr() != place]
+        self._show_x()
+        self.ahead = False
+        _set_versions(self.parameters, self._versions)
+        return written
+
+    def committed(self) -> None:
+        """x has moved, by kernels that autograd does not see."""
+        torch.autograd.graph.increment_version(self.parameters)
+        self.number += 1
+
+    @property
+    def _half_version(self) -> int:
+        return FIRST_HALF + NEXT_HALF * (self.number % (FIRST_HALF // NEXT_HALF))
 
     def cut(self, flat: Tensor) -> list[Tensor]:
         """The parameters' parts of a flat vector, each in its parameter's shape and strides."""
@@ -94,16 +139,15 @@ class Weights(ABC):
         """(v, s) with x_half = v - s e, v flat: what weight decay needs during a step."""
 
     @abstractmethod
-    def begin(self, e: Tensor, averaged: slice) -> None:
-        """parameters <- x_half = x - s e (Alg. 1, line 9); after `absorb`.
-
-        Args:
-            e: [d], or empty if there is none, with s = 0.
-            averaged: coordinates of e that were changed since the last commit.
-        """
+    def _derive(self, e: Tensor, averaged: slice) -> None:
+        """x_half <- x - s e; see `step_ahead`."""
 
     @abstractmethod
-    def restore(self) -> None:
+    def _show_half(self) -> None:
+        """parameters <- x_half."""
+
+    @abstractmethod
+    def _show_x(self) -> None:
         """parameters <- x."""
 
     @abstractmethod
@@ -122,201 +166,18 @@ class Weights(ABC):
         """
 
 
-@final
-class Copies(Weights):
-    """`flat` is x."""
-
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, s: float) -> None:
-        super().__init__(model, optimizer, s)
-        with torch.no_grad():
-            for p, x in zip(self.parameters, self.views, strict=True):
-                x.copy_(p)
-
-    def x(self) -> Tensor:
-        return self.flat
-
-    def x_half(self) -> tuple[Tensor, float]:
-        return self.flat, self.s
-
-    @torch.no_grad()
-    def absorb(self) -> None:
-        for p, x in zip(self.parameters, self.views, strict=True):
-            # A bf16 parameter is x rounded: only where it was changed does it replace the master.
-            x.copy_(p if p.dtype == self.dtype else torch.where(x.to(p.dtype) == p, x, p.to(self.dtype)))
-
-    @torch.no_grad()
-    def write(self, x: Sequence[Tensor]) -> None:
-        for mine, value in zip(self.views, x, strict=True):
-            mine.copy_(value)
-        self.restore()
-
-    @torch.no_grad()
-    def begin(self, e: Tensor, averaged: slice) -> None:
-        if self.s != 0.0:
-            for p, x, error in zip(self.parameters, self.views, self.cut(e), strict=True):
-                p.copy_(step_ahead(x, error, self.s))
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        torch._foreach_copy_(self.parameters, self.views)
-
-    def parts(self) -> list[Tensor]:
-        return list(self.flat.split(self.numels))
-
-    def commit(
-        self, plan: Plan, update: Update, rates: Tensor, worker: Worker, message: Tensor, replies: Tensor
-    ) -> None:
-        self._kernels.commit(plan.send.table, update, worker, message)
-        self._kernels.subtract(plan.apply.table, rates, replies, self.flat)
-
-
-class Swaps(Weights):
-    """`flat` is x_half, during a step."""
-
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, s: float) -> None:
-        super().__init__(model, optimizer, s)
-        self._x = [p.data for p in self.parameters]
-
-    def x(self) -> Tensor:
-        return torch.cat(self.parts())
-
-    def x_half(self) -> tuple[Tensor, float]:
-        return self.flat, 0.0
-
-    def absorb(self) -> None:
-        self._x = [p.data for p in self.parameters]
-
-    @torch.no_grad()
-    def write(self, x: Sequence[Tensor]) -> None:
-        for mine, value in zip(self._x, x, strict=True):
-            mine.copy_(value)
-
-    def restore(self) -> None:
-        for p, x in zip(self.parameters, self._x, strict=True):
-            p.data = x
-
-    def parts(self) -> list[Tensor]:
-        return [x.as_strided((x.numel(),), (1,)) for x in self._x]
-
-
-@final
-class OnCPU(Swaps):
-    """`flat` is made ready by the commit of the step before, unless x or e has changed since."""
-
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, s: float) -> None:
-        super().__init__(model, optimizer, s)
-        self._ready: list[tuple[int, int, Tensor]] = []  # of each x when `flat` was made from it
-
-    def write(self, x: Sequence[Tensor]) -> None:
-        super().write(x)
-        self._ready = []
-
-    @torch.no_grad()
-    def begin(self, e: Tensor, averaged: slice) -> None:
-        errors = self.cut(e) if e.numel() else []
-        ready = len(self._ready) == len(self._x) and all(
-            p.data_ptr() == address and p._version == version and torch.equal(_sample(x), sample)
-            for p, x, (address, version, sample) in zip(self.parameters, self._x, self._ready, strict=True)
-        )
-        for i, (p, x, half) in enumerate(zip(self.parameters, self._x, self.views, strict=True)):
-            at, n = self.offsets[i], self.numels[i]
-            if not ready or (at < averaged.stop and averaged.start < at + n):
-                if self.s == 1.0:
-                    torch.sub(x, errors[i], out=half)  # as below, without a temporary
-                else:
-                    half.copy_(step_ahead(x, errors[i], self.s) if errors else x)
-            p.data = half
-
-    def restore(self) -> None:
-        super().restore()
-        self._ready = [
-            (p.data_ptr(), p._version, _sample(x).clone()) for p, x in zip(self.parameters, self._x, strict=True)
-        ]
-
-    def commit(
-        self, plan: Plan, update: Update, rates: Tensor, worker: Worker, message: Tensor, replies: Tensor
-    ) -> None:
-        parts = self.parts()
-        for i, table, reply_table in plan.of_parameter:
-            of_x = worker._replace(x=parts[i])
-            self._kernels.advance(table, reply_table, update, of_x, message, rates, replies, self.flat, self.s)
-
-
-@final
-class OnCUDA(Swaps):
-    """x of all parameters as one vector for the kernels, counted from where the first one lies in memory.
-
-    So one launch serves all of them. `flat` is made from x at every `begin`: whatever has been done to x counts.
-    """
-
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, s: float) -> None:
-        super().__init__(model, optimizer, s)
-        self._starts = torch.tensor(self.offsets, device=self.device)
-        whole = [Block(Identity(), Identity(), a, a, a, n, 0) for a, n in zip(self.offsets, self.numels, strict=True)]
-        self._whole = lay_out(whole, self.dtype.itemsize, reply=False, served=False).table.to(self.device)
-        self._shifts, self._tables = self._starts, WeakIdKeyDictionary()
-        self._addresses: list[int] = []
-        self.absorb()
-
-    def absorb(self) -> None:
-        super().absorb()
-        addresses = [x.data_ptr() for x in self._x]
-        if addresses != self._addresses:
-            self._addresses, self._tables = addresses, WeakIdKeyDictionary()
-            first, size = addresses[0], self.dtype.itemsize
-            moved = [(a - first) // size - at for a, at in zip(addresses, self.offsets, strict=True)]
-            self._shifts = torch.tensor(moved, device=self.device)
-
-    def _at_x(self, table: Tensor) -> Tensor:
-        """The table with STATE counted from the first parameter's x; kept, since kernels know a table by its object."""
-        moved: Tensor | None = self._tables.get(table)
-        if moved is None:
-            self._tables[table] = moved = table.clone()
-            parameter = torch.searchsorted(self._starts, table[:, STATE].contiguous(), right=True) - 1
-            moved[:, STATE] += self._shifts[parameter]
-        return moved
-
-    @torch.no_grad()
-    def begin(self, e: Tensor, averaged: slice) -> None:
-        self._kernels.step_ahead(self._whole, self._at_x(self._whole), self._x[0], e, self.flat, self.s)
-        for p, half in zip(self.parameters, self.views, strict=True):
-            p.data = half
-
-    def commit(
-        self, plan: Plan, update: Update, rates: Tensor, worker: Worker, message: Tensor, replies: Tensor
-    ) -> None:
-        self._kernels.commit(plan.send.table, update, worker, message)
-        self._kernels.subtract(self._at_x(plan.apply.table), rates, replies, self._x[0])
-
-
 def cut(flat: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
     """The parameters' parts of a flat vector, each in its parameter's shape and, if they have no gaps, strides."""
     views, at = [], 0
     for p in parameters:
         part = flat[at : at + p.numel()]
-        views.append(part.as_strided(p.shape, p.stride()) if _dense(p) else part.view(p.shape))
+        views.append(part.as_strided(p.shape, p.stride()) if is_dense(p) else part.view(p.shape))
         at += p.numel()
     return views
 
 
-def create(model: nn.Module, optimizer: torch.optim.Optimizer, s: float) -> Weights:
-    """Swaps where they are possible and pay, else Copies. `s`: the step-ahead coefficient."""
-    if isinstance(model, DistributedDataParallel) and model.mixed_precision is not None:
-        raise ValueError(
-            "DDP's mixed_precision exchanges the parameters' storage during a step, as saef does: use torch.autocast "
-            "or bfloat16 parameters"
-        )
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    dtypes, devices = {p.dtype for p in trainable}, {p.device.type for p in trainable}
-    if len(dtypes) == 1 and dtypes <= FULL and all(map(_dense, trainable)) and not _captured(model):
-        if devices == {"cpu"}:
-            return OnCPU(model, optimizer, s)
-        if devices == {"cuda"}:
-            return OnCUDA(model, optimizer, s)
-    return Copies(model, optimizer, s)
-
-
-FULL = {torch.float32, torch.float64}
+def _set_versions(tensors: Sequence[Tensor], versions: Sequence[int]) -> None:
+    torch._C._autograd._unsafe_set_version_counter(tuple(tensors), tuple(versions))
 
 
 def _plain(names: list[str]) -> list[str]:
@@ -325,17 +186,7 @@ def _plain(names: list[str]) -> list[str]:
     return [name.removeprefix("module.") for name in names] if all(n.startswith("module.") for n in names) else names
 
 
-def _sample(x: Tensor) -> Tensor:
-    return x.as_strided((x.numel(),), (1,))[:: max(1, x.numel() // SAMPLES)]
-
-
-def _captured(model: nn.Module) -> bool:
-    """Whether `torch.cuda.make_graphed_callables` has a part of it: its graphs read the parameters' own storage."""
-    forwards = (module.__dict__.get("forward") for module in model.modules())
-    return any(getattr(forward, "__module__", None) == torch.cuda.graphs.__name__ for forward in forwards)
-
-
-def _dense(p: Tensor) -> bool:
+def is_dense(p: Tensor) -> bool:
     """No gaps and no overlaps: entries can be taken in memory order."""
     return torch.empty_like(p, device="meta").stride() == p.stride()
 

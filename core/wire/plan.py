@@ -221,11 +221,14 @@ class Plans:
 
 def _of_parameter(blocks: Blocks, index: Tensor, send: Tensor, apply: Tensor) -> list[tuple[int, Tensor, Tensor]]:
     """`index`: the parameter tensor of each row."""
+    order = torch.argsort(index, stable=True)
+    numbers, counts = index.unique(return_counts=True)
+    mine, theirs = (table[order].split(counts.tolist()) for table in (send, apply))
     parts = []
-    for i in index.unique().tolist():
-        mine, theirs = send[index == i], apply[index == i]
-        theirs[:, STATE] -= blocks.of_parameter[i][0].state
-        parts.append((i, mine, theirs))
+    for i, a, b in zip(numbers.tolist(), mine, theirs, strict=True):
+        b = b.clone()
+        b[:, STATE] -= blocks.of_parameter[i][0].state
+        parts.append((i, a.clone(), b))
     return parts
 
 

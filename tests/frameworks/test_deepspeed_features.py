@@ -275,16 +275,22 @@ def evaluate(group: dist.ProcessGroup) -> None:
         return torch.equal(flat(net), weights)
 
     assert at_x()
-    engine.backward(F.mse_loss(engine(x[:4]), y[:4]))
-    engine.step()  # not at the boundary
+    loss = F.mse_loss(engine(x[:4]), y[:4])
     assert not at_x()
+    engine.backward(loss)
+    engine.step()  # not at the boundary
+    assert at_x()
     engine.eval()
     with torch.no_grad():
         engine(x)
     assert at_x()
     engine.train()
-    engine.backward(F.mse_loss(engine(x[4:]), y[4:]))
-    assert not at_x()
+    loss = F.mse_loss(engine(x[4:]), y[4:])
+    with torch.no_grad():
+        engine(x)
+    assert at_x()
+    engine.backward(loss)
+    assert at_x()
     engine.step()
     assert state.steps == 5
     engine.backward(F.mse_loss(engine(x), y))

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,8 @@ def lose_node(agent: subprocess.Popen[bytes]) -> None:
     """What is left when a machine burns: nothing."""
     ranks = children(agent)
     for pid in (program(agent.pid), *ranks):
-        os.kill(pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # one that has just ended by itself
+            os.kill(pid, signal.SIGKILL)
 
 
 def wait_for(condition: Any, what: str, logs: Path, timeout_s: float = 180) -> Any:

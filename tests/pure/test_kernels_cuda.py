@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from saef.rules.sgd import DECAY, PLAIN, SGD
-from saef.step.weights import Copies, OnCUDA
+from saef.step.ways import Copies, OnCUDA
 from saef.wire import codec
 from saef.wire.compressors import Compressor, Identity, MajorityVote, ScaledSign, TopK, index_bytes
 from saef.wire.kernels import reference
@@ -371,11 +371,13 @@ def test_x_in_the_parameters_own_storage(device: torch.device) -> None:
             here = Worker(*(v.to(at, copy=True) for v in (g, m[None], e, weights.x_half()[0])))
             there = [v.to(at) for v in (rates, message)]
             weights.commit(plan.to(at), rule._replace(hyper=rule.hyper.to(at)), there[0], here, there[1], there[1])
-            weights.begin(here.e, slice(0, 0))
+            weights.committed()
+            weights.step_ahead(here.e, slice(0, 0))
+            weights.enter()
         for a, b in zip(net.parameters(), twin.parameters(), strict=True):
             assert_same(b.detach(), a.detach())
         for weights in (ours, theirs):
-            weights.restore()
+            assert weights.leave() == []
         for a, b in zip(ours.parts(), theirs.parts(), strict=True):
             assert_same(b, a)
         if t == 1:

@@ -62,7 +62,7 @@ def test_the_readme_is_a_first_page() -> None:
 def test_the_readme_says_where_the_loss_of_a_training_loop_is_taken() -> None:
     said = " ".join(README.split())
     assert "The loss that a training loop prints is the one at x_half" in said
-    assert "for the loss there, call the model in evaluation mode or under `torch.no_grad()`" in said
+    assert "for the loss there, call the model under `torch.no_grad()`" in said
 
 
 def test_papers_are_linked_where_they_are_first_named() -> None:

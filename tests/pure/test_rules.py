@@ -30,6 +30,7 @@ class Two(Rule):
 
     kind: ClassVar[int] = 77
     hyper: ClassVar[type[Any]] = TwoHyper
+    names: ClassVar[tuple[str, ...]] = ("first", "second")
 
     @classmethod
     def reads(cls, optimizer: torch.optim.Optimizer) -> bool:

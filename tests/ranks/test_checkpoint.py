@@ -1,5 +1,6 @@
 """What is saved comes back: bit for bit on the same ranks in fresh processes, x~ on any number of ranks."""
 
+import copy
 import io
 import itertools
 from collections.abc import Iterator
@@ -134,10 +135,11 @@ def save_in_a_step(group: dist.ProcessGroup) -> bool:
             assert_equal(saved[f"rank_{run.rank}"][name], before[f"rank_{run.rank}"][name], name)
         assert_equal(saved["x"], before["x"])
         if t == 6:
+            saved_optimizer = copy.deepcopy(run.optimizer.state_dict())  # of the same step
             run.optimizer.step()  # which the look did not disturb
     other.load_others(through_a_file({**run.others(), "optimizer": other.optimizer.state_dict()}))
     other.state.load_state_dict(through_a_file(saved))
-    other.optimizer.load_state_dict(run.optimizer.state_dict())
+    other.optimizer.load_state_dict(saved_optimizer)
     torch.set_rng_state(random)
     F.mse_loss(other.model(x.float()), y.float()).backward()
     other.optimizer.step()

@@ -289,8 +289,9 @@ def look_at_weights(group: dist.ProcessGroup) -> str:
     model(data)  # a training forward steps ahead
     assert torch.equal(flat(net), x - state.e) and state.e.abs().max() > 0
     for look in (
-        lambda: model.eval()(data),
-        lambda: net.eval()(data),
+        lambda: torch.no_grad()(model.eval())(data),
+        lambda: torch.no_grad()(net.eval())(data),
+        lambda: torch.inference_mode()(model)(data),
         lambda: net.state_dict(),
         lambda: model.state_dict(),
         lambda: torch.no_grad()(model.train())(data),
@@ -304,11 +305,12 @@ def look_at_weights(group: dist.ProcessGroup) -> str:
     optimizer.zero_grad()
     with model.no_sync():
         forward_and_backward(5)  # a micro-batch, an evaluation in between, and the last micro-batch
-    net.eval()(data)
+    with torch.no_grad():
+        net.eval()(data)
     assert torch.equal(flat(net), x)
     model.train()
     forward_and_backward(6)
-    net.eval()(data)  # and before the step
+    net.eval()(data)  # and before the step; with gradients it is a part of the model like any other
     optimizer.step()
     model.train()
     assert torch.equal(flat(net), state.weights.x()) and state.steps == 4
@@ -342,7 +344,7 @@ def copy_the_model(group: dist.ProcessGroup) -> str:
         other.train()(x).sum().backward()
         other.eval()(x)
         other.state_dict()
-        assert torch.equal(flat(other), before) and state.engine._at_half
+        assert torch.equal(flat(other), before) and state.weights.ahead
     return "ok"
 
 
@@ -405,9 +407,6 @@ def change_weights(group: dist.ProcessGroup, dtype: torch.dtype) -> str:
     kept = state.weights.x()
     untouched = master.to(dtype).to(master.dtype) == clamped
     assert torch.equal(kept, torch.where(untouched, master, clamped))  # the fp32 master survives where it can
-    with torch.no_grad():
-        net[0].weight.fill_(0.25)
-    state.engine.restore()
     return "ok" if state.steps == 1 else "steps"
 
 

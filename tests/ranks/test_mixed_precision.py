@@ -1,5 +1,6 @@
 """float16 with a GradScaler: unscaled before momentum, overflow skips on all ranks, scales move alike."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -138,7 +139,7 @@ def test_float16_trains_as_float32(pool: RankPool, dtype: torch.dtype) -> None:
 def resume(group: dist.ProcessGroup) -> bool:
     run, other = (Run(group, TOPK, scaler(growth_interval=3)) for _ in range(2))
     run.train(range(8), {(1, 5): float("nan")})
-    saved = (run.state.state_dict(), run.scaler and run.scaler.state_dict(), run.optimizer.state_dict())
+    saved = (run.state.state_dict(), run.scaler and run.scaler.state_dict(), copy.deepcopy(run.optimizer.state_dict()))
     run.train(range(8, 16), {(0, 9): float("nan")})
     other.state.load_state_dict(saved[0])
     assert other.scaler and run.scaler

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import saef
 from saef.comm.torch_transport import TorchTransport
 from saef.hooks import saef_hook
-from saef.step.weights import Copies, OnCUDA
+from saef.step.ways import Copies, OnCUDA
 from support import reference
 from support.cases import close, job_of, reference_settings, start
 from support.ranks import RankPool

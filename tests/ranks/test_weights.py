@@ -13,7 +13,7 @@ from saef.rules import SGD, step_ahead
 from saef.rules.rule import table as hyper_table
 from saef.rules.sgd import PLAIN
 from saef.step import engine
-from saef.step.weights import Copies, OnCPU, create
+from saef.step.ways import Copies, OnCPU, create
 from saef.wire.codec import Block, block_ranges, lay_out
 from saef.wire.kernels import cpu
 from saef.wire.kernels.table import Update, Worker
@@ -126,9 +126,10 @@ def test_a_changed_parameter_is_stepped_ahead_from(edit: Any) -> None:
             edit(net.weight)
         ahead, before = expected(), [p.detach().clone() for p in net.parameters()]
         weights.absorb()
-        weights.begin(e, slice(0, 0))
+        weights.step_ahead(e, slice(0, 0))
+        weights.enter()
         assert all(torch.equal(p, a) for p, a in zip(net.parameters(), ahead, strict=True))
-        weights.restore()
+        assert weights.leave() == []
         assert all(torch.equal(p, x) for p, x in zip(net.parameters(), before, strict=True))
 
 

@@ -1,0 +1,109 @@
+"""What the rule keeps, in the optimizer's own state: momentum under torch's names, and the step that it is of.
+
+Frameworks and most scripts save a model and `optimizer.state_dict()`, and nothing else. So the momentum of this rank
+lies in `optimizer.state` as views of `Memory.m`, where torch saves it, and whatever is done to it there counts:
+loading, clearing, a plain optimizer's momentum from before. The errors cannot lie there (other ranks have others), but
+the mark of the step tells when they are of another one.
+"""
+
+from __future__ import annotations
+
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from .memory import Memory
+from .weights import Weights
+
+STEP = "saef_step"  # in the state of the first parameter: the steps committed
+
+
+@final
+class Kept:
+    """Memory.m in an optimizer's state.
+
+    Args:
+        names: what the rule's vectors are called there.
+        owes: whether errors can be other than 0, so that those of another step matter.
+    """
+
+    def __init__(self, names: tuple[str, ...], weights: Weights, memory: Memory, owes: bool) -> None:
+        self._names, self._weights, self._memory, self._owes = names, weights, memory, owes
+        self._views: list[list[Tensor]] = []
+        self._of: Tensor | None = None  # the m that they are views of
+
+    def show(self, optimizer: torch.optim.Optimizer) -> None:
+        """The optimizer's state is what the memory holds."""
+        memory, parameters = self._memory, self._weights.parameters
+        if self._of is not memory.m:
+            self._of, self._views = memory.m, [self._weights.cut(m) for m in memory.m]
+        for name, views in zip(self._names, self._views, strict=False):
+            for p, view in zip(parameters, views, strict=True):
+                optimizer.state[p][name] = view
+        optimizer.state[parameters[0]][STEP] = memory.steps
+
+    def follow(self, optimizer: torch.optim.Optimizer) -> None:
+        """Before a step: take over what was done to the optimizer's state since the last one.
+
+        Raises:
+            RuntimeError: if it is the state of another step, while the errors are not.
+        """
+        mark = self._mark(optimizer)
+        if mark is None:
+            if self._is_plain(optimizer) and self._owes and self._errors():
+                raise RuntimeError(
+                    "the optimizer has loaded the state of a run without saef, but this state's errors are of step "
+                    f"{self._memory.steps}: load a checkpoint of saef, or call state.reset_errors() to go on without "
+                    "what the errors owe"
+                )
+        elif mark != self._memory.steps and self._owes:
+            raise RuntimeError(
+                f"the optimizer has loaded the state of step {mark}, but this state's errors are of step "
+                f"{self._memory.steps}; model.state_dict() and optimizer.state_dict() do not have them. Load them too "
+                "(state.load_state_dict, saef.load_checkpoint), before the first forward, or call state.reset_errors() "
+                "to go on without what the errors owe"
+            )
+        self.adopt(optimizer)
+
+    def adopt(self, optimizer: torch.optim.Optimizer) -> None:
+        """Memory <- the optimizer's momentum and step, unless it is the memory's own step."""
+        mark, memory = self._mark(optimizer), self._memory
+        if mark != memory.steps:
+            found = [[_state(optimizer, p).get(n) for p in self._weights.parameters] for n in self._names]
+            if any(v is not None for vectors in found for v in vectors):
+                memory.grow(len(self._names), decay=False)
+            for m, vectors in zip(memory.m, found, strict=False):
+                for part, v in zip(self._weights.cut(m), vectors, strict=True):
+                    part.zero_() if v is None else part.copy_(v)
+            if mark is not None:
+                memory.count_from(mark, memory.skipped, memory.skipped_in_a_row, mark)
+        self.show(optimizer)
+
+    def release(self, optimizer: torch.optim.Optimizer) -> None:
+        """Without momentum, which is another on every rank: with it, weights would drift apart."""
+        for p in self._weights.parameters:
+            for name in (*self._names, STEP):
+                _state(optimizer, p).pop(name, None)
+
+    def loaded(self, optimizer: torch.optim.Optimizer) -> None:
+        """The memory is a checkpoint's now: what the optimizer has beside it does not count."""
+        self.release(optimizer)
+        optimizer.state[self._weights.parameters[0]][STEP] = self._memory.steps
+
+    def _mark(self, optimizer: torch.optim.Optimizer) -> int | None:
+        mark: Any = _state(optimizer, self._weights.parameters[0]).get(STEP)
+        return None if mark is None else int(mark)
+
+    def _is_plain(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether there is momentum of another optimizer; else the state was cleared, or there has never been one."""
+        return any(n in _state(optimizer, p) for p in self._weights.parameters for n in self._names)
+
+    def _errors(self) -> bool:
+        return bool(self._memory.e.any()) or bool(self._memory.e_server.any())
+
+
+def _state(optimizer: torch.optim.Optimizer, p: Tensor) -> dict[str, Any]:
+    """The optimizer's state of a parameter, without making one."""
+    found: dict[str, Any] = optimizer.state.get(p, {})
+    return found
