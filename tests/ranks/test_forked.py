@@ -12,6 +12,8 @@ import pytest
 
 from support.forked import program, python
 
+pytestmark = pytest.mark.slow
+
 SAY = "import os, sys; print(sys.argv, os.getcwd(), os.environ['WORD'], sys.stdin.read()); print('é', file=sys.stderr)"
 
 

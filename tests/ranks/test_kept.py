@@ -17,6 +17,8 @@ from saef.hooks import saef_hook
 from support.ranks import RankPool
 from support.training import batch, flat, make_net
 
+pytestmark = pytest.mark.slow
+
 ERRORS = saef.TopK(0.2, block=10)
 
 

@@ -16,6 +16,8 @@ from saef.hooks import saef_hook
 from support.ranks import RankPool
 from support.training import MOMENTUM, Job, batch, flat, make_net, wrap
 
+pytestmark = pytest.mark.slow
+
 
 class Images(nn.Module):
     """Something with a memory format, an embedding and two layers of one shape."""

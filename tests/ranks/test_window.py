@@ -24,6 +24,8 @@ from saef.step.ways import Copies, OnCPU
 from support.ranks import RankPool
 from support.training import batch, flat, make_net
 
+pytestmark = pytest.mark.slow
+
 both_ways = pytest.mark.parametrize("way", ["copies", "swaps"])
 
 

@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ def main(place: str, *words: str) -> None:
         program = int(answers.readline())
 
         def pass_on(number: int, frame: Any) -> None:
-            os.kill(program, number)
+            with suppress(ProcessLookupError):  # it has ended, and its status is on the way
+                os.kill(program, number)
 
         for number in PASSED_ON:
             signal.signal(number, pass_on)
