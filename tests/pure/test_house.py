@@ -127,6 +127,7 @@ def test_importing_saef_imports_nothing_that_takes_long() -> None:
     assert {*after.split()} - {*before.split()} >= {"saef.hooks", "saef.hooks.saef_hook", "saef.integrations"}
 
 
+@pytest.mark.slow
 def test_hooks_and_integrations_are_attributes() -> None:
     assert said("print(sorted({'hooks', 'integrations', 'SAEFState'} & {*dir(saef)}), 'hooks' in vars(saef))") == (
         "['SAEFState', 'hooks', 'integrations'] False\n"
@@ -144,6 +145,7 @@ def test_other_attributes_are_not_there(module: str, name: str) -> None:
         getattr(importlib.import_module(module), name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", ["deepspeed", "horovod"])
 def test_an_adapter_is_an_attribute_and_says_what_is_missing(framework: str) -> None:
     code = f"sys.modules['{framework}'] = None\ntry: saef.integrations.{framework}\nexcept ImportError as e: print(e)"
