@@ -89,9 +89,7 @@ class Attachment:
         hooks.move_to_end(self._handles[0].id)
 
     def remove(self) -> None:
-        """Take all hooks away; again is fine."""
-        if not self._handles:
-            return
+        """Take all hooks away."""
         for handle in self._handles:
             handle.remove()
         self._handles = []

@@ -31,7 +31,6 @@ from ..comm.torch_transport import TorchTransport
 from ..comm.transport import Transport
 from ..wire import kernels
 from ..wire.codec import message_bytes
-from ..wire.compressors import DENSE
 from ..wire.plan import Placement, Plans, place
 from .algorithm import Algorithm
 from .attachment import Attachment
@@ -99,10 +98,7 @@ class Engine:
         self._plans = Plans(self.context.placement, weights.parameters, weights.dtype)
         self.memory = Memory.create(self.context)
         self.rule.grow(self.memory, hyper)
-        owes = settings.feedback and not {DENSE} >= {
-            c.for_tensor(n).kind for c in (settings.compressor, settings.reply_compressor) for n in weights.numels
-        }
-        self._kept = Kept(self.rule.names, weights, self.memory, owes)
+        self._kept = Kept(self.rule.names, self.context, self.memory)
         self.clock = Clock()
         self._algorithm = Algorithm(self.context, self.memory, self.rule, self.clock)
 
@@ -110,7 +106,6 @@ class Engine:
         self._audit = Audit(settings.audit_every)
         self.committed: list[tuple[Tensor, Tensor]] = []
         self._begun = False
-        self._mine = {id(p) for p in weights.parameters}
         check_apart(weights.names, weights.parameters)
         self._watch = Watch(model, weights.names, weights.parameters, optimizer)
         self._committing = False
@@ -140,10 +135,10 @@ class Engine:
 
     def detach(self) -> None:
         """The parameters are x; model and optimizer are as without saef."""
-        self.leave()
         if self.attached:
+            self.leave()
             self._kept.release(self._optimizer)
-        self._attachment.remove()
+            self._attachment.remove()
 
     def loaded(self) -> None:
         """Memory and weights are a checkpoint's."""
@@ -334,10 +329,9 @@ class Engine:
 
     def before_other_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Raise RuntimeError if an optimizer that is not this state's is about to move its parameters."""
-        mine = self._mine
         if not self._attachment.newest or optimizer is self._optimizer:
             return
-        if any(id(p) in mine and p.grad is not None for group in optimizer.param_groups for p in group["params"]):
+        if self._watch.is_moved_by(optimizer):
             raise RuntimeError(
                 f"{type(optimizer).__name__}.step() would move parameters of a SAEFState that was made with another "
                 "optimizer: the exchanged gradients would never be applied. Create SAEFState with the optimizer that "
@@ -358,7 +352,7 @@ class Engine:
         self._averaging.commit()
         self._begun = False
         self.weights.committed()
-        self._kept.show(self._optimizer)
+        self._kept.committed(self._optimizer)
         self._committing = False
 
     def _check_whole(self) -> None:

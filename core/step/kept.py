@@ -13,8 +13,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from .memory import Memory
-from .weights import Weights
+from .memory import Context, Memory
 
 STEP = "saef_step"  # in the state of the first parameter: the steps committed
 
@@ -25,11 +24,11 @@ class Kept:
 
     Args:
         names: what the rule's vectors are called there.
-        owes: whether errors can be other than 0, so that those of another step matter.
+        context, memory: of the state. Errors of another step matter where there are any, `context.owes`.
     """
 
-    def __init__(self, names: tuple[str, ...], weights: Weights, memory: Memory, owes: bool) -> None:
-        self._names, self._weights, self._memory, self._owes = names, weights, memory, owes
+    def __init__(self, names: tuple[str, ...], context: Context, memory: Memory) -> None:
+        self._names, self._weights, self._memory, self._owes = names, context.weights, memory, context.owes
         self._views: list[list[Tensor]] = []
         self._of: Tensor | None = None  # the m that they are views of
 
@@ -41,7 +40,14 @@ class Kept:
         for name, views in zip(self._names, self._views, strict=False):
             for p, view in zip(parameters, views, strict=True):
                 optimizer.state[p][name] = view
-        optimizer.state[parameters[0]][STEP] = memory.steps
+        self._set_mark(optimizer)
+
+    def committed(self, optimizer: torch.optim.Optimizer) -> None:
+        """After a step: the views are there already, unless the rule keeps more than before."""
+        if self._of is self._memory.m:
+            self._set_mark(optimizer)
+        else:
+            self.show(optimizer)
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
         """Before a step: take over what was done to the optimizer's state since the last one.
@@ -89,6 +95,9 @@ class Kept:
     def loaded(self, optimizer: torch.optim.Optimizer) -> None:
         """The memory is a checkpoint's now: what the optimizer has beside it does not count."""
         self.release(optimizer)
+        self._set_mark(optimizer)
+
+    def _set_mark(self, optimizer: torch.optim.Optimizer) -> None:
         optimizer.state[self._weights.parameters[0]][STEP] = self._memory.steps
 
     def _mark(self, optimizer: torch.optim.Optimizer) -> int | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..comm.transport import Purpose, Transport
-from ..wire.compressors import DENSE
+from ..wire.compressors import DENSE, Compressor
 from ..wire.plan import Placement
 from .settings import Settings
 from .weights import Weights
@@ -34,8 +34,16 @@ class Context(NamedTuple):
     @property
     def serves_with_error(self) -> bool:
         """Whether servers keep an error: not where all they send is uncompressed, D - C(D) = 0."""
-        dense = all(self.settings.reply_compressor.for_tensor(n).kind == DENSE for n in self.weights.numels)
+        return self.settings.feedback and not self._dense(self.settings.reply_compressor)
+
+    @property
+    def owes(self) -> bool:
+        """Whether any error can be other than 0: not where all that travels is uncompressed."""
+        dense = self._dense(self.settings.compressor) and self._dense(self.settings.reply_compressor)
         return self.settings.feedback and not dense
+
+    def _dense(self, compressor: Compressor) -> bool:
+        return all(compressor.for_tensor(n).kind == DENSE for n in self.weights.numels)
 
 
 @final

@@ -53,6 +53,11 @@ class Watch:
             )
         check_apart(self._names, self._parameters)
 
+    def is_moved_by(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether a step of this optimizer would move one of these parameters."""
+        known = {*self._ids}
+        return any(id(p) in known and p.grad is not None for group in optimizer.param_groups for p in group["params"])
+
     def check_groups(self, optimizer: torch.optim.Optimizer) -> None:
         """Raise RuntimeError if the optimizer's groups have other parameters, or the same in other places."""
         if groups_of(optimizer) != self._groups:

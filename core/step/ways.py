@@ -35,7 +35,6 @@ class Copies(Weights):
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, s: float) -> None:
         super().__init__(model, optimizer, s)
-        self._e = self.flat
         with torch.no_grad():
             for p, x in zip(self.parameters, self.views, strict=True):
                 x.copy_(p)
@@ -59,11 +58,11 @@ class Copies(Weights):
         self._show_x()  # which autograd sees
 
     def _derive(self, e: Tensor, averaged: slice) -> None:
-        self._e = e  # made when it is shown
+        self._cut_errors(e)  # x_half is made when it is shown
 
     @torch.no_grad()
     def _show_half(self) -> None:
-        for p, x, error in zip(self.parameters, self.views, self.cut(self._e), strict=True):
+        for p, x, error in zip(self.parameters, self.views, self._errors, strict=True):
             p.copy_(step_ahead(x, error, self.s))
 
     @torch.no_grad()
@@ -131,7 +130,7 @@ class OnCPU(Swaps):
         self._ready = []
 
     def _derive(self, e: Tensor, averaged: slice) -> None:
-        errors = self.cut(e) if e.numel() else []
+        errors = self._cut_errors(e)
         ready = len(self._ready) == len(self._x) and all(
             mark == made and torch.equal(_sample(x), sample)
             for x, mark, (made, sample) in zip(self._x, self._marks, self._ready, strict=True)
@@ -152,7 +151,7 @@ class OnCPU(Swaps):
 
     def committed(self) -> None:
         super().committed()
-        self._marks = [(p.data_ptr(), p._version) for p in self.parameters]
+        self._marks = self._marks_now()
         self._note()
 
     def _note(self) -> None:

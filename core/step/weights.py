@@ -60,6 +60,8 @@ class Weights(ABC):
         self._marks: list[tuple[int, int]] = []  # of x when x_half was made from it
         self._versions: list[int] = []  # of x, in a window
         self._places: list[int] = []  # where x_half lies, in a window
+        self._e: Tensor | None = None  # the errors, and as they are cut
+        self._errors: list[Tensor] = []
 
     @torch.no_grad()
     def step_ahead(self, e: Tensor, averaged: slice) -> None:
@@ -69,7 +71,7 @@ class Weights(ABC):
             e: [d], or empty if there is none, with s = 0.
             averaged: coordinates of e that were changed since x_half was last made.
         """
-        marks = [(p.data_ptr(), p._version) for p in self.parameters]
+        marks = self._marks_now()
         if marks != self._marks or averaged.stop > averaged.start:
             self._marks, self.number = marks, self.number + 1
         self._derive(e, averaged)
@@ -77,8 +79,18 @@ class Weights(ABC):
     def follow(self, e: Tensor) -> None:
         """Before the commit: if x was written to since, x_half <- x - s e again, since weight decay is taken there."""
         self.absorb()
-        if self._marks != [(p.data_ptr(), p._version) for p in self.parameters]:
+        if self._marks != self._marks_now():
             self.step_ahead(e, slice(0, 0))
+
+    def _marks_now(self) -> list[tuple[int, int]]:
+        """Address and version of each parameter: others after a write that autograd sees, or other storage."""
+        return [(p.data_ptr(), p._version) for p in self.parameters]
+
+    def _cut_errors(self, e: Tensor) -> list[Tensor]:
+        """e cut like the parameters, once for one vector; empty if there is none."""
+        if self._e is not e:
+            self._e, self._errors = e, self.cut(e) if e.numel() else []
+        return self._errors
 
     def check_free(self) -> None:
         """Raise RuntimeError if the parameters are what another state has made of them."""
