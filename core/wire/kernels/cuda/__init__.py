@@ -2,10 +2,9 @@
 
 A program *produces* its tile of D (`rules`, `codes.average`) and *encodes* it (`codes`). Signs and dense values are
 written at once; scales are finished by a second kernel from the tiles' sums. Top-k of a block that is one tile is
-selected at once too (`select`); of a longer block by radix selection (`radix`): D's magnitudes, read as integers, are
-narrowed down digit by digit with a histogram of the block (one launch a digit), then every tile counts what it keeps,
-and writes it behind what the tiles before it keep. Atomics only count, in integers, and sums run in a fixed order, so
-that no result depends on how programs are scheduled.
+selected at once too, in registers (`select`); of a longer block among candidates, those that pass a bar from a sample,
+digit by digit (`radix`). Atomics only count, in integers, and sums run in a fixed order, so that no result depends on
+how programs are scheduled.
 
 Differences from the reference: a NaN may have other bits (the hardware makes its own), and a malformed
 message raises when `check` is called, because raising at once would make the host wait for the device.
@@ -25,9 +24,12 @@ Arguments of the kernels (T is the state's dtype), all in device memory but the 
     messages                  [K, bytes] uint8; float_stride, byte_stride: from one message to the next, in entries
     rates, half, ahead        [groups], [d], [1] T
     x_table                   [B, COLUMNS] int64, STATE counted in x; x may be where an address is counted from
-    partial, vector, hist, counts   of `Work`
+    partial, vector, where, bars, found, counts   of `Work`
+    large                     of `Tiling`
     bad                       [1] int32: the lowest row of a malformed message, or NO_ROW
-    slots, digits             int: see `radix`
+    groups, hist, slots, digits, kept   see `radix`
+    REFILL                    only blocks with too few candidates, of which all entries become candidates
+    ALIGN                     divides NUMEL, GRAD and STATE: `constants.entry`
     TILE, K                   coordinates of a tile, number of messages; LANES: a power of two, at least 2 K
     RULE, FEEDBACK            update.kind, update.feedback
     HAS_M, HAS_E, HAS_TOPK, AHEAD   what there is: m, e, blocks of kind TOPK in the table that is coded, ahead != 0

@@ -52,7 +52,7 @@ def bar_of(row, D, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @jit
-def group_of(groups, tiles, counts, slots, TILE: tl.constexpr, SPAN: tl.constexpr):  # type: ignore[no-untyped-def]
+def group_of(groups, tiles, counts, TILE: tl.constexpr, SPAN: tl.constexpr):  # type: ignore[no-untyped-def]
     """This program's group: (row number, slot, where its tiles' candidates begin, how many each has)."""
     group = groups + tl.program_id(0).to(tl.int64) * _GROUP_COLUMNS
     first, lane = tl.load(group), tl.arange(0, SPAN)
@@ -84,13 +84,24 @@ def known_digits(row, slot, vector, hist, slots, digits):  # type: ignore[no-unt
     return prefix, need
 
 
+@jit
+def beyond(vector, start, count, bar, SPAN: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """[SPAN] candidates of each tile above, and at, the threshold."""
+    above, ties = tl.zeros((SPAN,), tl.int32), tl.zeros((SPAN,), tl.int32)
+    for j in range(0, tl.max(count, 0), WIDTH):
+        _, _, key = some(vector, start, count, j, WIDTH)
+        above += tl.sum((key > bar).to(tl.int32), 1)
+        ties += tl.sum((key == bar).to(tl.int32), 1)
+    return above, ties
+
+
 @kernel
 def narrow(  # type: ignore[no-untyped-def]
     groups, tiles, table, vector, counts, hist, slots, digits,
     TILE: tl.constexpr, ALIGN: tl.constexpr, SPAN: tl.constexpr, WIDTH: tl.constexpr,
 ):
     """The histogram of the next digit."""
-    r, slot, start, count = group_of(groups, tiles, counts, slots, TILE, SPAN)
+    r, slot, start, count = group_of(groups, tiles, counts, TILE, SPAN)
     prefix, need = known_digits(table + r * _COLUMNS, slot, vector, hist, slots, digits)
     total = tl.zeros((_DIGITS,), tl.int32)
     for j in range(0, tl.max(count, 0), WIDTH):
@@ -104,13 +115,9 @@ def count_kept(  # type: ignore[no-untyped-def]
     groups, tiles, table, vector, counts, hist, slots, digits, kept,
     TILE: tl.constexpr, ALIGN: tl.constexpr, SPAN: tl.constexpr, WIDTH: tl.constexpr,
 ):
-    r, slot, start, count = group_of(groups, tiles, counts, slots, TILE, SPAN)
+    r, slot, start, count = group_of(groups, tiles, counts, TILE, SPAN)
     bar, need = known_digits(table + r * _COLUMNS, slot, vector, hist, slots, digits)
-    above, ties = tl.zeros((SPAN,), tl.int32), tl.zeros((SPAN,), tl.int32)
-    for j in range(0, tl.max(count, 0), WIDTH):
-        _, _, key = some(vector, start, count, j, WIDTH)
-        above += tl.sum((key > bar).to(tl.int32), 1)
-        ties += tl.sum((key == bar).to(tl.int32), 1)
+    above, ties = beyond(vector, start, count, bar, SPAN, WIDTH)
     out = kept + tl.program_id(0).to(tl.int64) * 2
     tl.store(out, tl.sum(above, 0))
     tl.store(out + 1, tl.sum(ties, 0))
@@ -121,7 +128,7 @@ def keep(  # type: ignore[no-untyped-def]
     groups, tiles, table, vector, counts, hist, slots, digits, kept, where, floats, message,
     TILE: tl.constexpr, ALIGN: tl.constexpr, SPAN: tl.constexpr, WIDTH: tl.constexpr,
 ):
-    r, slot, start, count = group_of(groups, tiles, counts, slots, TILE, SPAN)
+    r, slot, start, count = group_of(groups, tiles, counts, TILE, SPAN)
     row = table + r * _COLUMNS
     bar, need = known_digits(row, slot, vector, hist, slots, digits)
     before, equal = tl.full((), 0, tl.int32), tl.full((), 0, tl.int32)
@@ -130,11 +137,7 @@ def keep(  # type: ignore[no-untyped-def]
         t = chunk + tl.arange(0, _CHUNK)
         before += tl.sum(tl.load(kept + 2 * t, mask=t < this, other=0), 0)
         equal += tl.sum(tl.load(kept + 2 * t + 1, mask=t < this, other=0), 0)
-    above, ties = tl.zeros((SPAN,), tl.int32), tl.zeros((SPAN,), tl.int32)
-    for j in range(0, tl.max(count, 0), WIDTH):
-        _, _, key = some(vector, start, count, j, WIDTH)
-        above += tl.sum((key > bar).to(tl.int32), 1)
-        ties += tl.sum((key == bar).to(tl.int32), 1)
+    above, ties = beyond(vector, start, count, bar, SPAN, WIDTH)
     above, ties = before + tl.cumsum(above, 0) - above, equal + tl.cumsum(ties, 0) - ties  # of the tiles before
     for j in range(0, tl.max(count, 0), WIDTH):
         at, D, key = some(vector, start, count, j, WIDTH)
