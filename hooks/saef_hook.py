@@ -27,8 +27,9 @@ def saef_hook(state: SAEFState, bucket: GradBucket) -> Future[torch.Tensor]:
         )
     if not state.engine.attached:
         return allreduce_hook(state.engine.process_group or dist.group.WORLD, bucket)  # type: ignore[arg-type]
-    done = state.engine.exchange(bucket.parameters(), bucket.gradients(), bucket.buffer(), bucket.is_last())
-    if bucket.is_last():  # queued twice, to come after DDP's own callback, which moves the buckets into p.grad
-        autograd = Variable._execution_engine
-        autograd.queue_callback(lambda: autograd.queue_callback(state.engine.backward_ended))
+    engine, autograd = state.engine, Variable._execution_engine
+    done = engine.exchange(bucket.parameters(), bucket.gradients(), bucket.buffer(), bucket.is_last())
+    if bucket.is_last():  # DDP's own callback waits for the buckets, and moves them into p.grad
+        autograd.queue_callback(engine.exchange_late)  # before it
+        autograd.queue_callback(lambda: autograd.queue_callback(engine.backward_ended))  # after it
     return done

@@ -144,18 +144,23 @@ class SAEFCompression:
     def __repr__(self) -> str:
         return f"<SAEFCompression with {self.state!r}>"
 
-    def compress(self, tensor: Tensor) -> tuple[Tensor, int | None]:
-        """Horovod calls it with a p.grad that is ready: a dummy for Horovod to reduce, and the parameter's number."""
+    def compress(self, tensor: Tensor) -> tuple[Tensor, Tensor | int | None]:
+        """Horovod calls it with a p.grad that is ready: a dummy for Horovod to reduce, and the parameter's number.
+
+        Of a parameter that was frozen, the p.grad itself: Horovod still reduces it.
+        """
         if not self._engine.attached:
             return tensor, None
         if not self._pending:
             self._check()
             self._pending = True
         i = self._number(tensor)
+        if i is None:
+            return torch.ones(1), tensor
         self._engine.gradient_ready(i)
         return torch.ones(1), i
 
-    def decompress(self, tensor: Tensor, ctx: int | None) -> Tensor:
+    def decompress(self, tensor: Tensor, ctx: Tensor | int | None) -> Tensor:
         """Horovod calls it for each parameter after the last compress: this rank's own gradient, as it was."""
         if not self._engine.attached:
             return tensor
@@ -167,6 +172,8 @@ class SAEFCompression:
             if round(float(tensor) * size) != size:
                 raise RuntimeError(f"hvd.join() cannot work with SAEFCompression: {UNEVEN}")
             self._engine.exchange_gradients()
+        if isinstance(ctx, Tensor):
+            return ctx
         self._engine.expect_change(ctx)  # Horovod sets p.grad to what is returned
         grad = self._engine.weights.parameters[ctx].grad
         if grad is None:
@@ -207,13 +214,16 @@ class SAEFCompression:
         if (cause := self._engine.transport.failure) is not None:
             raise self._engine.transport.lost(cause) from cause
 
-    def _number(self, tensor: Tensor) -> int:
+    def _number(self, tensor: Tensor) -> int | None:
+        """The parameter's number; None for one that is trained no longer."""
         parameters = self._engine.weights.parameters
         for k in range(len(parameters)):
             i = (self._guess - k) % len(parameters)
             if parameters[i].grad is tensor:
                 self._guess = i - 1
                 return i
+        if any(p.grad is tensor for p in self._engine.left_out):
+            return None
         raise TypeError(
             "Horovod has the gradient of a parameter that SAEFCompression does not know: create it with the model and "
             "the optimizer that DistributedOptimizer is for"

@@ -20,7 +20,8 @@ def compare_settings(settings: Settings, weights: Weights, transport: Transport,
         scaled: whether there is a GradScaler.
     """
     fields = {field: getattr(settings, field) for field in settings.__dataclass_fields__}
-    parameters = [(n, tuple(p.shape), p.dtype) for n, p in zip(weights.names, weights.parameters, strict=True)]
+    every = zip(weights.names, weights.parameters, weights.views, strict=True)
+    parameters = [(n, tuple(p.shape), view.stride(), p.dtype) for n, p, view in every]
     fields.update(saef=version("saef"), world_size=transport.size)
     fields.update(parameters=parameters, groups=weights.groups, grad_scaler=scaled)
     compare(fields, transport, weights.device)

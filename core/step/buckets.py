@@ -71,11 +71,8 @@ def group(parameters: Sequence[Tensor]) -> list[list[int]]:
 
 
 @torch.no_grad()
-def flatten_gradients(parameters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """(flat, views): the gradients in one vector in the parameters' memory order, zeros where there is none.
-
-    p.grad become the views, so that a bucket does not cost memory for the gradients a second time.
-    """
+def gather_gradients(parameters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """(flat, views): a vector of the gradients in the parameters' memory order, zeros where there is none."""
     flat = parameters[0].new_empty(sum(p.numel() for p in parameters))
     views = cut(flat, parameters)
     for p, view in zip(parameters, views, strict=True):
@@ -84,7 +81,16 @@ def flatten_gradients(parameters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor
         elif p.grad.layout != torch.strided:
             raise TypeError(SPARSE)
         else:
-            p.grad = view.copy_(p.grad).data  # with a version counter of its own
+            view.copy_(p.grad)
+    return flat, views
+
+
+def flatten_gradients(parameters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """The same, and p.grad become the views, so that a bucket does not cost memory for the gradients a second time."""
+    flat, views = gather_gradients(parameters)
+    for p, view in zip(parameters, views, strict=True):
+        if p.grad is not None:
+            p.grad = view.data  # with a version counter of its own
     return flat, views
 
 

@@ -26,26 +26,26 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.futures import Future
 
-from ..comm.exchange import choose
 from ..comm.torch_transport import TorchTransport
 from ..comm.transport import Transport
 from ..wire import kernels
-from ..wire.codec import message_bytes
-from ..wire.plan import Placement, Plans, place
+from ..wire.plan import Plans
 from .algorithm import Algorithm
 from .attachment import Attachment
 from .audit import Audit, compare_settings
-from .buckets import SPARSE, Buckets, flatten_gradients
+from .buckets import SPARSE, Buckets, flatten_gradients, gather_gradients, group
 from .clock import Clock
 from .error_averaging import ErrorAveraging
+from .following import carry
 from .kept import Kept
 from .local_rule import LocalRule
 from .loss_scale import LossScale
 from .memory import Context, Memory
 from .prepared import Bucket, Prepared
 from .settings import Settings
-from .watch import Watch, check_apart, check_model
+from .watch import Watch, check_model
 from .ways import create
+from .weights import Weights
 
 logger = logging.getLogger("saef")
 
@@ -56,11 +56,12 @@ class Engine:
 
     What hooks and adapters may call, in the order of a step:
 
-        exchange, or gradient_ready and exchange_gradients    in the backward
+        exchange, exchange_late                               in the backward, with buckets of gradients
+        gradient_ready, exchange_gradients                    in the backward, without
         backward_ended, expect_change                         after it
         before_step, after_step                               around the optimizer's own step
         adopt, recheck                                        when an adapter has another optimizer, or loads weights
-        attached, under_way, transport, weights               to look at
+        attached, under_way, transport, weights, left_out     to look at
 
     The rest is for SAEFState, and for the hooks of `saef.step.attachment`.
 
@@ -68,7 +69,7 @@ class Engine:
         context: weights, settings, placement of the servers, transport. memory: all that evolves besides x.
         weights, transport: of the context. process_group: over which the transport goes, None for the default.
         rule: the optimizer's. loss_scale: the GradScaler's part in a step.
-        clock: seconds by part of the work.
+        left_out: parameters that were trained and are no longer. clock: seconds by part of the work.
         committed: tables and messages of the last step, until the next begins.
     """
 
@@ -83,46 +84,49 @@ class Engine:
     ) -> None:
         self.loss_scale = LossScale(grad_scaler)
         self.rule = LocalRule(optimizer, settings, self.loss_scale)
-        hyper = self.rule.read(step=0)
+        self.rule.read(step=0)
         check_model(model, process_group)
         self.weights = weights = create(model, optimizer, settings.step_ahead)
-        self.loss_scale.check_dtypes(p.dtype for p in weights.parameters)
         if process_group is not None and transport is not None:
             raise ValueError("give a process_group or a transport, not both")
         kernels.prepare(weights.device, weights.dtype)
         self.process_group = process_group or getattr(model, "process_group", None)
         self.transport = transport or TorchTransport(self.process_group, weights.device)
-        compare_settings(settings, weights, self.transport, self.loss_scale.used)
         self._averaging = ErrorAveraging(settings.averaging, self.transport)
-        self.context = Context(weights, settings, self._place_servers(settings), self.transport)
-        self._plans = Plans(self.context.placement, weights.parameters, weights.dtype)
-        self.memory = Memory.create(self.context)
-        self.rule.grow(self.memory, hyper)
-        self._kept = Kept(self.rule.names, self.context, self.memory)
         self.clock = Clock()
-        self._algorithm = Algorithm(self.context, self.memory, self.rule, self.clock)
-
-        self._settings, self._optimizer = settings, optimizer
+        self._model, self._optimizer, self._settings = model, optimizer, settings
+        self._agree(weights)
+        self._lay_out(weights)
         self._audit = Audit(settings.audit_every)
         self.committed: list[tuple[Tensor, Tensor]] = []
-        self._begun = False
-        check_apart(weights.names, weights.parameters)
-        self._watch = Watch(model, weights.names, weights.parameters, optimizer)
-        self._committing = False
-        self._buckets = Buckets(weights.parameters, self._exchange_bucket)
-        self._hidden: list[Tensor | None] = []
+        self._begun = self._committing = False
+        self._hidden: list[tuple[Tensor, Tensor | None]] = []
         self._prepared = Prepared()
         self._attachment = Attachment(model, optimizer, self)
 
-    def _place_servers(self, settings: Settings) -> Placement:
-        """Choose the strategy, and which rank serves which blocks."""
-        weights, transport = self.weights, self.transport
-        up, down = settings.compressor, settings.reply_compressor
-        strategy = settings.exchange
-        if strategy == "auto":
-            sizes = (message_bytes(c, weights.numels, weights.dtype) for c in (up, down))
-            strategy = choose(transport.size, *sizes)
-        return place(weights.numels, weights.groups, up, down, strategy, transport.size, transport.rank)
+    def _agree(self, weights: Weights) -> None:
+        """Raise on all ranks if they train other parameters, or in another way. Collective."""
+        self.loss_scale.check_dtypes(p.dtype for p in weights.parameters)
+        compare_settings(self._settings, weights, self.transport, self.loss_scale.used)
+
+    def _lay_out(self, weights: Weights, old: Context | None = None, left_out: Sequence[Tensor] = ()) -> None:
+        """All that depends on which parameters are trained, their groups, and how they lie in memory. Collective.
+
+        Args:
+            old: of what was trained before, whose memory goes over.
+            left_out: parameters that are trained no longer, and may still come with a bucket.
+        """
+        self._watch = Watch(self._model, weights, self._optimizer)
+        self.weights, self.context = weights, Context.create(weights, self._settings, self.transport)
+        self.memory: Memory = Memory.create(self.context) if old is None else carry(self.memory, old, self.context)
+        self.rule.grow(self.memory, self.rule.read(self.memory.steps))
+        self._kept = Kept(self.rule.names, self.context, self.memory)
+        self._algorithm = Algorithm(self.context, self.memory, self.rule, self.clock)
+        self._plans = Plans(self.context.placement, weights.parameters, weights.dtype, left_out)
+        self._buckets = Buckets(weights.parameters, self._exchange_bucket)
+        self.left_out = [*left_out]
+        self._joined: set[int] = set()  # numbers of the parameters that came later: DDP has no buckets for them
+        self._relaid = False  # whether they lie in memory in another way than in DDP's buckets
 
     def adopt(self, optimizer: torch.optim.Optimizer) -> None:
         """Take an optimizer with the same groups in the place of the one it was created with."""
@@ -157,6 +161,7 @@ class Engine:
         """What evolves as it was before the step under way, e a copy. The parameters are x."""
         self._check_whole()
         self.leave()
+        self._watch.check_kinds()
         self.weights.absorb()
         return replace(self.memory, e=self._averaging.before(self.memory.e))
 
@@ -164,12 +169,13 @@ class Engine:
 
     def begin(self) -> int:
         """Before a training forward: average the errors, once a step, and step ahead. The number of this x_half."""
-        weights, memory = self.weights, self.memory
-        if weights.ahead or not self._attachment.newest:
-            return weights.number
-        _check_moment(weights.device)
+        if self.weights.ahead or not self._attachment.newest:
+            return self.weights.number
+        _check_moment(self.weights.device)
         self._check_whole()
-        self._watch.check()
+        if changes := self._watch.changes(self._optimizer):
+            self._follow(changes)
+        weights, memory = self.weights, self.memory
         weights.check_free()
         weights.absorb()
         averaged = slice(0, 0)
@@ -186,6 +192,32 @@ class Engine:
         self._attachment.come_last()
         weights.enter()
         return weights.number
+
+    def _follow(self, changes: str) -> None:
+        """Parameters were frozen, unfrozen, added or laid out anew since the last step. Collective: on every rank."""
+        if self.under_way:
+            raise RuntimeError(
+                f"within a step, that is after a forward and before the step() of its backward: {changes}. Change what "
+                "is trained after step(), before the next forward"
+            )
+        old, steps = self.context, self.memory.steps
+        weights = create(self._model, self._optimizer, self._settings.step_ahead)
+        old.weights.absorb()
+        weights.take_over(old.weights)
+        self._agree(weights)
+        self._kept.follow(self._optimizer)
+        self._kept.let_go(self._optimizer)
+        known, now = {id(p) for p in old.weights.parameters}, {id(p) for p in weights.parameters}
+        gone = [p for p in (*self.left_out, *old.weights.parameters) if id(p) not in now]
+        came = {id(old.weights.parameters[i]) for i in self._joined} | (now - known)
+        relaid = self._relaid or self._watch.relaid
+        self._lay_out(weights, old, gone)
+        self._kept.take(self._optimizer)
+        self._joined = {i for i, p in enumerate(weights.parameters) if id(p) in came}
+        self._relaid = relaid
+        self.recheck()
+        if self.transport.rank == 0:
+            logger.info("from step %d on: %s", steps, changes)
 
     def enter(self, number: int) -> None:
         """Before the backward of a forward at x_half `number`: it reads the parameters again."""
@@ -237,22 +269,32 @@ class Engine:
         """
         if flat.layout != torch.strided:
             raise TypeError(SPARSE)
+        if not self._relaid:
+            return self._send(parameters, views, flat, last)
+        own, views = gather_gradients(parameters)
+        return self._send(parameters, views, own, last).then(lambda _: flat)
+
+    def _send(self, parameters: Sequence[Tensor], views: Sequence[Tensor], flat: Tensor, last: bool) -> Future[Tensor]:
+        """The same, of gradients in the order of `weights`."""
         self.loss_scale.check_dtypes([flat.dtype])
-        indices, plan = self._plans.find(parameters, views, flat)
         if not self._begun:
             raise RuntimeError(
                 "a gradient arrived that was not computed at x_half: run the forward through the wrapped model, with "
                 "gradients enabled"
             )
+        indices, views, plan = self._plans.find(parameters, views, flat)
         # Of a second backward before the step the gradients contain the first's, so what is prepared is made anew.
         if not self._prepared.buckets or self._prepared.contains(indices):
             self._prepared = Prepared(hyper=self.rule.read_scaled(self.memory.steps))
         message = torch.zeros(plan.send.message_bytes, dtype=torch.uint8, device=self.weights.device)
         bucket = Bucket(indices, plan, flat, views, message, self.transport.future(), [], [])
-        self._prepared.add(bucket)
+        if indices:
+            self._prepared.add(bucket)
+        else:
+            bucket.done.set_result(flat)
         if self._settings.max_grad_norm is None:
-            self._algorithm.send(self._prepared, [bucket])
-        elif last:
+            self._algorithm.send(self._prepared, [bucket] if indices else [])
+        elif last and self._joined <= self._prepared.parameters:
             self._algorithm.send(self._prepared, self._prepared.buckets)
         return bucket.done
 
@@ -275,7 +317,13 @@ class Engine:
     def _exchange_bucket(self, bucket: list[int], last: bool) -> None:
         parameters = [self.weights.parameters[i] for i in bucket]
         flat, views = flatten_gradients(parameters)
-        self.exchange(parameters, views, flat, last)
+        self._send(parameters, views, flat, last)
+
+    def exchange_late(self) -> None:
+        """At the end of a backward with buckets, before they are waited for: exchange what they do not have."""
+        late = sorted(self._joined - self._prepared.parameters)
+        for bucket in group([self.weights.parameters[i] for i in late]):
+            self._exchange_bucket([late[i] for i in bucket], last=True)
 
     def expect_change(self, parameter: int) -> None:
         """After a backward: p.grad of this parameter will be set once more, to what it is."""
@@ -322,8 +370,8 @@ class Engine:
                 "DDP with static_graph=True skips its hooks after no_sync(): leave one of the two out"
             )
         self.loss_scale.hide(optimizer)
-        self._hidden = [p.grad for p in self.weights.parameters]
-        for p in self.weights.parameters:
+        self._hidden = [(p, p.grad) for p in (*self.weights.parameters, *self.left_out)]
+        for p, _ in self._hidden:
             p.grad = None
         return None if closure is None else ((args[0], lambda: loss), {})
 
@@ -339,7 +387,7 @@ class Engine:
             )
 
     def after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        for p, g in zip(self.weights.parameters, self._hidden, strict=True):
+        for p, g in self._hidden:
             p.grad = g
         self._hidden = []
 

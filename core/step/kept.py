@@ -76,12 +76,7 @@ class Kept:
         """Memory <- the optimizer's momentum and step, unless it is the memory's own step."""
         mark, memory = self._mark(optimizer), self._memory
         if mark != memory.steps:
-            found = [[_state(optimizer, p).get(n) for p in self._weights.parameters] for n in self._names]
-            if any(v is not None for vectors in found for v in vectors):
-                memory.grow(len(self._names), decay=False)
-            for m, vectors in zip(memory.m, found, strict=False):
-                for part, v in zip(self._weights.cut(m), vectors, strict=True):
-                    part.zero_() if v is None else part.copy_(v)
+            self._read(optimizer)
             if mark is not None:
                 memory.count_from(mark, memory.skipped, memory.skipped_in_a_row, mark)
         self.show(optimizer)
@@ -96,6 +91,30 @@ class Kept:
         """The memory is a checkpoint's now: what the optimizer has beside it does not count."""
         self.release(optimizer)
         self._set_mark(optimizer)
+
+    def let_go(self, optimizer: torch.optim.Optimizer) -> None:
+        """The optimizer's state is its own, momentum with it: another `Kept` will `take` what it finds there."""
+        has = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for p in self._weights.parameters:
+            state = _state(optimizer, p)
+            state.update({name: state[name].clone() for name in self._names if name in state})
+            state.pop(STEP, None)
+            if id(p) not in has:
+                optimizer.state.pop(p, None)  # or optimizer.state_dict() would fail
+
+    def take(self, optimizer: torch.optim.Optimizer) -> None:
+        """Memory <- the optimizer's momentum, which is of this step; 0 where there is none."""
+        self._read(optimizer)
+        self.show(optimizer)
+
+    def _read(self, optimizer: torch.optim.Optimizer) -> None:
+        memory = self._memory
+        found = [[_state(optimizer, p).get(n) for p in self._weights.parameters] for n in self._names]
+        if any(v is not None for vectors in found for v in vectors):
+            memory.grow(len(self._names), decay=False)
+        for m, vectors in zip(memory.m, found, strict=False):
+            for part, v in zip(self._weights.cut(m), vectors, strict=True):
+                part.zero_() if v is None else part.copy_(v)
 
     def _set_mark(self, optimizer: torch.optim.Optimizer) -> None:
         optimizer.state[self._weights.parameters[0]][STEP] = self._memory.steps

@@ -9,15 +9,17 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
+from ..comm.exchange import choose
 from ..comm.transport import Purpose, Transport
+from ..wire.codec import message_bytes
 from ..wire.compressors import DENSE, Compressor
-from ..wire.plan import Placement
+from ..wire.plan import Placement, place
 from .settings import Settings
 from .weights import Weights
 
 
 class Context(NamedTuple):
-    """What is fixed when a state is created, and a memory's numbers refer to.
+    """What is fixed until what is trained changes, and a memory's numbers refer to.
 
     Attributes:
         weights: names, shapes and order of the parameters; x.
@@ -30,6 +32,17 @@ class Context(NamedTuple):
     settings: Settings
     placement: Placement
     transport: Transport
+
+    @classmethod
+    def create(cls, weights: Weights, settings: Settings, transport: Transport) -> Context:
+        """Choose the strategy, and which rank serves which blocks."""
+        up, down = settings.compressor, settings.reply_compressor
+        strategy = settings.exchange
+        if strategy == "auto":
+            sizes = (message_bytes(c, weights.numels, weights.dtype) for c in (up, down))
+            strategy = choose(transport.size, *sizes)
+        at = place(weights.numels, weights.groups, up, down, strategy, transport.size, transport.rank)
+        return cls(weights, settings, at, transport)
 
     @property
     def serves_with_error(self) -> bool:

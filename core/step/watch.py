@@ -1,4 +1,4 @@
-"""What the parameters were when a state was made, and whether they still are."""
+"""What the parameters were when a state was laid out, and what has changed since."""
 
 from __future__ import annotations
 
@@ -7,49 +7,85 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .weights import Weights
 
 SHARDED = ("DTensor", "FlatParameter")
-AGAIN = "wrap the model and create SAEFState again after that (load_state_dict takes over what a state_dict still fits)"
 
 
 @final
 class Watch:
     """Compared at the beginning of every step: what is trained, in which group, of what kind, and where it lies.
 
-    All ranks run one script, so they raise together. Not followed in silence: a parameter that DDP, the optimizer and
-    this state do not all know alike lets ranks diverge.
+    A parameter that DDP, the optimizer and this state do not all know alike would let ranks diverge without a word.
 
     Args:
         model: as the state got it.
-        names, parameters: what it trains.
+        weights: of what it trains.
         optimizer: whose groups they are in.
     """
 
-    def __init__(
-        self, model: nn.Module, names: Sequence[str], parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer
-    ) -> None:
-        self._model, self._names, self._parameters = model, names, parameters
-        self._ids, self._kinds = [id(p) for p in parameters], [_kind(p) for p in parameters]
-        self._groups = groups_of(optimizer)
+    def __init__(self, model: nn.Module, weights: Weights, optimizer: torch.optim.Optimizer) -> None:
+        self._model, self._names, self._parameters = model, weights.names, weights.parameters
+        self._ids, self._kinds = [id(p) for p in self._parameters], [_kind(p) for p in self._parameters]
+        self._strides, self._groups = [p.stride() for p in self._parameters], _groups_of(optimizer)
+        check_apart(self._names, self._parameters)
 
-    def check(self) -> None:
-        """Raise RuntimeError, naming the parameters, if anything but their values has changed."""
+    def changes(self, optimizer: torch.optim.Optimizer) -> str:
+        """What a state can follow, in words; empty if nothing has changed.
+
+        Raises:
+            RuntimeError: on what it cannot follow, naming the parameters.
+        """
         trained = [p for p in self._model.parameters() if p.requires_grad]
-        if [id(p) for p in trained] != self._ids:
-            known = {*self._ids}
-            frozen = [n for n, p in zip(self._names, self._parameters, strict=True) if not p.requires_grad]
-            news = [n for n, p in self._model.named_parameters() if p.requires_grad and id(p) not in known]
+        found = self._in_and_out(trained) if [id(p) for p in trained] != self._ids else []
+        self._check_kinds()
+        if self.relaid:
+            both = zip(self._names, self._parameters, self._strides, strict=True)
+            moved = [n for n, p, strides in both if p.stride() != strides]
+            found.append(f"{_some(moved)} lie in memory in another way")
+        if _groups_of(optimizer) != self._groups:
+            found.append("the optimizer's groups are others")
+        return ", ".join(found)
+
+    def _in_and_out(self, trained: Sequence[Tensor]) -> list[str]:
+        before, after = {*self._ids}, {id(p) for p in trained}
+        gone = [n for n, p in zip(self._names, self._parameters, strict=True) if id(p) not in after]
+        new = [n for n, p in self._model.named_parameters() if p.requires_grad and id(p) not in before]
+        ddp = self._model
+        if gone and isinstance(ddp, DistributedDataParallel) and (ddp.static_graph or not ddp.find_unused_parameters):
             raise RuntimeError(
-                f"the trainable parameters changed: {frozen[:5]} were frozen, {news[:5]} are new or were unfrozen, or "
-                f"a part of the model was replaced. Gradients would be lost, and weights drift apart: {AGAIN}"
+                f"parameters {_some(gone)} were frozen or replaced, but DistributedDataParallel waits for their "
+                "gradients in every backward: give it find_unused_parameters=True (without static_graph), or wrap the "
+                "model and create SAEFState again after freezing"
             )
+        words = [(gone, "are frozen or gone"), (new, "are trained from now on")]
+        return [f"{_some(names)} {what}" for names, what in words if names] or ["the parameters' order is another"]
+
+    @property
+    def relaid(self) -> bool:
+        """Whether some lie in memory in another way: channels_last, or with gaps."""
+        return [p.stride() for p in self._parameters] != self._strides
+
+    def check_kinds(self) -> None:
+        """Raise RuntimeError if x cannot be taken from the parameters: they lie in memory in another way."""
+        self._check_kinds()
+        if self.relaid:
+            raise RuntimeError(
+                "parameters were laid out anew in memory, as by to(memory_format=...), which the next training forward "
+                "follows: save the state before the change, or after that forward"
+            )
+
+    def _check_kinds(self) -> None:
         kinds = [_kind(p) for p in self._parameters]
         if kinds != self._kinds:
             both = zip(self._names, self._kinds, kinds, strict=True)
             name, before, now = next((name, a, b) for name, a, b in both if a != b)
             raise RuntimeError(
-                f"parameter {name} is another tensor now, {_words(now)}, and was {_words(before)}: to(dtype), "
-                f"to(memory_format=...) and other storage with gaps are not followed; {AGAIN}"
+                f"parameter {name} is another tensor now, {_words(now)}, and was {_words(before)}: dtype, device and "
+                "shape must stay; convert the model, wrap it and create SAEFState again (load_state_dict takes over "
+                "what a state_dict still fits)"
             )
         check_apart(self._names, self._parameters)
 
@@ -60,13 +96,11 @@ class Watch:
 
     def check_groups(self, optimizer: torch.optim.Optimizer) -> None:
         """Raise RuntimeError if the optimizer's groups have other parameters, or the same in other places."""
-        if groups_of(optimizer) != self._groups:
-            raise RuntimeError(f"the optimizer's parameters changed, or their groups: {AGAIN}")
-
-
-def groups_of(optimizer: torch.optim.Optimizer) -> list[list[int]]:
-    """Each group's parameters, by id."""
-    return [[id(p) for p in group["params"]] for group in optimizer.param_groups]
+        if _groups_of(optimizer) != self._groups:
+            raise RuntimeError(
+                "the optimizer's parameters changed between a forward and step(), or their groups: change them after "
+                "step(), before the next forward"
+            )
 
 
 def check_apart(names: Sequence[str], parameters: Sequence[Tensor]) -> None:
@@ -107,10 +141,19 @@ def check_model(model: nn.Module, process_group: Any) -> None:
             )
 
 
+def _groups_of(optimizer: torch.optim.Optimizer) -> list[list[int]]:
+    """Each group's parameters, by id."""
+    return [[id(p) for p in group["params"]] for group in optimizer.param_groups]
+
+
 def _kind(p: Tensor) -> tuple[Any, ...]:
-    return p.dtype, p.device, p.shape, p.stride()
+    return p.dtype, p.device, p.shape
 
 
 def _words(kind: tuple[Any, ...]) -> str:
-    dtype, device, shape, stride = kind
-    return f"{dtype} on {device} of shape {tuple(shape)} and strides {stride}"
+    dtype, device, shape = kind
+    return f"{dtype} on {device} of shape {tuple(shape)}"
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"{[*names[:5]]}" + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -10,6 +10,7 @@ Swaps    x stays in the parameters' own storage; x_half lies in a flat vector, a
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from typing import final
 
@@ -25,7 +26,6 @@ from ..wire.kernels.table import STATE, Update, Worker
 from ..wire.plan import Plan
 from .weights import Weights, is_dense
 
-SAMPLES = 64  # entries of each parameter by which a change through `.data` is noticed
 FULL = {torch.float32, torch.float64}
 
 
@@ -38,6 +38,15 @@ class Copies(Weights):
         with torch.no_grad():
             for p, x in zip(self.parameters, self.views, strict=True):
                 x.copy_(p)
+
+    @torch.no_grad()
+    def take_over(self, old: Weights) -> None:
+        super().take_over(old)
+        if isinstance(old, Copies):  # a bf16 parameter is x rounded
+            x = {id(p): view for p, view in zip(old.parameters, old.views, strict=True)}
+            for p, mine in zip(self.parameters, self.views, strict=True):
+                if id(p) in x:
+                    mine.copy_(x[id(p)])
 
     def x(self) -> Tensor:
         return self.flat
@@ -84,11 +93,17 @@ class Copies(Weights):
 
 
 class Swaps(Weights):
-    """`flat` is x_half, during a step."""
+    """`flat` is x_half, during a step. For the kernels x of all parameters lies in one vector, `_memory`.
+
+    It begins with the x that lies lowest and spans them all, with whatever lies between: so one call serves them all.
+    """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, s: float) -> None:
         super().__init__(model, optimizer, s)
-        self._x = [p.data for p in self.parameters]
+        self._x: list[Tensor] = []
+        self._addresses: list[int] = []
+        self._starts = torch.tensor(self.offsets, device=self.device)
+        self.absorb()
 
     def x(self) -> Tensor:
         return torch.cat(self.parts())
@@ -97,7 +112,27 @@ class Swaps(Weights):
         return self.flat, 0.0
 
     def absorb(self) -> None:
-        self._x = [p.data for p in self.parameters]
+        addresses = [p.data_ptr() for p in self.parameters]
+        if addresses != self._addresses:
+            self._x, self._addresses = [p.data for p in self.parameters], addresses
+            lowest, size = min((a for a in addresses if a), default=0), self.dtype.itemsize  # an empty one is at 0
+            self._in_memory = torch.tensor([(max(a, lowest) - lowest) // size for a in addresses])
+            self._memory = self._span(next((x for x in self._x if x.data_ptr() == lowest), self.flat))
+            self._shifts = self._in_memory.to(self.device) - self._starts
+            self._tables: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    def _span(self, lowest: Tensor) -> Tensor:
+        """`_memory`: kernels on a GPU look at nothing but where it begins."""
+        return lowest
+
+    def _at_x(self, table: Tensor) -> Tensor:
+        """The table with STATE counted in `_memory`; kept, since kernels know a table by its object."""
+        moved: Tensor | None = self._tables.get(table)
+        if moved is None:
+            self._tables[table] = moved = table.clone()
+            parameter = torch.searchsorted(self._starts, table[:, STATE].contiguous(), right=True) - 1
+            moved[:, STATE] += self._shifts[parameter]
+        return moved
 
     @torch.no_grad()
     def write(self, x: Sequence[Tensor]) -> None:
@@ -119,95 +154,76 @@ class Swaps(Weights):
 
 @final
 class OnCPU(Swaps):
-    """`flat` is made ready by the commit of the step before, unless x or e has changed since."""
+    """`flat` is made ready by the commit of the step before, unless x or e has changed since.
+
+    That a fingerprint of every x tells, for half of what a copy costs: writes through `.data` and numpy leave no trace.
+    """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, s: float) -> None:
+        from ..wire.kernels.cpu import fingerprints  # numba
+
         super().__init__(model, optimizer, s)
-        self._ready: list[tuple[tuple[int, int], Tensor]] = []  # of each x when `flat` was made from it
+        self._fingerprints_of = fingerprints
+        self._numels = torch.tensor(self.numels)
+        self._made_from = torch.zeros(0, dtype=torch.int64)  # fingerprints of what `flat` was made from, if it was
 
     def write(self, x: Sequence[Tensor]) -> None:
         super().write(x)
-        self._ready = []
+        self._made_from = self._made_from[:0]
+
+    def _span(self, lowest: Tensor) -> Tensor:
+        numel = max(1, *(at + n for at, n in zip(self._in_memory.tolist(), self.numels, strict=True)))
+        memory = (ctypes.c_uint8 * (numel * self.dtype.itemsize)).from_address(lowest.data_ptr())
+        return torch.frombuffer(memory, dtype=self.dtype)
 
     def _derive(self, e: Tensor, averaged: slice) -> None:
-        errors = self._cut_errors(e)
-        ready = len(self._ready) == len(self._x) and all(
-            mark == made and torch.equal(_sample(x), sample)
-            for x, mark, (made, sample) in zip(self._x, self._marks, self._ready, strict=True)
-        )
+        errors, found = self._cut_errors(e), self._fingerprints()
+        fresh = (found == self._made_from).tolist() if len(self._made_from) else [False] * len(self._x)
         for i, (x, half) in enumerate(zip(self._x, self.views, strict=True)):
             at, n = self.offsets[i], self.numels[i]
-            if not ready or (at < averaged.stop and averaged.start < at + n):
+            if not fresh[i] or (at < averaged.stop and averaged.start < at + n):
                 if self.s == 1.0:
                     torch.sub(x, errors[i], out=half)  # as below, without a temporary
                 else:
                     half.copy_(step_ahead(x, errors[i], self.s) if errors else x)
-        if not ready:
-            self._note()
+        self._made_from = found
 
     def follow(self, e: Tensor) -> None:
         self.absorb()
-        self.step_ahead(e, slice(0, 0))  # which looks at samples of x, too
+        self.step_ahead(e, slice(0, 0))  # which looks at fingerprints, too
 
     def committed(self) -> None:
         super().committed()
-        self._marks = self._marks_now()
-        self._note()
+        self._marks, self._made_from = self._marks_now(), self._fingerprints()
 
-    def _note(self) -> None:
-        """`flat` is made from x as it is now."""
-        self._ready = [(mark, _sample(x).clone()) for mark, x in zip(self._marks, self._x, strict=True)]
+    def _fingerprints(self) -> Tensor:
+        return self._fingerprints_of(self._memory, self._in_memory, self._numels)
 
     def commit(
         self, plan: Plan, update: Update, rates: Tensor, worker: Worker, message: Tensor, replies: Tensor
     ) -> None:
-        for i, table, reply_table in plan.of_parameter:
-            of_x = worker._replace(x=_line(self._x[i]))
-            self._kernels.advance(table, reply_table, update, of_x, message, rates, replies, self.flat, self.s)
+        worker = worker._replace(x=self._memory)
+        reply_table = self._at_x(plan.apply.table)
+        self._kernels.advance(plan.send.table, reply_table, update, worker, message, rates, replies, self.flat, self.s)
 
 
 @final
 class OnCUDA(Swaps):
-    """x of all parameters as one vector for the kernels, counted from where the first one lies in memory.
-
-    So one launch serves all of them. `flat` is made from x at every forward: whatever has been done to x counts.
-    """
+    """`flat` is made from x at every forward: whatever has been done to x counts."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, s: float) -> None:
         super().__init__(model, optimizer, s)
-        self._starts = torch.tensor(self.offsets, device=self.device)
         whole = [Block(Identity(), Identity(), a, a, a, n, 0) for a, n in zip(self.offsets, self.numels, strict=True)]
         self._whole = lay_out(whole, self.dtype.itemsize, reply=False, served=False).table.to(self.device)
-        self._shifts, self._tables = self._starts, WeakIdKeyDictionary()
-        self._addresses: list[int] = []
-        self.absorb()
-
-    def absorb(self) -> None:
-        super().absorb()
-        addresses = [x.data_ptr() for x in self._x]
-        if addresses != self._addresses:
-            self._addresses, self._tables = addresses, WeakIdKeyDictionary()
-            first, size = addresses[0], self.dtype.itemsize
-            moved = [(a - first) // size - at for a, at in zip(addresses, self.offsets, strict=True)]
-            self._shifts = torch.tensor(moved, device=self.device)
-
-    def _at_x(self, table: Tensor) -> Tensor:
-        """The table with STATE counted from the first parameter's x; kept, since kernels know a table by its object."""
-        moved: Tensor | None = self._tables.get(table)
-        if moved is None:
-            self._tables[table] = moved = table.clone()
-            parameter = torch.searchsorted(self._starts, table[:, STATE].contiguous(), right=True) - 1
-            moved[:, STATE] += self._shifts[parameter]
-        return moved
 
     def _derive(self, e: Tensor, averaged: slice) -> None:
-        self._kernels.step_ahead(self._whole, self._at_x(self._whole), self._x[0], e, self.flat, self.s)
+        self._kernels.step_ahead(self._whole, self._at_x(self._whole), self._memory, e, self.flat, self.s)
 
     def commit(
         self, plan: Plan, update: Update, rates: Tensor, worker: Worker, message: Tensor, replies: Tensor
     ) -> None:
         self._kernels.commit(plan.send.table, update, worker, message)
-        self._kernels.subtract(self._at_x(plan.apply.table), rates, replies, self._x[0])
+        self._kernels.subtract(self._at_x(plan.apply.table), rates, replies, self._memory)
 
 
 def create(model: nn.Module, optimizer: torch.optim.Optimizer, s: float) -> Weights:
@@ -236,7 +252,3 @@ def _captured(model: nn.Module) -> bool:
 def _line(x: Tensor) -> Tensor:
     """The entries of a tensor without gaps in memory order."""
     return x.as_strided((x.numel(),), (1,))
-
-
-def _sample(x: Tensor) -> Tensor:
-    return _line(x)[:: max(1, x.numel() // SAMPLES)]

@@ -38,7 +38,7 @@ class Weights(ABC):
             before it), tensor, index of its param group.
         ahead: whether the parameters are x_half. number: of that x_half; another after every change of it.
         numels, offsets: size, and where it begins in a flat vector. Entries lie there in the parameter's
-            memory order, as in DDP's buckets.
+            memory order, as in DDP's buckets. flat, views: such a vector, and as it is cut.
         dtype: float64 for a float64 model, else float32: of x, errors, momentum and scalars on the wire.
     """
 
@@ -52,7 +52,7 @@ class Weights(ABC):
         self.offsets = [0, *accumulate(self.numels)][:-1]
         self.device = self.parameters[0].device
         self.flat = torch.empty(sum(self.numels), dtype=self.dtype, device=self.device)
-        self.views = self.cut(self.flat)
+        self.views = cut(self.flat, self.parameters)
         self.s = s
         self.ahead = False
         self.number = 0
@@ -131,8 +131,12 @@ class Weights(ABC):
         return FIRST_HALF + NEXT_HALF * (self.number % (FIRST_HALF // NEXT_HALF))
 
     def cut(self, flat: Tensor) -> list[Tensor]:
-        """The parameters' parts of a flat vector, each in its parameter's shape and strides."""
-        return cut(flat, self.parameters)
+        """The parameters' parts of a flat vector, each in the shape and strides that its parameter had at the start."""
+        return cut(flat, self.views)
+
+    def take_over(self, old: Weights) -> None:
+        """Go on where `old`, of other parameters or another layout, left off: outside of a window, after `absorb`."""
+        self.number = old.number + 1
 
     @abstractmethod
     def absorb(self) -> None:

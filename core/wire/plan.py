@@ -17,7 +17,7 @@ from torch import Tensor
 from ..comm.exchange import Strategy
 from .codec import Block, Layout, block_ranges, lay_out, scalars
 from .compressors import Compressor
-from .kernels.table import COLUMNS, STATE
+from .kernels.table import COLUMNS
 
 
 class Blocks(NamedTuple):
@@ -128,8 +128,6 @@ class Plan(NamedTuple):
         reply_bytes: length of each server's reply.
         apply: R of all blocks, the servers' replies one after the other (phase 2, in).
         heads: (start, scalars) of each server's reply in `apply`, in bytes and scalars.
-        of_parameter: (index, rows of `send`, rows of `apply`) of each parameter tensor of the bucket, the latter
-            with STATE counted from the tensor's start.
     """
 
     send: Layout
@@ -139,7 +137,6 @@ class Plan(NamedTuple):
     reply_bytes: list[int]
     apply: Layout
     heads: list[tuple[int, int]]
-    of_parameter: list[tuple[int, Tensor, Tensor]]
 
     def to(self, device: torch.device) -> Plan:
         """The same plan with its tables on `device`."""
@@ -163,11 +160,9 @@ def plan_bucket(blocks: Blocks, parameters: Sequence[tuple[int, int]], servers: 
         itemsize: bytes of a scalar on the wire.
     """
     sections: list[list[Block]] = [[] for _ in range(servers)]
-    indices: list[list[int]] = [[] for _ in range(servers)]
     for index, offset in parameters:
         for block, r in zip(blocks.of_parameter[index], blocks.owner[index], strict=True):
             sections[r].append(block._replace(grad=offset + block.grad))
-            indices[r].append(index)
     send = _concatenate(sections, itemsize, reply=False)
     apply = _concatenate(sections, itemsize, reply=True)
     own = sections[rank]
@@ -180,7 +175,6 @@ def plan_bucket(blocks: Blocks, parameters: Sequence[tuple[int, int]], servers: 
         reply_bytes=apply[1],
         apply=apply[0],
         heads=list(zip(starts, apply[2], strict=True)),
-        of_parameter=_of_parameter(blocks, torch.tensor(sum(indices, [])), send[0].table, apply[0].table),
     )
 
 
@@ -190,46 +184,40 @@ class Plans:
     Args:
         parameters: in the order of the flat state.
         dtype: of the state.
+        left_out: parameters whose gradients may come, and do not travel.
     """
 
-    def __init__(self, placement: Placement, parameters: Sequence[Tensor], dtype: torch.dtype) -> None:
-        self._placement, self._itemsize = placement, dtype.itemsize
-        self._index = {id(p): i for i, p in enumerate(parameters)}
+    def __init__(
+        self, placement: Placement, parameters: Sequence[Tensor], dtype: torch.dtype, left_out: Sequence[Tensor] = ()
+    ) -> None:
+        self._placement, self._itemsize, self._left_out = placement, dtype.itemsize, [*left_out]  # kept, for their ids
+        self._index: dict[int, int | None] = {id(p): i for i, p in enumerate(parameters)}
+        self._index.update({id(p): None for p in left_out})
         self._plans: dict[tuple[tuple[int, int], ...], Plan] = {}
 
     def __len__(self) -> int:
         return len(self._plans)
 
-    def find(self, parameters: Sequence[Tensor], views: Sequence[Tensor], flat: Tensor) -> tuple[tuple[int, ...], Plan]:
-        """The numbers of a bucket's parameters, and its plan; `views` are their gradients, views of `flat`."""
-        where = []
+    def find(
+        self, parameters: Sequence[Tensor], views: Sequence[Tensor], flat: Tensor
+    ) -> tuple[tuple[int, ...], list[Tensor], Plan]:
+        """Of a bucket the parameters that travel, by number, their gradients (views of `flat`), and the plan."""
+        where, own = [], []
         for p, view in zip(parameters, views, strict=True):
-            i = self._index.get(id(p))
-            if i is None:
+            if id(p) not in self._index:
                 raise RuntimeError(
                     f"a gradient of shape {tuple(p.shape)} belongs to no parameter of this state: the model's "
                     "trainable parameters changed. Wrap the model and create SAEFState again after changing them"
                 )
-            where.append((i, int(view.storage_offset() - flat.storage_offset())))
+            if (i := self._index[id(p)]) is not None:
+                where.append((i, int(view.storage_offset() - flat.storage_offset())))
+                own.append(view)
         key = tuple(where)
         if key not in self._plans:
             at = self._placement
             plan = plan_bucket(at.blocks, where, at.servers, at.rank, self._itemsize)
             self._plans[key] = plan.to(flat.device)
-        return tuple(i for i, _ in where), self._plans[key]
-
-
-def _of_parameter(blocks: Blocks, index: Tensor, send: Tensor, apply: Tensor) -> list[tuple[int, Tensor, Tensor]]:
-    """`index`: the parameter tensor of each row."""
-    order = torch.argsort(index, stable=True)
-    numbers, counts = index.unique(return_counts=True)
-    mine, theirs = (table[order].split(counts.tolist()) for table in (send, apply))
-    parts = []
-    for i, a, b in zip(numbers.tolist(), mine, theirs, strict=True):
-        b = b.clone()
-        b[:, STATE] -= blocks.of_parameter[i][0].state
-        parts.append((i, a.clone(), b))
-    return parts
+        return tuple(i for i, _ in where), own, self._plans[key]
 
 
 def _concatenate(sections: list[list[Block]], itemsize: int, *, reply: bool) -> tuple[Layout, list[int], list[int]]:

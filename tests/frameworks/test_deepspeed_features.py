@@ -2,9 +2,11 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,6 +18,7 @@ import saef.hooks
 import saef.integrations.deepspeed
 from support.deepspeed_ranks import Net, Setup, held_out_loss, json_config, start, steps, train
 from support.equal import snapshot
+from support.following import CHANGED_AT, CHANGES, STEPS, Images, Twin, images, loss_of, make_optimizer
 from support.ranks import RankPool
 from support.training import Job, batch, flat, make_net
 from support.training import train as train_ddp
@@ -158,6 +161,36 @@ def test_the_methods_of_the_papers_are_in_reach_of_the_json(pools: dict[int, Ran
     for run, ddp in zip(runs, pools[4].run(train_ddp, job), strict=True):
         for name in ("x", "e", "m", "e_server"):
             assert torch.equal(run[name], ddp[name]), name
+
+
+def follow(group: dist.ProcessGroup, change: Callable[..., None]) -> None:
+    def mean(v: Tensor) -> Tensor:
+        dist.all_reduce(v)
+        return v / dist.get_world_size()
+
+    for exchange in ("replicated", "sharded"):
+        net = Images()
+        twin = Twin(net, mean)
+        params = {"compressor": {"type": "identity"}, "lr": 0.1, "momentum": 0.9, "exchange": exchange}
+        setup = Setup(params, micro_batches=2)
+        groups = make_optimizer(net).param_groups
+        wanted = [{k: group[k] for k in ("params", "lr", "weight_decay")} for group in groups]
+        engine = deepspeed.initialize(model=net, model_parameters=wanted, config=json_config(setup))[0]
+        for t in range(STEPS):
+            if t == CHANGED_AT:
+                twin.change(change, net, engine.optimizer)
+            batches = images(dist.get_rank(), t, 2)
+            for x in batches:
+                engine.backward(loss_of(engine, x))
+                engine.step()
+            twin.step(batches, share=0.5)
+            torch.testing.assert_close(flat(net), flat(twin.net), rtol=0, atol=1e-12)
+        engine.destroy()
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_change_of_what_is_trained_is_followed(pools: dict[int, RankPool], change: Callable[..., None]) -> None:
+    pools[2].run(follow, change, ranks=2)
 
 
 class TwoHeads(nn.Module):

@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from saef.comm.agreement import checksum
 from saef.integrations.horovod import SAEFCompression
 from saef.step import buckets
 from support.equal import same, snapshot
+from support.following import CHANGED_AT, CHANGES, STEPS, Images, Twin, images, loss_of, make_optimizer
 from support.horovod_jobs import backward, make, steps, train
 from support.horovod_ranks import HorovodPool
 from support.ranks import RankPool, kill
@@ -274,6 +276,31 @@ def test_detach_leaves_plain_horovod(horovods: dict[int, HorovodPool]) -> None:
 
 def pid() -> int:
     return os.getpid()
+
+
+def follow(change: Callable[..., None]) -> None:
+    for exchange in ("replicated", "sharded"):
+        net = Images()
+        optimizer = make_optimizer(net)
+        twin = Twin(net, lambda v: hvd.allreduce(v, op=hvd.Average))
+        compression = SAEFCompression(net, optimizer, compressor=saef.Identity(), exchange=exchange)
+        named = net.named_parameters()
+        optimizer = hvd.DistributedOptimizer(optimizer, named, compression, backward_passes_per_step=2)
+        for t in range(STEPS):
+            if t == CHANGED_AT:
+                twin.change(change, net, optimizer)
+            batches = images(hvd.rank(), t, 2)
+            optimizer.zero_grad()
+            for x in batches:
+                loss_of(net, x).backward()
+            optimizer.step()
+            twin.step(batches)
+            torch.testing.assert_close(flat(net), flat(twin.net), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_change_of_what_is_trained_is_followed(horovods: dict[int, HorovodPool], change: Callable[..., None]) -> None:
+    horovods[2].run(follow, change)
 
 
 def test_a_pool_starts_anew_when_a_rank_was_killed_since_the_last_job(horovods: dict[int, HorovodPool]) -> None:

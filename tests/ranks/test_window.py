@@ -22,7 +22,7 @@ import saef
 from saef.hooks import saef_hook
 from saef.step.ways import Copies, OnCPU
 from support.ranks import RankPool
-from support.training import batch, flat, make_net
+from support.training import SIZES, batch, flat, make_net
 
 pytestmark = pytest.mark.slow
 
@@ -32,8 +32,15 @@ both_ways = pytest.mark.parametrize("way", ["copies", "swaps"])
 class Setting:
     """One rank's network under DDP, with saef or (`compressor` None) without."""
 
-    def __init__(self, group: dist.ProcessGroup, way: str, compressor: saef.Compressor | None, **ddp: Any) -> None:
-        self.net, self.rank = make_net(), dist.get_rank(group)
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        way: str,
+        compressor: saef.Compressor | None,
+        sizes: tuple[int, ...] = SIZES,
+        **ddp: Any,
+    ) -> None:
+        self.net, self.rank = make_net(sizes=sizes), dist.get_rank(group)
         self.model = DDP(self.net, process_group=group, bucket_cap_mb=0.0005, **ddp)
         self.optimizer = torch.optim.SGD(self.net.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2)
         self.state: Any = None
@@ -156,11 +163,29 @@ def evaluate(at: Setting) -> None:
     clamp(at)
 
 
+def one_entry(at: Setting) -> None:
+    at.net[2].weight.data[13, 21] = 0.75
+
+
+def a_row_by_numpy(at: Setting) -> None:
+    at.net[2].weight.detach().numpy()[5] = 0.0
+
+
+def swapped_entries(at: Setting) -> None:
+    w = at.net[2].weight.data
+    w[3, [1, 2]] = w[3, [2, 1]]
+
+
+def negated(at: Setting) -> None:
+    at.net[2].weight.data[7].neg_()
+
+
 EDITS = [clamp, clamp_data, new_storage, load, another_optimizer, evaluate]
+EDITS += [one_entry, a_row_by_numpy, swapped_entries, negated]
 
 
 def edited(group: dist.ProcessGroup, way: str, edit: Callable[[Setting], None], plain: bool) -> Tensor:
-    at = Setting(group, way, None if plain else saef.Identity())
+    at = Setting(group, way, None if plain else saef.Identity(), sizes=(6, 40, 30, 1))
     for t in range(6):
         at.optimizer.zero_grad()
         at.loss(t).backward()

@@ -1,7 +1,7 @@
 """The kernels for CPU, fused with numba: each reads its inputs once, in chunks that stay in cache.
 
 A worker or server *produces* a chunk of D into scratch (`rules`, `codes.average`); a code *consumes* it (`codes`, with
-`select` for top-k). `loops` has the seven kernels, `compiling` how they come to be compiled. They run without the
+`select` for top-k). `loops` has the kernels, `compiling` how they come to be compiled. They run without the
 interpreter lock, and the rows of a table are shared out to `torch.get_num_threads()` threads (torchrun sets one per
 rank). No reduction depends on the number of threads or the vector width of the machine: sums are made in float64 in a
 fixed order.
@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import boolean, from_dtype, int64, types, uint8
+from numba import boolean, from_dtype, int64, types, uint8, uint32, uint64
 from torch import Tensor
 
 from ..reference import step_ahead
@@ -36,7 +36,19 @@ from ..table import KIND, NUMEL, Update, Worker, check_kinds, malformed, unknown
 from . import compiling, loops, rules
 from .records import CHUNK, Array, Message
 
-__all__ = ["CHUNK", "advance", "commit", "compress", "inspect", "prepare", "serve", "settle", "step_ahead", "subtract"]
+__all__ = [
+    "CHUNK",
+    "advance",
+    "commit",
+    "compress",
+    "fingerprints",
+    "inspect",
+    "prepare",
+    "serve",
+    "settle",
+    "step_ahead",
+    "subtract",
+]
 
 PARALLEL_NUMEL = 1 << 19  # coordinates; below this, starting threads costs more than it gains
 
@@ -83,9 +95,24 @@ def inspect(table: Tensor, message: Tensor) -> None:
     _run(torch.float32, loops.inspect, [table], message.numpy())
 
 
+def fingerprints(v: Tensor, starts: Tensor, numels: Tensor) -> Tensor:
+    """[n] int64: of v[start : start + numel] for each of n pairs, by its bits.
+
+    The change of one entry always shows, of several but for a chance of some 2^-60.
+
+    Args:
+        v: float32 or float64, of a state's dtype.
+        starts, numels: [n] int64.
+    """
+    prepare(v.dtype)
+    words, out = v.element_size() // 4, np.empty(len(starts), np.uint64)
+    loops.fingerprints(v.numpy().view(np.uint32), (starts * words).numpy(), (numels * words).numpy(), out)
+    return torch.from_numpy(out.view(np.int64))
+
+
 @cache
 def prepare(dtype: torch.dtype) -> bool:
-    """Have all seven kernels ready for states of this dtype; whether something had to be compiled.
+    """Have all kernels ready for states of this dtype; whether something had to be compiled.
 
     Loads them from numba's cache, or compiles them, which one process of a machine does while the others wait.
     """
@@ -103,6 +130,7 @@ def prepare(dtype: torch.dtype) -> bool:
         (loops.settle, (table, table, every, vector, message)),
         (loops.subtract, (table, vector, message, vector)),
         (loops.inspect, (table, uint8[::1])),
+        (loops.fingerprints, (uint32[::1], int64[::1], int64[::1], uint64[::1])),
     ]
     return compiling.prepare(wanted, str(dtype).removeprefix("torch."))
 

@@ -1,4 +1,4 @@
-"""The seven kernels, over the rows of a table: arguments as in the package's docstring.
+"""The eight kernels, over the rows of a table: arguments as in the package's docstring.
 
 Each returns -1, or the first row whose message is malformed. `a`, `b` and `c` are where a chunk begins in g, in the
 state's vectors, and in what a reply's table points into.
@@ -30,6 +30,9 @@ from .compiling import kernel
 from .records import CHUNK, NO, YES, ZERO, Progress
 from .rules import fuses_signs, produce, produce_signs
 from .select import make_candidates
+
+LOW, HALF = np.uint64(0xFFFFFFFF), np.uint64(31)
+PLACE, VALUE = np.uint64(0x9E3779B1), np.uint64(0x85EBCA77)  # odd: 2^32 over the golden ratio, and murmur's
 
 
 @kernel
@@ -175,3 +178,15 @@ def inspect(table, packed):  # type: ignore[no-untyped-def]
                     return r
                 last = index
     return -1
+
+
+@kernel
+def fingerprints(words, starts, counts, out):  # type: ignore[no-untyped-def]
+    """What an entry adds depends on its place and, by an exclusive or of a product's halves, on all of its bits."""
+    for k in range(len(starts)):
+        part = words[starts[k] : starts[k] + counts[k]]
+        total = np.uint64(0)
+        for i in range(len(part)):
+            product = (np.uint64(part[i]) ^ (np.uint64(i) * PLACE & LOW)) * VALUE
+            total += product ^ (product >> HALF)
+        out[k] = total
