@@ -166,19 +166,26 @@ class SAEFCompression:
             return tensor
         if ctx is None:  # Horovod has gathered a sparse gradient itself, without `compress`
             raise TypeError(SPARSE)
+        if isinstance(ctx, Tensor):
+            self._finish(tensor)
+            return ctx
+        parameter = self._engine.weights.parameters[ctx]
+        before = parameter.grad
+        self._finish(tensor)
+        if parameter.grad is None:
+            raise RuntimeError("a gradient was set to None between backward() and optimizer.step()")
+        if parameter.grad is before:  # else Horovod has the one of before in its hands
+            self._engine.expect_change(ctx)  # it sets p.grad to what is returned
+        return parameter.grad
+
+    def _finish(self, dummy: Tensor) -> None:
+        """Exchange what is left, once a step. `dummy` is the mean of the ranks'."""
         if self._pending:
             self._pending = False
             size = self._engine.transport.size
-            if round(float(tensor) * size) != size:
+            if round(float(dummy) * size) != size:
                 raise RuntimeError(f"hvd.join() cannot work with SAEFCompression: {UNEVEN}")
             self._engine.exchange_gradients()
-        if isinstance(ctx, Tensor):
-            return ctx
-        self._engine.expect_change(ctx)  # Horovod sets p.grad to what is returned
-        grad = self._engine.weights.parameters[ctx].grad
-        if grad is None:
-            raise RuntimeError("a gradient was set to None between backward() and optimizer.step()")
-        return grad
 
     def step(self, optimizer: torch.optim.SGD, closure: Any, sgd_step: Callable[[], Any]) -> Any:
         """The optimizer's step, after Horovod has synchronized: commit or skip around SGD's own step."""

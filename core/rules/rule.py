@@ -76,6 +76,10 @@ class Rule(ABC):
             m: [S, n], or [0, n] where the rule keeps nothing; then m' is empty too.
         """
 
+    @abstractmethod
+    def reads_x_half(self, hyper: Sequence[AnyHyper]) -> bool:
+        """Whether u depends on x_half itself with these settings, as by a coupled weight decay."""
+
     @property
     @abstractmethod
     def decays_at_x(self) -> bool:

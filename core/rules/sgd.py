@@ -97,6 +97,9 @@ class SGD(Rule):
         m_new = m[0] * h.momentum + g * h.gain  # Alg. 1, line 10
         return m_new[None], (g + m_new * h.momentum if h.nesterov else m_new)  # dist-EF Alg. 4, lines 5-6
 
+    def reads_x_half(self, hyper: Sequence[Any]) -> bool:
+        return any(h.weight_decay for h in hyper)
+
     @property
     def decays_at_x(self) -> bool:
         return self.outer

@@ -392,7 +392,10 @@ class Engine:
         self._hidden = []
 
     def _commit(self) -> None:
-        self.weights.follow(self.memory.e)
+        if self.rule.reads_x_half(self._prepared.hyper):
+            self.weights.follow(self.memory.e)
+        else:
+            self.weights.absorb()
         self._committing = True  # until the end: an interrupt may come between any two lines
         self._algorithm.commit(self._prepared)
         self.committed = [(b.plan.send.table, b.message) for b in self._prepared.buckets]

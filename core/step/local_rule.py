@@ -62,6 +62,10 @@ class LocalRule:
         """Make room for what the rule keeps with these settings, which may be more than before."""
         memory.grow(self._rule.vectors(hyper), self._rule.keeps_decay(self._groups, hyper))
 
+    def reads_x_half(self, hyper: Sequence[AnyHyper]) -> bool:
+        """Whether u depends on x_half itself with these settings."""
+        return self._rule.reads_x_half(hyper)
+
     def update(self, hyper: Sequence[AnyHyper], norm: float, weights: Weights) -> Update:
         """What the kernels need in this step.
 

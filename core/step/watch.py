@@ -28,9 +28,24 @@ class Watch:
 
     def __init__(self, model: nn.Module, weights: Weights, optimizer: torch.optim.Optimizer) -> None:
         self._model, self._names, self._parameters = model, weights.names, weights.parameters
-        self._ids, self._kinds = [id(p) for p in self._parameters], [_kind(p) for p in self._parameters]
-        self._strides, self._groups = [p.stride() for p in self._parameters], _groups_of(optimizer)
+        self._every = [*model.parameters()]
+        self._insides = [inside for m in model.modules() for inside in (m._parameters, m._modules)]
+        self._tree, self._kinds, self._strides = self._tree_now(), self._kinds_now(), self._strides_now()
+        self._groups = _groups_of(optimizer)
         check_apart(self._names, self._parameters)
+
+    # Lists of numbers and words: ten thousand tuples would have Python collect its garbage.
+
+    def _tree_now(self) -> list[Any]:
+        inside = [id(part) for parts in self._insides for part in parts.values()]
+        return [inside, [p.requires_grad for p in self._every]]
+
+    def _kinds_now(self) -> list[Any]:
+        every = self._parameters
+        return [[p.dtype for p in every], [p.device for p in every], [p.shape for p in every]]
+
+    def _strides_now(self) -> list[tuple[int, ...]]:
+        return [*map(Tensor.stride, self._parameters)]
 
     def changes(self, optimizer: torch.optim.Optimizer) -> str:
         """What a state can follow, in words; empty if nothing has changed.
@@ -38,8 +53,7 @@ class Watch:
         Raises:
             RuntimeError: on what it cannot follow, naming the parameters.
         """
-        trained = [p for p in self._model.parameters() if p.requires_grad]
-        found = self._in_and_out(trained) if [id(p) for p in trained] != self._ids else []
+        found = self._in_and_out() if self._tree_now() != self._tree else []
         self._check_kinds()
         if self.relaid:
             both = zip(self._names, self._parameters, self._strides, strict=True)
@@ -49,8 +63,11 @@ class Watch:
             found.append("the optimizer's groups are others")
         return ", ".join(found)
 
-    def _in_and_out(self, trained: Sequence[Tensor]) -> list[str]:
-        before, after = {*self._ids}, {id(p) for p in trained}
+    def _in_and_out(self) -> list[str]:
+        trained = [p for p in self._model.parameters() if p.requires_grad]
+        if [*map(id, trained)] == [*map(id, self._parameters)]:  # modules that train nothing
+            return []
+        before, after = {*map(id, self._parameters)}, {*map(id, trained)}
         gone = [n for n, p in zip(self._names, self._parameters, strict=True) if id(p) not in after]
         new = [n for n, p in self._model.named_parameters() if p.requires_grad and id(p) not in before]
         ddp = self._model
@@ -66,7 +83,7 @@ class Watch:
     @property
     def relaid(self) -> bool:
         """Whether some lie in memory in another way: channels_last, or with gaps."""
-        return [p.stride() for p in self._parameters] != self._strides
+        return self._strides_now() != self._strides
 
     def check_kinds(self) -> None:
         """Raise RuntimeError if x cannot be taken from the parameters: they lie in memory in another way."""
@@ -78,12 +95,12 @@ class Watch:
             )
 
     def _check_kinds(self) -> None:
-        kinds = [_kind(p) for p in self._parameters]
+        kinds = self._kinds_now()
         if kinds != self._kinds:
-            both = zip(self._names, self._kinds, kinds, strict=True)
+            both = zip(self._names, zip(*self._kinds, strict=True), zip(*kinds, strict=True), strict=True)
             name, before, now = next((name, a, b) for name, a, b in both if a != b)
             raise RuntimeError(
-                f"parameter {name} is another tensor now, {_words(now)}, and was {_words(before)}: dtype, device and "
+                f"parameter {name} is another tensor now, {_words(*now)}, and was {_words(*before)}: dtype, device and "
                 "shape must stay; convert the model, wrap it and create SAEFState again (load_state_dict takes over "
                 "what a state_dict still fits)"
             )
@@ -91,7 +108,7 @@ class Watch:
 
     def is_moved_by(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether a step of this optimizer would move one of these parameters."""
-        known = {*self._ids}
+        known = {*map(id, self._parameters)}
         return any(id(p) in known and p.grad is not None for group in optimizer.param_groups for p in group["params"])
 
     def check_groups(self, optimizer: torch.optim.Optimizer) -> None:
@@ -143,15 +160,10 @@ def check_model(model: nn.Module, process_group: Any) -> None:
 
 def _groups_of(optimizer: torch.optim.Optimizer) -> list[list[int]]:
     """Each group's parameters, by id."""
-    return [[id(p) for p in group["params"]] for group in optimizer.param_groups]
+    return [[*map(id, group["params"])] for group in optimizer.param_groups]
 
 
-def _kind(p: Tensor) -> tuple[Any, ...]:
-    return p.dtype, p.device, p.shape
-
-
-def _words(kind: tuple[Any, ...]) -> str:
-    dtype, device, shape = kind
+def _words(dtype: torch.dtype, device: torch.device, shape: torch.Size) -> str:
     return f"{dtype} on {device} of shape {tuple(shape)}"
 
 

@@ -130,9 +130,12 @@ class Swaps(Weights):
         moved: Tensor | None = self._tables.get(table)
         if moved is None:
             self._tables[table] = moved = table.clone()
-            parameter = torch.searchsorted(self._starts, table[:, STATE].contiguous(), right=True) - 1
-            moved[:, STATE] += self._shifts[parameter]
+            moved[:, STATE] += self._shifts[self._parameter_of(table)]
         return moved
+
+    def _parameter_of(self, table: Tensor) -> Tensor:
+        """[B] the number of each block's parameter."""
+        return torch.searchsorted(self._starts, table[:, STATE].contiguous(), right=True) - 1
 
     @torch.no_grad()
     def write(self, x: Sequence[Tensor]) -> None:
@@ -160,16 +163,16 @@ class OnCPU(Swaps):
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, s: float) -> None:
-        from ..wire.kernels.cpu import fingerprints  # numba
+        from ..wire.kernels import cpu  # numba
 
         super().__init__(model, optimizer, s)
-        self._fingerprints_of = fingerprints
-        self._numels = torch.tensor(self.numels)
-        self._made_from = torch.zeros(0, dtype=torch.int64)  # fingerprints of what `flat` was made from, if it was
+        self._cpu, self._numels = cpu, torch.tensor(self.numels)
+        self._made_from: Tensor | None = None  # [parameters] fingerprints of the x that `flat` was made from
+        self._to_come = torch.zeros(len(self.numels), dtype=torch.int64)  # of what x becomes in the commit under way
 
     def write(self, x: Sequence[Tensor]) -> None:
         super().write(x)
-        self._made_from = self._made_from[:0]
+        self._made_from = None
 
     def _span(self, lowest: Tensor) -> Tensor:
         numel = max(1, *(at + n for at, n in zip(self._in_memory.tolist(), self.numels, strict=True)))
@@ -177,8 +180,8 @@ class OnCPU(Swaps):
         return torch.frombuffer(memory, dtype=self.dtype)
 
     def _derive(self, e: Tensor, averaged: slice) -> None:
-        errors, found = self._cut_errors(e), self._fingerprints()
-        fresh = (found == self._made_from).tolist() if len(self._made_from) else [False] * len(self._x)
+        errors, found = self._cut_errors(e), self._cpu.fingerprints(self._memory, self._in_memory, self._numels)
+        fresh = [False] * len(self._x) if self._made_from is None else (found == self._made_from).tolist()
         for i, (x, half) in enumerate(zip(self._x, self.views, strict=True)):
             at, n = self.offsets[i], self.numels[i]
             if not fresh[i] or (at < averaged.stop and averaged.start < at + n):
@@ -194,17 +197,16 @@ class OnCPU(Swaps):
 
     def committed(self) -> None:
         super().committed()
-        self._marks, self._made_from = self._marks_now(), self._fingerprints()
-
-    def _fingerprints(self) -> Tensor:
-        return self._fingerprints_of(self._memory, self._in_memory, self._numels)
+        self._marks, self._made_from = self._marks_now(), self._to_come
+        self._to_come = torch.zeros_like(self._to_come)
 
     def commit(
         self, plan: Plan, update: Update, rates: Tensor, worker: Worker, message: Tensor, replies: Tensor
     ) -> None:
-        worker = worker._replace(x=self._memory)
-        reply_table = self._at_x(plan.apply.table)
-        self._kernels.advance(plan.send.table, reply_table, update, worker, message, rates, replies, self.flat, self.s)
+        table, reply_table = plan.send.table, self._at_x(plan.apply.table)
+        worker, prints = worker._replace(x=self._memory), torch.zeros(len(table), dtype=torch.int64)
+        self._cpu.advance(table, reply_table, update, worker, message, rates, replies, self.flat, self.s, prints)
+        self._to_come.index_add_(0, self._parameter_of(table), prints)
 
 
 @final

@@ -460,6 +460,44 @@ def test_advance(feedback, ahead, dtype):
 
 
 @both_dtypes
+@pytest.mark.parametrize("threads", [1, 2])
+def test_fingerprints(dtype, threads, monkeypatch):
+    """Any change of an entry's bits shows, and where; `advance` gives those of what x becomes."""
+    monkeypatch.setattr(cpu, "PARALLEL_NUMEL", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    case, rule = make_case(MIXED, dtype), make_rule(ONE_GROUP, dtype, 0.0)
+    message, case.e_server = compress(reference, case, rule), torch.empty(0, dtype=dtype)
+    replies = serve(reference, case, message[None])
+    starts, numels = case.reply.table[:, STATE].contiguous(), case.reply.table[:, NUMEL].contiguous()
+    prints, x = torch.ones(len(starts), dtype=torch.int64), case.x.clone()
+    worker = Worker(case.g, case.m, case.e, x)
+    rest = message, torch.ones(1, dtype=dtype), replies, case.x.clone(), 1.0
+    cpu.advance(case.send.table, case.reply.table, rule, worker, *rest, prints)
+    found = cpu.fingerprints(x, starts, numels)
+    assert torch.equal(found, prints - 1) and not same_bits(x, case.x)
+
+    def changed(edit):
+        edited = x.clone()
+        edit(edited)
+        return (cpu.fingerprints(edited, starts, numels) != found).nonzero().view(-1).tolist()
+
+    k = int(numels.argmax())
+    at, n = int(starts[k]), int(numels[k])
+    big = slice(at, at + n)
+    for edit in (
+        lambda v: v[at + n - 1].neg_(),
+        lambda v: v[at : at + 2].copy_(v[at : at + 2].flip(0).clone()),
+        lambda v: v[big].copy_(v[big].roll(1)),
+        lambda v: v[big].neg_(),
+        lambda v: v[big].zero_(),
+        lambda v: v[big].mul_(1 + 2 * torch.finfo(dtype).eps),
+    ):
+        assert changed(edit) == [k]
+    assert changed(lambda v: None) == []
+    assert changed(lambda v: v.copy_(torch.nextafter(v, v + 1))) == list(range(len(starts)))
+
+
+@both_dtypes
 def test_a_rate_multiplies_what_is_subtracted(dtype):
     case = make_case(MIXED, dtype, groups=3)
     message, rates = compress(reference, case, make_rule(ONE_GROUP * 3, dtype)), torch.tensor([1, 0.1, 0], dtype=dtype)

@@ -42,6 +42,9 @@ class Two(Rule):
     def vectors(self, hyper: Sequence[AnyHyper]) -> int:
         return 2
 
+    def reads_x_half(self, hyper: Sequence[AnyHyper]) -> bool:
+        return False
+
     @staticmethod
     def update(h: TwoHyper, g: Tensor, m: Tensor, x_half: Tensor) -> tuple[Tensor, Tensor]:
         g = g * h.factor

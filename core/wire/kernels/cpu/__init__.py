@@ -22,6 +22,7 @@ Arguments, as `saef.wire.kernels.table` has them, and what the loops get (T is t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
@@ -71,10 +72,13 @@ def advance(
     replies: Tensor,
     half: Tensor,
     ahead: float,
+    prints: Tensor | None = None,
 ) -> None:
+    """prints: [B] int64, to which the fingerprint of each block of x is added: `fingerprints`."""
     g, own, other = worker.g, _message(message, worker.g), _message(replies, worker.g)
     rest = rates.numpy(), other, _array(half), _array(half).dtype.type(ahead)
-    _run(g.dtype, loops.advance, [table, reply_table], _update(update), _worker(worker), own, *rest)
+    found = np.empty(0, np.uint64) if prints is None else prints.numpy().view(np.uint64)
+    _run(g.dtype, loops.advance, [table, reply_table], _update(update), _worker(worker), own, *rest, of_rows=[found])
 
 
 def serve(table: Tensor, reply_table: Tensor, messages: Tensor, e: Tensor, reply: Tensor) -> None:
@@ -96,9 +100,7 @@ def inspect(table: Tensor, message: Tensor) -> None:
 
 
 def fingerprints(v: Tensor, starts: Tensor, numels: Tensor) -> Tensor:
-    """[n] int64: of v[start : start + numel] for each of n pairs, by its bits.
-
-    The change of one entry always shows, of several but for a chance of some 2^-60.
+    """[n] int64: of v[start : start + numel] for each of n pairs; a sum of those of its parts (`saef...cpu.prints`).
 
     Args:
         v: float32 or float64, of a state's dtype.
@@ -125,7 +127,7 @@ def prepare(dtype: torch.dtype) -> bool:
     wanted = [
         (loops.compress, (table, update, worker, message)),
         (loops.commit, (table, update, worker, message)),
-        (loops.advance, (table, table, update, worker, message, vector, message, vector, T)),
+        (loops.advance, (table, table, uint64[::1], update, worker, message, vector, message, vector, T)),
         (loops.serve, (table, table, every, vector, message)),
         (loops.settle, (table, table, every, vector, message)),
         (loops.subtract, (table, vector, message, vector)),
@@ -161,19 +163,23 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="saef-kernel")
 
 
-def _run(dtype: torch.dtype, kernel: Any, tables: list[Tensor], *args: Any) -> None:
-    """Call `kernel` on the tables' rows, in equal shares of coordinates, one per thread."""
+def _run(dtype: torch.dtype, kernel: Any, tables: list[Tensor], *args: Any, of_rows: Sequence[Array] = ()) -> None:
+    """Call `kernel` on the tables' rows, in equal shares of coordinates, one per thread.
+
+    of_rows: arrays with an entry for each row, which come after the tables; or with none.
+    """
     prepare(dtype)
     rows = [table.numpy() for table in tables]
     for table in rows:
         check_kinds(table[:, KIND].tolist())
     threads = min(torch.get_num_threads(), len(rows[0]))
     ends = np.cumsum(rows[0][:, NUMEL])
+    rows += of_rows
     if threads < 2 or ends[-1] < PARALLEL_NUMEL:
         bad = int(kernel(*rows, *args))
     else:
         cuts = [0, *np.searchsorted(ends, ends[-1] * np.arange(1, threads) / threads).tolist(), len(ends)]
-        shares = [[table[a:b] for table in rows] for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+        shares = [[every[a:b] for every in rows] for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
         found = _pool(threads).map(lambda share: int(kernel(*share, *args)), shares)
         bad = next((a + b for a, b in zip(cuts[:-1], found, strict=True) if b >= 0), -1)
     if bad >= 0:

@@ -27,12 +27,10 @@ from .codes import (
     take,
 )
 from .compiling import kernel
+from .prints import fingerprint
 from .records import CHUNK, NO, YES, ZERO, Progress
 from .rules import fuses_signs, produce, produce_signs
 from .select import make_candidates
-
-LOW, HALF = np.uint64(0xFFFFFFFF), np.uint64(31)
-PLACE, VALUE = np.uint64(0x9E3779B1), np.uint64(0x85EBCA77)  # odd: 2^32 over the golden ratio, and murmur's
 
 
 @kernel
@@ -82,8 +80,9 @@ def commit(table, update, worker, message):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def advance(table, reply_table, update, worker, message, rates, replies, half, ahead):  # type: ignore[no-untyped-def]
+def advance(table, reply_table, prints, update, worker, message, rates, replies, half, ahead):  # type: ignore[no-untyped-def]
     g, m, e, x = worker
+    words, size = x.view(np.uint32), x.itemsize // 4
     scratch, once = make_scratch(g), g.dtype.type(1)
     D = scratch.D
     for r in range(len(table)):
@@ -104,6 +103,8 @@ def advance(table, reply_table, update, worker, message, rates, replies, half, a
                     hh[i] = xx[i] - D[i] * ahead
             else:
                 copy(xx, hh)
+            if prints.size:
+                prints[r] += fingerprint(words, c * size, n * size)
     return -1
 
 
@@ -182,11 +183,5 @@ def inspect(table, packed):  # type: ignore[no-untyped-def]
 
 @kernel
 def fingerprints(words, starts, counts, out):  # type: ignore[no-untyped-def]
-    """What an entry adds depends on its place and, by an exclusive or of a product's halves, on all of its bits."""
     for k in range(len(starts)):
-        part = words[starts[k] : starts[k] + counts[k]]
-        total = np.uint64(0)
-        for i in range(len(part)):
-            product = (np.uint64(part[i]) ^ (np.uint64(i) * PLACE & LOW)) * VALUE
-            total += product ^ (product >> HALF)
-        out[k] = total
+        out[k] = fingerprint(words, starts[k], counts[k])

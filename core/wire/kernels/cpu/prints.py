@@ -1,0 +1,25 @@
+"""A fingerprint of a vector, by which a change of any entry shows.
+
+It is a sum, modulo 2^64, over the vector's words. What a word adds is another number for every value of it, so the
+change of one always shows. It depends on the place and, by an exclusive or of the halves of a product, on all bits, so
+that the changes of several do not cancel but for a chance of some 2^-60.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .compiling import helper
+
+_LOW, _HALF = np.uint64(0xFFFFFFFF), np.uint64(31)
+_PLACE, _VALUE = np.uint64(0x9E3779B1), np.uint64(0x85EBCA77)  # odd: 2^32 over the golden ratio, and murmur's
+
+
+@helper
+def fingerprint(words, start, n):  # type: ignore[no-untyped-def]
+    """Of words[start : start + n], uint32."""
+    part, total = words[start : start + n], np.uint64(0)
+    for i in range(n):
+        product = (np.uint64(part[i]) ^ (np.uint64(start + i) * _PLACE & _LOW)) * _VALUE
+        total += product ^ (product >> _HALF)
+    return total
