@@ -3,6 +3,7 @@
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import GradBucket  # torch.distributed.GradBucket, for type checkers
+from torch._compile import _disable_dynamo  # as torch.compiler.disable, but imports the compiler at the first call
 from torch.autograd import Variable
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.futures import Future
@@ -10,6 +11,7 @@ from torch.futures import Future
 from saef import SAEFState
 
 
+@_disable_dynamo
 def saef_hook(state: SAEFState, bucket: GradBucket) -> Future[torch.Tensor]:
     """Compress a bucket's gradient and exchange it: `ddp_model.register_comm_hook(state, saef_hook)`.
 

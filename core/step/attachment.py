@@ -15,6 +15,11 @@ from torch.distributed.algorithms.join import Joinable
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
+OPAQUE = (
+    "saef exchanges the parameters' values here. With fullgraph=True compile the network that is wrapped, not the "
+    "wrapper or the step, and evaluate it before a training forward or after its backward, not in between"
+)
+
 # The newest attachment of each model, as a token.
 _newest: WeakKeyDictionary[nn.Module, object] = WeakKeyDictionary()
 
@@ -27,8 +32,11 @@ class Steps(Protocol):
     leave: after that backward, before any other forward, before state_dict(), load_state_dict() and zero_grad().
     before_step, after_step: around `optimizer.step()`.
     before_other_step: before the step of any other optimizer.
+    ahead: whether the parameters are x_half.
     """
 
+    @property
+    def ahead(self) -> bool: ...
     def begin(self) -> int: ...
     def enter(self, number: int) -> None: ...
     def leave(self) -> None: ...
@@ -41,7 +49,7 @@ class Steps(Protocol):
 
 @final
 class Attachment:
-    """Hooks on one model and one optimizer.
+    """Hooks on one model and one optimizer. torch.compile does not look into them: they change what it has traced.
 
     Raises:
         ValueError: if the optimizer has a state already.
@@ -54,11 +62,13 @@ class Attachment:
         optimizer._saef_attached = True  # type: ignore[attr-defined]
         # GradScaler unscales p.grad without a trace, unless the optimizer claims to do it; then it shows.
         optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
+        opaque = partial(torch.compiler.disable, reason=OPAQUE)
+        self._leave, self._enter = opaque(steps.leave), opaque(self._before_backward)
         self._handles: list[RemovableHandle] = [
-            optimizer.register_step_pre_hook(steps.before_step),
-            optimizer.register_step_post_hook(steps.after_step),
-            model.register_forward_pre_hook(_Hook(self._before_forward)),
-            model.register_forward_hook(_Hook(self._after_forward)),
+            optimizer.register_step_pre_hook(opaque(steps.before_step)),
+            optimizer.register_step_post_hook(opaque(steps.after_step)),
+            model.register_forward_pre_hook(_Hook(opaque(self._before_forward))),
+            model.register_forward_hook(_Hook(opaque(self._after_forward))),
         ]
         modules, self._trained = [model], model
         if isinstance(inner := getattr(model, "module", None), nn.Module):
@@ -69,8 +79,8 @@ class Attachment:
         for module in modules:
             self._handles.append(module.register_state_dict_pre_hook(_Hook(self._before_access)))
             self._handles.append(module.register_load_state_dict_pre_hook(_Hook(self._before_access)))
-        optimizer.zero_grad = _left_before(steps, optimizer.zero_grad)  # type: ignore[method-assign]
-        _watching.add(self)
+        optimizer.zero_grad = opaque(_left_before(steps, optimizer.zero_grad))  # type: ignore[method-assign]
+        _watch(self)
         self._number = 0
 
     @property
@@ -114,37 +124,43 @@ class Attachment:
             self._steps.leave()
 
     def _before_inner_forward(self, module: nn.Module, args: Any) -> None:
-        if not torch.is_grad_enabled():
-            self._steps.leave()
+        """Traced with the module, which may be compiled with fullgraph=True: nothing opaque unless it must be."""
+        if self._steps.ahead and not torch.is_grad_enabled():
+            self._leave()
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         """Have the backward tell when it begins: the gradient of an output is its first."""
         if torch.is_grad_enabled():
             for tensor in tensors_in(output):
                 if tensor.requires_grad:
-                    tensor.register_hook(partial(self._before_backward, self._number))
+                    tensor.register_hook(partial(self._enter, self._number))
 
     def _before_backward(self, number: int, gradient: Tensor) -> None:
         if self.attached:
             self._steps.enter(number)
             if not torch.is_grad_enabled():  # else create_graph: another backward through these weights will follow
                 autograd = Variable._execution_engine  # queued twice, to come after DDP's own callback
-                autograd.queue_callback(lambda: autograd.queue_callback(self._steps.leave))
+                autograd.queue_callback(lambda: autograd.queue_callback(self._leave))
 
     def _before_access(self, *_: Any) -> None:
-        self._steps.leave()
+        self._leave()
 
 
-# The attachments that are there. One hook for all: torch keeps those of all optimizers for ever.
-_watching: WeakSet[Attachment] = WeakSet()
+_watching: WeakSet[Attachment] = WeakSet()  # the attachments that are there
+_watcher: list[
+    RemovableHandle
+] = []  # one hook for all, from the first on: torch keeps those of all optimizers for ever
+
+
+def _watch(attachment: Attachment) -> None:
+    _watching.add(attachment)
+    if not _watcher:
+        _watcher.append(register_optimizer_step_pre_hook(torch.compiler.disable(_before_any_step, reason=OPAQUE)))
 
 
 def _before_any_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     for attachment in list(_watching):
         attachment.before_any_step(optimizer)
-
-
-register_optimizer_step_pre_hook(_before_any_step)
 
 
 def _left_before(steps: Steps, original: Callable[..., None]) -> Callable[..., None]:

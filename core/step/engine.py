@@ -246,6 +246,11 @@ class Engine:
         return self._begun or bool(self._prepared.buckets)
 
     @property
+    def ahead(self) -> bool:
+        """Whether the parameters are x_half."""
+        return self.weights.ahead
+
+    @property
     def attached(self) -> bool:
         """False after `detach`."""
         return self._attachment.attached
