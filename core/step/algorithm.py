@@ -15,7 +15,7 @@ from ..wire.kernels.table import Update, Worker
 from .clock import Clock
 from .local_rule import LocalRule
 from .memory import Context, Memory
-from .prepared import Bucket, Prepared
+from .prepared import Bucket, Prepared, changed
 
 
 @final
@@ -42,6 +42,28 @@ class Algorithm:
             with self._transport.stream(), self._clock.span("compress"):
                 self._kernels.compress(bucket.plan.send.table, update, self._worker(bucket), bucket.message)
             self._transport.submit(partial(self._exchange, bucket), bucket.done, bucket.gradient)
+
+    @torch.no_grad()
+    def check_sent(self, prepared: Prepared, rewritten: Sequence[Bucket]) -> None:
+        """Raise RuntimeError unless the gradients as they are now would have made the messages that were sent.
+
+        If they do, the step is Algorithm 1's with these gradients, bit for bit, whatever they were before: the commit
+        makes D from them, and C(D) is what travelled.
+
+        Args:
+            rewritten: the buckets that were written to since.
+        """
+        if not rewritten:
+            return
+        now = self._make_update(prepared)
+        if prepared.update is None or not torch.equal(now.hyper, prepared.update.hyper):  # the clipping
+            raise changed([self._weights.names[i] for b in rewritten for i in b.parameters])
+        for bucket in rewritten:
+            with self._transport.stream():
+                message = torch.zeros_like(bucket.message)
+                self._kernels.compress(bucket.plan.send.table, now, self._worker(bucket), message)
+                if not torch.equal(message, bucket.message):
+                    raise changed([self._weights.names[i] for i in bucket.parameters])
 
     def _make_update(self, prepared: Prepared) -> Update:
         """The rule for this step: the optimizer's settings, the loss scale and the clipping coefficient."""

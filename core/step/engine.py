@@ -366,6 +366,7 @@ class Engine:
             if bad:
                 self._skip(bad)
             else:
+                self._algorithm.check_sent(self._prepared, self._prepared.rewritten(self.weights))
                 with self.clock.span("apply"):
                     self._commit()
         elif any(p.grad is not None and bool(p.grad.any()) for p in self.weights.parameters):

@@ -96,22 +96,36 @@ class Prepared:
             hyper: the optimizer's settings now.
         """
         missing = {*range(len(weights.names))} - self.parameters
-        if missing or not all(b.replies for b in self.buckets):
+        if missing or not self.gradients or not all(b.replies for b in self.buckets):
             names = [weights.names[i] for i in sorted(missing)][:5]
             raise RuntimeError(
                 f"the exchange of this step is incomplete (parameters not exchanged: {names}): the backward failed, or "
                 "DDP was told to ignore them. Call optimizer.zero_grad() and run forward and backward again"
-            )
-        if self.gradients != gradients(weights.parameters):
-            raise RuntimeError(
-                "gradients were changed between backward() and optimizer.step(), when they had been compressed and "
-                "sent already: to clip, give SAEFState max_grad_norm"
             )
         if self.hyper != hyper:
             raise RuntimeError(
                 "lr, momentum, weight_decay or the loss scale changed between backward() and optimizer.step(), but the "
                 "messages contain them already: change them after step(), as schedulers do"
             )
+
+    def rewritten(self, weights: Weights) -> list[Bucket]:
+        """The buckets that were written to since the backward, perhaps with the values that were there.
+
+        A p.grad with memory of its own (DDP's default) is not among what is sent: it is compared here.
+
+        Raises:
+            RuntimeError: if such a p.grad is not what was sent, or there is none any more.
+        """
+        found, now = [], gradients(weights.parameters)
+        for bucket in self.buckets if now != self.gradients else []:
+            of_bucket = zip(bucket.parameters, bucket.views, strict=True)
+            touched = [(i, view) for i, view in of_bucket if now[i] != self.gradients[i]]
+            for i, view in touched:
+                if not _holds(weights.parameters[i].grad, view):
+                    raise changed([weights.names[i]])
+            if any((before := self.gradients[i]) and before[0] == view.data_ptr() for i, view in touched):
+                found.append(bucket)
+        return found
 
     def not_finite(self, weights: Weights) -> list[str]:
         """Parameters among whose replies is a NaN or an infinity: some rank's gradient has one, or overflowed.
@@ -128,3 +142,20 @@ class Prepared:
 def gradients(parameters: Sequence[Tensor]) -> list[tuple[int, int] | None]:
     """Address and version of each p.grad: different after any change in place or replacement."""
     return [None if p.grad is None else (p.grad.data_ptr(), p.grad._version) for p in parameters]
+
+
+def changed(names: Sequence[str]) -> RuntimeError:
+    """The error for gradients of these parameters that are not what was sent."""
+    return RuntimeError(
+        f"gradients of {list(names[:5])} were changed between backward() and optimizer.step(), when they had been "
+        "compressed and sent already: to clip, give SAEFState max_grad_norm"
+    )
+
+
+def _holds(gradient: Tensor | None, sent: Tensor) -> bool:
+    """Whether this is the memory that was sent, or has the same values."""
+    if gradient is None or (gradient.shape, gradient.dtype) != (sent.shape, sent.dtype):
+        return False
+    if (gradient.data_ptr(), gradient.stride()) == (sent.data_ptr(), sent.stride()):
+        return True
+    return torch.equal(gradient, sent)

@@ -22,6 +22,7 @@ from support.following import CHANGED_AT, CHANGES, STEPS, Images, Twin, images, 
 from support.ranks import RankPool
 from support.training import Job, batch, flat, make_net
 from support.training import train as train_ddp
+from support.writes import OTHER_VALUES, SAME_VALUES
 
 TOPK = {"lr": 0.1, "momentum": 0.9, "compressor": {"type": "topk", "ratio": 0.1, "block": "layer"}}
 BF16 = {"bf16": {"enabled": True}}
@@ -444,3 +445,48 @@ def test_the_optimizer_says_what_it_is(pools: dict[int, RankPool], params: dict[
         assert inside.startswith("SAEF (\nParameter Group 0") and "lr: 0.1\n" in inside
         assert inside.splitlines()[-1].startswith(f"<SAEFState: {said}")
         assert inside.startswith(after) and "SAEFState" not in after
+
+
+# ---- writes to p.grad -----------------------------------------------------------------------
+
+
+def write(group: dist.ProcessGroup, writes: list[Any]) -> Tensor:
+    """Six steps with each of these writes between backward and step; x at the end."""
+    net = make_net(torch.float32)
+    engine = start(Setup(TOPK), net)
+    for t in range(6):
+        x, y = batch(dist.get_rank(), t, torch.float32)
+        engine.backward(F.mse_loss(engine(x), y))
+        for one in writes:
+            one(net)
+        engine.step()
+    engine.destroy()
+    return flat(net)
+
+
+def test_writes_of_the_same_values_change_no_bit(pools: dict[int, RankPool]) -> None:
+    plain, written = (pools[2].run(write, writes, ranks=2) for writes in ([], SAME_VALUES))
+    assert all(torch.equal(a, b) for a, b in zip(plain, written, strict=True))
+
+
+def change(group: dist.ProcessGroup) -> int:
+    net = make_net(torch.float32)
+    engine = start(Setup(TOPK), net)
+    steps(engine, range(2))
+    before = flat(net)
+    for one in OTHER_VALUES:
+        x, y = batch(dist.get_rank(), 2, torch.float32)
+        engine.backward(F.mse_loss(engine(x), y))
+        one(net)
+        with pytest.raises(RuntimeError, match="gradients of .* were changed .*max_grad_norm"):
+            engine.step()
+        assert torch.equal(flat(net), before), one.__name__
+        engine.zero_grad()
+        engine.optimizer.zero_grad()
+    found: int = engine.optimizer.saef.steps
+    engine.destroy()
+    return found
+
+
+def test_writes_of_other_values_are_refused(pools: dict[int, RankPool]) -> None:
+    assert pools[2].run(change, ranks=2) == [2, 2]

@@ -29,6 +29,7 @@ from support.horovod_ranks import HorovodPool
 from support.ranks import RankPool, kill
 from support.training import Job, batch, flat, make_model, make_net
 from support.training import train as train_ddp
+from support.writes import OTHER_VALUES, SAME_VALUES
 
 TOPK, SIGN = saef.TopK(0.2, block=30), saef.ScaledSign(block=20)
 MOMENTUM: list[dict[str, Any]] = [{"momentum": 0.9, "weight_decay": 1e-3}]
@@ -323,3 +324,51 @@ def test_a_compression_says_what_it_is(
     for said in horovods[2].run(represent, compressor, step_ahead):
         about = f"{method}, {compressor} both ways; 2 ranks, replicated; 141 parameters; about "
         assert said.startswith(f"<SAEFCompression with <SAEFState: {about}") and "\n" not in said
+
+
+# ---- writes to p.grad, and torch.compile --------------------------------------------------------------------
+
+
+def write(writes: list[Any], compiled: bool) -> Tensor:
+    """Six steps with each of these writes between synchronize and step; x at the end."""
+    job = job_of()
+    net = make_model(job, hvd.rank())
+    optimizer, _ = make(job, net)
+    model = torch.compile(net, backend="aot_eager") if compiled else net
+    for t in range(6):
+        backward(model, optimizer, job, t)
+        optimizer.synchronize()
+        for one in writes:
+            one(net)
+        with optimizer.skip_synchronize():
+            optimizer.step()
+    torch._dynamo.reset()
+    return flat(net)
+
+
+def test_writes_of_the_same_values_and_compilation_change_no_bit(horovods: dict[int, HorovodPool]) -> None:
+    plain = horovods[2].run(write, [], False)
+    for writes, compiled in ((SAME_VALUES, False), ([], True)):
+        ours = horovods[2].run(write, writes, compiled)
+        assert all(torch.equal(a, b) for a, b in zip(plain, ours, strict=True))
+
+
+def change() -> int:
+    job = job_of()
+    net = make_model(job, hvd.rank())
+    optimizer, state = make(job, net)
+    steps(net, optimizer, job, range(2))
+    before = flat(net)
+    for one in OTHER_VALUES:
+        backward(net, optimizer, job, 2)
+        optimizer.synchronize()
+        one(net)
+        with pytest.raises(RuntimeError, match="gradients of .* were changed .*max_grad_norm"):
+            with optimizer.skip_synchronize():
+                optimizer.step()
+        assert torch.equal(flat(net), before), one.__name__
+    return state.steps
+
+
+def test_writes_of_other_values_are_refused(horovods: dict[int, HorovodPool]) -> None:
+    assert horovods[2].run(change) == [2, 2]
