@@ -106,6 +106,10 @@ class SAEFState:
         )
         self.engine = Engine(model, optimizer, settings, grad_scaler, process_group, transport)
 
+    def __reduce__(self) -> tuple[type[Copied], tuple[()]]:
+        """In a copy or a pickle of the model, whose hook it belongs to: the copy trains without saef."""
+        return Copied, ()
+
     def __repr__(self) -> str:
         return f"<SAEFState: {telemetry.describe(self.engine.memory, self.engine.context)}>"
 
@@ -251,3 +255,16 @@ class SAEFState:
         Empty for methods without error feedback.
         """
         return telemetry.diagnose(self.engine.memory, self.engine.context, self.engine.committed)
+
+
+@final
+class Copied:
+    """Stands for a SAEFState in a copy or a pickle of the DistributedDataParallel that has its hook."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)  # what copying and pickling look for
+        raise RuntimeError(
+            "this is a copy or a pickle of a SAEFState, which has none of its contents: save and restore them by "
+            "state_dict() and load_state_dict(), and create a SAEFState for a copied model that shall train"
+        )

@@ -51,11 +51,16 @@ class Steps(Protocol):
 class Attachment:
     """Hooks on one model and one optimizer. torch.compile does not look into them: they change what it has traced.
 
+    Args:
+        optimizer: that does the step. given: what a framework has put around it, or the same.
+
     Raises:
         ValueError: if the optimizer has a state already.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, steps: Steps) -> None:
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, given: torch.optim.Optimizer, steps: Steps
+    ) -> None:
         if getattr(optimizer, "_saef_attached", False):
             raise ValueError("this optimizer has a SAEFState already; call detach() on that one first")
         self._optimizer, self._steps = optimizer, steps
@@ -79,7 +84,9 @@ class Attachment:
         for module in modules:
             self._handles.append(module.register_state_dict_pre_hook(_Hook(self._before_access)))
             self._handles.append(module.register_load_state_dict_pre_hook(_Hook(self._before_access)))
-        optimizer.zero_grad = opaque(_left_before(steps, optimizer.zero_grad))  # type: ignore[method-assign]
+        self._zeroing = [optimizer] if given is optimizer else [optimizer, given]
+        for one in self._zeroing:
+            one.zero_grad = opaque(_left_before(steps, one.zero_grad))  # type: ignore[method-assign]
         _watch(self)
         self._number = 0
 
@@ -105,7 +112,9 @@ class Attachment:
         self._handles = []
         _watching.discard(self)
         optimizer: Any = self._optimizer
-        del optimizer._saef_attached, optimizer._step_supports_amp_scaling, optimizer.zero_grad
+        del optimizer._saef_attached, optimizer._step_supports_amp_scaling
+        for one in self._zeroing:
+            del one.zero_grad
 
     def before_any_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Before the step of any optimizer of this process."""

@@ -43,6 +43,7 @@ from .loss_scale import LossScale
 from .memory import Context, Memory
 from .prepared import Bucket, Prepared
 from .settings import Settings
+from .unwrap import innermost, unwrap_model, unwrap_optimizer
 from .watch import Watch, check_model
 from .ways import create
 from .weights import Weights
@@ -82,6 +83,7 @@ class Engine:
         process_group: torch.distributed.ProcessGroup | None,
         transport: Transport | None,
     ) -> None:
+        given, model, optimizer = optimizer, unwrap_model(model), unwrap_optimizer(optimizer)
         self.loss_scale = LossScale(grad_scaler)
         self.rule = LocalRule(optimizer, settings, self.loss_scale)
         self.rule.read(step=0)
@@ -102,7 +104,7 @@ class Engine:
         self._begun = self._committing = False
         self._hidden: list[tuple[Tensor, Tensor | None]] = []
         self._prepared = Prepared()
-        self._attachment = Attachment(model, optimizer, self)
+        self._attachment = Attachment(model, optimizer, given, self)
 
     def _agree(self, weights: Weights) -> None:
         """Raise on all ranks if they train other parameters, or in another way. Collective."""
@@ -383,7 +385,7 @@ class Engine:
 
     def before_other_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Raise RuntimeError if an optimizer that is not this state's is about to move its parameters."""
-        if not self._attachment.newest or optimizer is self._optimizer:
+        if not self._attachment.newest or innermost(optimizer) is self._optimizer:
             return
         if self._watch.is_moved_by(optimizer):
             raise RuntimeError(
