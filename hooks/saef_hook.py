@@ -32,6 +32,7 @@ def saef_hook(state: SAEFState, bucket: GradBucket) -> Future[torch.Tensor]:
     engine, autograd = state.engine, Variable._execution_engine
     done = engine.exchange(bucket.parameters(), bucket.gradients(), bucket.buffer(), bucket.is_last())
     if bucket.is_last():  # DDP's own callback waits for the buckets, and moves them into p.grad
-        autograd.queue_callback(engine.exchange_late)  # before it
-        autograd.queue_callback(lambda: autograd.queue_callback(engine.backward_ended))  # after it
+        late, ended = torch.compiler.disable(engine.exchange_late), torch.compiler.disable(engine.backward_ended)
+        autograd.queue_callback(late)  # before it
+        autograd.queue_callback(lambda: autograd.queue_callback(ended))  # after it
     return done
