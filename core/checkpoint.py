@@ -236,7 +236,7 @@ def _rank_part(saved: Mapping[str, Any], memory: Memory, context: Context) -> Ma
     _complete(mine, OWN)
     if mine["strides"] != _strides(context):
         raise ValueError(f"the parameters had another memory format, and blocks follow memory: {LOAD_CONSOLIDATED}")
-    server = mine.get("e_server", torch.empty(0))
+    server = mine.get("e_server", torch.empty(0, device="cpu"))
     if server.numel() != memory.e_server.numel():
         raise ValueError("the checkpoint is damaged: its 'e_server' is missing or not of this rank's size")
     return mine

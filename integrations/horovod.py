@@ -73,7 +73,8 @@ class HorovodTransport(Ordered):
         return out.to(self.device)
 
     def _all_to_all(self, message: Tensor, sizes: Sequence[int], received: int, purpose: Purpose) -> Tensor:
-        splits, name = torch.tensor(sizes, dtype=torch.int32), f"{self._prefix}.{purpose}.{message.numel()}"
+        splits = torch.tensor(sizes, dtype=torch.int32, device="cpu")
+        name = f"{self._prefix}.{purpose}.{message.numel()}"
         out: Tensor = _wait(hvd.alltoall_async(message.cpu(), splits, name))[0]
         return out.to(self.device)
 
@@ -84,7 +85,8 @@ class HorovodTransport(Ordered):
 
     def _send_receive(self, v: Tensor, to: Sequence[int], sources: Sequence[int], purpose: Purpose) -> list[Tensor]:
         """Horovod has nothing between two ranks alone: an all-to-all in which others get nothing."""
-        splits = torch.tensor([v.numel() if r in to else 0 for r in range(self.size)], dtype=torch.int32)
+        sizes = [v.numel() if r in to else 0 for r in range(self.size)]
+        splits = torch.tensor(sizes, dtype=torch.int32, device="cpu")
         host, name = v.cpu().repeat(len(to)), f"{self._prefix}.{purpose}.neighbours.{v.numel()}"
         out: Tensor = _wait(hvd.alltoall_async(host, splits, name))[0]
         return list(out.to(self.device).view(len(sources), v.numel()).unbind()) if sources else []
@@ -156,9 +158,9 @@ class SAEFCompression:
             self._pending = True
         i = self._number(tensor)
         if i is None:
-            return torch.ones(1), tensor
+            return torch.ones(1, device="cpu"), tensor
         self._engine.gradient_ready(i)
-        return torch.ones(1), i
+        return torch.ones(1, device="cpu"), i
 
     def decompress(self, tensor: Tensor, ctx: Tensor | int | None) -> Tensor:
         """Horovod calls it for each parameter after the last compress: this rank's own gradient, as it was."""

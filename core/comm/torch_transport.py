@@ -87,7 +87,8 @@ def private_store(group: dist.ProcessGroup) -> Store:
     Not `dist.new_group`: it needs all ranks of the job to call it or, with use_local_synchronization, that
     its members have created equally many groups before; both can hang. Rank 0 draws the name instead.
     """
-    token = torch.randint(2**62, (1,), dtype=torch.int64, generator=torch.Generator().manual_seed(_seed()))
+    generator = torch.Generator().manual_seed(_seed())
+    token = torch.randint(2**62, (1,), dtype=torch.int64, generator=generator, device="cpu")
     dist.broadcast(token, dist.get_global_rank(group, 0), group=group)
     return PrefixStore(f"saef-{token.item()}", _get_default_store())
 

@@ -142,7 +142,7 @@ class Ordered(ABC):
 
         def run() -> Tensor:
             result.append(work())
-            return torch.empty(0)
+            return torch.empty(0, device="cpu")
 
         try:
             with self.stream():

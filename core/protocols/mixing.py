@@ -149,7 +149,7 @@ def estimate_mixing_time(
 def _probe(protocol: Averaging, n: int, seed: int, transport: TorchTransport) -> int:
     generator = torch.Generator().manual_seed(transport.size * seed + transport.rank)
     parts, probes = protocol.parts, 2 * transport.size
-    v = torch.randn(parts * probes, dtype=torch.float64, generator=generator).to(transport.device)
+    v = torch.randn(parts * probes, dtype=torch.float64, generator=generator, device="cpu").to(transport.device)
 
     def states() -> list[Matrix]:
         """What all ranks hold, one (ranks, probes) for each part."""

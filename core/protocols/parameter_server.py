@@ -126,8 +126,8 @@ class ParameterServer:
     @torch.no_grad()
     def pull(self) -> int:
         """The parameters <- x; returns its version, the number of gradients that are in it."""
-        version = torch.empty(1, dtype=torch.int64)
-        x = torch.empty(sum(p.numel() for p in self.params), dtype=self.dtype)
+        version = torch.empty(1, dtype=torch.int64, device="cpu")
+        x = torch.empty(sum(p.numel() for p in self.params), dtype=self.dtype, device="cpu")
         self._ask(PULL, [], [version, x])
         for p, new in zip(self.params, _unflatten_dense_tensors(x, self.params), strict=True):
             p.copy_(new)
@@ -150,7 +150,7 @@ class ParameterServer:
         if self._server is None:
             raise RuntimeError("rank 0 is the server: call serve()" if self.is_server else "this worker has left")
         try:
-            self._server.send(torch.tensor([what]), *send)
+            self._server.send(torch.tensor([what], device="cpu"), *send)
             self._server.receive(*receive)
         except ConnectionError as error:
             raise RuntimeError(
@@ -220,7 +220,7 @@ class _Serving:
             self.failures.append(error)
 
     def _serve(self, k: int, link: _Link) -> None:
-        what, g, version = torch.empty(1, dtype=torch.int64), _flat(self._params, self._dtype), 0
+        what, g, version = torch.empty(1, dtype=torch.int64, device="cpu"), _flat(self._params, self._dtype), 0
         while not self.failures:
             link.receive(what)
             if what == LEAVE:
@@ -228,7 +228,7 @@ class _Serving:
             if what == PULL:
                 with self._lock:
                     version, x = len(self.served.pushes), _flat(self._params, self._dtype)
-                link.send(torch.tensor([version]), x)
+                link.send(torch.tensor([version], device="cpu"), x)
             else:
                 link.receive(g)
                 with self._lock:

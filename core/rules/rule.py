@@ -97,7 +97,8 @@ class Rule(ABC):
 def table(hyper: Sequence[AnyHyper], dtype: torch.dtype, device: torch.device) -> Tensor:
     """[groups, columns]: what the kernels read, a row a group in the order of the fields."""
     rows = [[float(v) for v in h] for h in hyper]
-    host = torch.tensor(rows, dtype=dtype, pin_memory=device.type == "cuda")  # pinned: nobody waits for the copy
+    pinned = device.type == "cuda"  # nobody waits for the copy
+    host = torch.tensor(rows, dtype=dtype, device="cpu", pin_memory=pinned)
     return host.to(device, non_blocking=True)
 
 

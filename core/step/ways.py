@@ -116,7 +116,7 @@ class Swaps(Weights):
         if addresses != self._addresses:
             self._x, self._addresses = [p.data for p in self.parameters], addresses
             lowest, size = min((a for a in addresses if a), default=0), self.dtype.itemsize  # an empty one is at 0
-            self._in_memory = torch.tensor([(max(a, lowest) - lowest) // size for a in addresses])
+            self._in_memory = torch.tensor([(max(a, lowest) - lowest) // size for a in addresses], device="cpu")
             self._memory = self._span(next((x for x in self._x if x.data_ptr() == lowest), self.flat))
             self._shifts = self._in_memory.to(self.device) - self._starts
             self._tables: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -166,9 +166,9 @@ class OnCPU(Swaps):
         from ..wire.kernels import cpu  # numba
 
         super().__init__(model, optimizer, s)
-        self._cpu, self._numels = cpu, torch.tensor(self.numels)
+        self._cpu, self._numels = cpu, torch.tensor(self.numels, device="cpu")
         self._made_from: Tensor | None = None  # [parameters] fingerprints of the x that `flat` was made from
-        self._to_come = torch.zeros(len(self.numels), dtype=torch.int64)  # of what x becomes in the commit under way
+        self._to_come = torch.zeros_like(self._numels)  # of what x becomes in the commit under way
 
     def write(self, x: Sequence[Tensor]) -> None:
         super().write(x)
@@ -204,7 +204,7 @@ class OnCPU(Swaps):
         self, plan: Plan, update: Update, rates: Tensor, worker: Worker, message: Tensor, replies: Tensor
     ) -> None:
         table, reply_table = plan.send.table, self._at_x(plan.apply.table)
-        worker, prints = worker._replace(x=self._memory), torch.zeros(len(table), dtype=torch.int64)
+        worker, prints = worker._replace(x=self._memory), self._to_come.new_zeros(len(table))
         self._cpu.advance(table, reply_table, update, worker, message, rates, replies, self.flat, self.s, prints)
         self._to_come.index_add_(0, self._parameter_of(table), prints)
 

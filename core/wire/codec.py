@@ -114,7 +114,7 @@ def lay_out(blocks: Sequence[Block], itemsize: int, *, reply: bool, served: bool
         at_float, at_byte = at_float + count, at_byte + code.raw_bytes(block.numel)
         rows.append(row)
     check_kinds(row[KIND] for row in rows)
-    table = torch.tensor(rows, dtype=torch.int64).view(-1, COLUMNS)
+    table = torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, COLUMNS)
     length = -(-(at_byte - start) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
     return Layout(table, length, sum(scalars), at_byte - start)
 
@@ -168,7 +168,7 @@ class Codec:
         if [t.numel() for t in tensors] != self.numels or any(t.dtype != self.dtype for t in tensors):
             raise ValueError(f"expected {self.dtype} tensors of {self.numels} entries")
         if not tensors:
-            return torch.empty(0, dtype=torch.uint8)
+            return torch.empty(0, dtype=torch.uint8, device="cpu")
         v = torch.cat([t.detach().reshape(-1) for t in tensors])
         message = torch.zeros(self.message_bytes, dtype=torch.uint8, device=v.device)
         plain = torch.tensor([PLAIN], dtype=self.dtype, device=v.device)

@@ -486,3 +486,46 @@ def share(group: dist.ProcessGroup) -> str:
 
 def test_two_states_that_share_parameters_take_turns(pool: RankPool) -> None:
     assert pool.run(share, ranks=2) == ["ok"] * 2
+
+
+# ---- a default device -----------------------------------------------------------------------------------------------
+
+
+def with_default(group: dist.ProcessGroup, way: str, device: str | None, settings: dict[str, Any]) -> list[Tensor]:
+    """All that a state does beside `device`, which may have no memory: whatever is made must say where it lies."""
+    at = Setting(group, way, None)
+    batches = [batch(at.rank, t) for t in range(4)]
+    torch.set_default_device(device)
+    try:
+        with mock.patch("saef.step.engine.create", {"copies": Copies, "swaps": OnCPU}[way]):
+            state = saef.SAEFState(at.model, at.optimizer, audit_every=2, **settings)
+        at.model.register_comm_hook(state, saef_hook)
+        for x, y in batches:
+            at.optimizer.zero_grad()
+            F.mse_loss(at.model(x), y).backward()
+            nn.utils.clip_grad_norm_(at.net.parameters(), float("inf"))
+            at.optimizer.step()
+        state.diagnose()
+        state.load_state_dict(state.state_dict())
+        state.load_state_dict(state.consolidated_state_dict())
+        state.flush()
+        state.reset_errors()
+    finally:
+        torch.set_default_device(None)
+    return [flat(at.net), state.m]
+
+
+@both_ways
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"compressor": saef.TopK(0.2), "averaging": saef.Rotating(2), "exchange": "sharded"},
+        {"compressor": saef.ScaledSign(block=7), "averaging": saef.Ring(), "max_grad_norm": 0.1},
+        {"compressor": saef.Identity(), "server_compressor": None, "weight_decay_mode": "outer"},
+    ],
+    ids=repr,
+)
+def test_a_default_device_does_not_matter(pool: RankPool, way: str, settings: Any) -> None:
+    plain, ours = (pool.run(with_default, way, device, settings, ranks=2) for device in (None, "meta"))
+    for a, b in zip(ours, plain, strict=True):
+        assert all(torch.equal(v, w) for v, w in zip(a, b, strict=True))

@@ -81,8 +81,8 @@ def _tiling(table: Tensor, device: torch.device) -> Tiling:
     first = tiles.cumsum(0) - tiles
     selected = topk & (tiles > 1)
     slot = torch.where(selected, selected.cumsum(0) - 1, -1)
-    row = torch.arange(len(table)).repeat_interleave(tiles)
-    lo = (torch.arange(len(row)) - first[row]) * tile
+    row = torch.arange(len(table), device=table.device).repeat_interleave(tiles)
+    lo = (torch.arange(len(row), device=table.device) - first[row]) * tile
     columns = [row, lo, (numel.cumsum(0) - numel)[row], slot[row]]
     return Tiling(
         torch.stack(columns, 1).to(device),
@@ -107,8 +107,8 @@ def _groups(first: Tensor, tiles: Tensor) -> Tensor:
     """`Tiling.groups` of blocks by their first tile and number of tiles."""
     groups = (tiles + constants.SPAN - 1) // constants.SPAN
     start = groups.cumsum(0) - groups
-    block = torch.arange(len(tiles)).repeat_interleave(groups)
-    before = (torch.arange(len(block)) - start[block]) * constants.SPAN
+    block = torch.arange(len(tiles), device=tiles.device).repeat_interleave(groups)
+    before = (torch.arange(len(block), device=tiles.device) - start[block]) * constants.SPAN
     columns = [first[block] + before, (tiles[block] - before).clamp(max=constants.SPAN), start[block]]
     return torch.stack(columns, 1)
 
