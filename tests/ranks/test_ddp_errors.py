@@ -150,7 +150,7 @@ def sparse_gradients(group: dist.ProcessGroup) -> None:
         (forget_the_hook, RuntimeError, "register_comm_hook"),
         (only_no_sync, RuntimeError, "outside no_sync"),
         (join, RuntimeError, "same number of batches"),
-        (unfreeze, RuntimeError, "parameters changed"),
+        (unfreeze, ValueError, "not in the model"),
         (grad_scaler, RuntimeError, r"grad_scaler=scaler"),
         (dampening_later, ValueError, "dampening"),
         (failing_exchange, RuntimeError, "Restart the job.*The cause: malformed message"),
