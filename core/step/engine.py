@@ -89,6 +89,7 @@ class Engine:
         self.rule.read(step=0)
         check_model(model, process_group)
         self.weights = weights = create(model, optimizer, settings.step_ahead)
+        self.loss_scale.check_dtypes(p.dtype for p in weights.parameters)  # before any rank waits for another
         if process_group is not None and transport is not None:
             raise ValueError("give a process_group or a transport, not both")
         kernels.prepare(weights.device, weights.dtype)
