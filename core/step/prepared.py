@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.futures import Future
 
 from ..rules import AnyHyper
+from ..wire import kernels
 from ..wire.kernels.table import Update
 from ..wire.plan import Plan
 from .weights import Weights
@@ -44,7 +45,7 @@ class Prepared:
 
     Attributes:
         hyper: the optimizer's settings that the messages contain; update: the same with the clipping, once known.
-        gradients: address and version of each p.grad after the backward.
+        gradients: address and version of each p.grad after the backward. prints: fingerprints of them, on CPU.
         parameters: those of all buckets.
     """
 
@@ -53,6 +54,7 @@ class Prepared:
     hyper: list[AnyHyper] = field(default_factory=list)
     update: Update | None = None
     gradients: list[tuple[int, int] | None] = field(default_factory=list)
+    prints: Tensor | None = None
 
     def fix(self, update: Update) -> Update:
         """From now on the messages are made with this."""
@@ -61,7 +63,7 @@ class Prepared:
 
     def backward_ended(self, parameters: Sequence[Tensor]) -> None:
         """What p.grad are now was sent: no change of them can count."""
-        self.gradients = gradients(parameters)
+        self.gradients, self.prints = gradients(parameters), _prints(parameters)
 
     def expect_change(self, parameter: int) -> None:
         """p.grad of this parameter will be set once more, to what it is."""
@@ -116,10 +118,12 @@ class Prepared:
         Raises:
             RuntimeError: if such a p.grad is not what was sent, or there is none any more.
         """
-        found, now = [], gradients(weights.parameters)
-        for bucket in self.buckets if now != self.gradients else []:
-            of_bucket = zip(bucket.parameters, bucket.views, strict=True)
-            touched = [(i, view) for i, view in of_bucket if now[i] != self.gradients[i]]
+        found, now, prints = [], gradients(weights.parameters), _prints(weights.parameters)
+        other = {i for i, (a, b) in enumerate(zip(now, self.gradients, strict=True)) if a != b}
+        if prints is not None and self.prints is not None:
+            other.update((prints != self.prints).nonzero().view(-1).tolist())
+        for bucket in self.buckets if other else []:
+            touched = [(i, view) for i, view in zip(bucket.parameters, bucket.views, strict=True) if i in other]
             for i, view in touched:
                 if not _holds(weights.parameters[i].grad, view):
                     raise changed([weights.names[i]])
@@ -142,6 +146,14 @@ class Prepared:
 def gradients(parameters: Sequence[Tensor]) -> list[tuple[int, int] | None]:
     """Address and version of each p.grad: different after any change in place or replacement."""
     return [None if p.grad is None else (p.grad.data_ptr(), p.grad._version) for p in parameters]
+
+
+_NONE = torch.empty(0, device="cpu")
+
+
+def _prints(parameters: Sequence[Tensor]) -> Tensor | None:
+    """By the values: a write through `.data` or numpy leaves no other trace."""
+    return kernels.fingerprints([_NONE if p.grad is None else p.grad for p in parameters])
 
 
 def changed(names: Sequence[str]) -> RuntimeError:

@@ -20,11 +20,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..rules import step_ahead
+from ..wire import kernels
 from ..wire.codec import Block, lay_out
 from ..wire.compressors import Identity
 from ..wire.kernels.table import STATE, Update, Worker
 from ..wire.plan import Plan
-from .weights import Weights, is_dense
+from .weights import Weights
 
 FULL = {torch.float32, torch.float64}
 
@@ -115,7 +116,8 @@ class Swaps(Weights):
         addresses = [p.data_ptr() for p in self.parameters]
         if addresses != self._addresses:
             self._x, self._addresses = [p.data for p in self.parameters], addresses
-            lowest, size = min((a for a in addresses if a), default=0), self.dtype.itemsize  # an empty one is at 0
+            size, filled = self.dtype.itemsize, [a for a, n in zip(addresses, self.numels, strict=True) if n]
+            lowest = min(filled, default=0)
             self._in_memory = torch.tensor([(max(a, lowest) - lowest) // size for a in addresses], device="cpu")
             self._memory = self._span(next((x for x in self._x if x.data_ptr() == lowest), self.flat))
             self._shifts = self._in_memory.to(self.device) - self._starts
@@ -166,9 +168,11 @@ class OnCPU(Swaps):
         from ..wire.kernels import cpu  # numba
 
         super().__init__(model, optimizer, s)
-        self._cpu, self._numels = cpu, torch.tensor(self.numels, device="cpu")
+        self._cpu, self._sizes = cpu, [n * self.dtype.itemsize for n in self.numels]
         self._made_from: Tensor | None = None  # [parameters] fingerprints of the x that `flat` was made from
-        self._to_come = torch.zeros_like(self._numels)  # of what x becomes in the commit under way
+        self._to_come = torch.zeros(
+            len(self.numels), dtype=torch.int64, device="cpu"
+        )  # of what x becomes in the commit under way
 
     def write(self, x: Sequence[Tensor]) -> None:
         super().write(x)
@@ -180,7 +184,7 @@ class OnCPU(Swaps):
         return torch.frombuffer(memory, dtype=self.dtype)
 
     def _derive(self, e: Tensor, averaged: slice) -> None:
-        errors, found = self._cut_errors(e), self._cpu.fingerprints(self._memory, self._in_memory, self._numels)
+        errors, found = self._cut_errors(e), self._cpu.fingerprints(self._addresses, self._sizes)
         fresh = [False] * len(self._x) if self._made_from is None else (found == self._made_from).tolist()
         for i, (x, half) in enumerate(zip(self._x, self.views, strict=True)):
             at, n = self.offsets[i], self.numels[i]
@@ -237,7 +241,7 @@ def create(model: nn.Module, optimizer: torch.optim.Optimizer, s: float) -> Weig
         )
     trainable = [p for p in model.parameters() if p.requires_grad]
     dtypes, devices = {p.dtype for p in trainable}, {p.device.type for p in trainable}
-    if len(dtypes) == 1 and dtypes <= FULL and all(map(is_dense, trainable)) and not _captured(model):
+    if len(dtypes) == 1 and dtypes <= FULL and all(map(kernels.is_dense, trainable)) and not _captured(model):
         if devices == {"cpu"}:
             return OnCPU(model, optimizer, s)
         if devices == {"cuda"}:

@@ -187,7 +187,7 @@ def cut(flat: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
     views, at = [], 0
     for p in parameters:
         part = flat[at : at + p.numel()]
-        views.append(part.as_strided(p.shape, p.stride()) if is_dense(p) else part.view(p.shape))
+        views.append(part.as_strided(p.shape, p.stride()) if kernels.is_dense(p) else part.view(p.shape))
         at += p.numel()
     return views
 
@@ -200,11 +200,6 @@ def _plain(names: list[str]) -> list[str]:
     """The names in the module that was wrapped, so that a checkpoint fits with and without the wrappers."""
     names = [name.replace("_orig_mod.", "") for name in names]
     return [name.removeprefix("module.") for name in names] if all(n.startswith("module.") for n in names) else names
-
-
-def is_dense(p: Tensor) -> bool:
-    """No gaps and no overlaps: entries can be taken in memory order."""
-    return torch.empty_like(p, device="meta").stride() == p.stride()
 
 
 def _groups(names: list[str], parameters: list[Tensor], optimizer: torch.optim.Optimizer) -> list[int]:

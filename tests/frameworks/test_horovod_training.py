@@ -283,7 +283,7 @@ def follow(change: Callable[..., None]) -> None:
     for exchange in ("replicated", "sharded"):
         net = Images()
         optimizer = make_optimizer(net)
-        twin = Twin(net, lambda v: hvd.allreduce(v, op=hvd.Average))
+        twin = Twin(net, lambda v: hvd.allreduce(v.contiguous(), op=hvd.Average))
         compression = SAEFCompression(net, optimizer, compressor=saef.Identity(), exchange=exchange)
         named = net.named_parameters()
         optimizer = hvd.DistributedOptimizer(optimizer, named, compression, backward_passes_per_step=2)

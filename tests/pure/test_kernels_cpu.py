@@ -21,7 +21,7 @@ from saef import Codec, Compressor, Identity, MajorityVote, MinSize, ScaledSign,
 from saef.rules.sgd import SGD
 from saef.wire.codec import Block, Layout, block_ranges, lay_out
 from saef.wire.compressors import SIGN, index_bytes
-from saef.wire.kernels import cpu, reference, select
+from saef.wire.kernels import cpu, fingerprints, reference, select
 from saef.wire.kernels.cpu import codes, loops
 from saef.wire.kernels.table import BYTE, COUNT, FLOAT, GROUP, KIND, NUMEL, STATE, UNIT, Update, Worker
 from saef.wire.plan import partition, plan_bucket
@@ -469,17 +469,22 @@ def test_fingerprints(dtype, threads, monkeypatch):
     message, case.e_server = compress(reference, case, rule), torch.empty(0, dtype=dtype)
     replies = serve(reference, case, message[None])
     starts, numels = case.reply.table[:, STATE].contiguous(), case.reply.table[:, NUMEL].contiguous()
+
+    def prints_of(v):  # counted from where v begins
+        addresses = [v.data_ptr(), *(v.data_ptr() + starts * dtype.itemsize).tolist()]
+        return cpu.fingerprints(addresses, [4, *(numels * dtype.itemsize).tolist()])[1:]
+
     prints, x = torch.ones(len(starts), dtype=torch.int64), case.x.clone()
     worker = Worker(case.g, case.m, case.e, x)
     rest = message, torch.ones(1, dtype=dtype), replies, case.x.clone(), 1.0
     cpu.advance(case.send.table, case.reply.table, rule, worker, *rest, prints)
-    found = cpu.fingerprints(x, starts, numels)
+    found = prints_of(x)
     assert torch.equal(found, prints - 1) and not same_bits(x, case.x)
 
     def changed(edit):
         edited = x.clone()
         edit(edited)
-        return (cpu.fingerprints(edited, starts, numels) != found).nonzero().view(-1).tolist()
+        return (prints_of(edited) != found).nonzero().view(-1).tolist()
 
     k = int(numels.argmax())
     at, n = int(starts[k]), int(numels[k])
@@ -494,6 +499,10 @@ def test_fingerprints(dtype, threads, monkeypatch):
     ):
         assert changed(edit) == [k]
     assert changed(lambda v: None) == []
+    odd = [torch.ones(n, dtype=torch.bfloat16) for n in (3, 0, 5)]
+    before = fingerprints(odd)
+    odd[2][4] = 2
+    assert (fingerprints(odd) != before).tolist() == [False, False, True] and len(fingerprints([])) == 0
     assert changed(lambda v: v.copy_(torch.nextafter(v, v + 1))) == list(range(len(starts)))
 
 

@@ -96,7 +96,7 @@ def unfreeze_and_add(net: Images, optimizer: torch.optim.Optimizer) -> None:
 def grow(net: Images, optimizer: torch.optim.Optimizer) -> None:
     torch.manual_seed(7)
     net.more.extend(nn.Linear(4, 4).double() for _ in range(2))
-    optimizer.add_param_group({"params": [*net.more.parameters()]})
+    optimizer.add_param_group({"params": [*net.more.parameters()], "lr": 0.1, "momentum": 0.9})
 
 
 def replace_the_head(net: Images, optimizer: torch.optim.Optimizer) -> None:

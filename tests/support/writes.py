@@ -96,5 +96,20 @@ def noise(net: nn.Module) -> None:
         g.add_(torch.linspace(-1.0, 1.0, g.numel(), dtype=g.dtype).view_as(g))
 
 
+def clamp_data(net: nn.Module) -> None:
+    """What many an older loop clips with."""
+    for p in net.parameters():
+        if p.grad is not None:
+            p.grad.data.clamp_(-1e-3, 1e-3)
+
+
+def one_entry_of_data(net: nn.Module) -> None:
+    gradients(net)[0].data.view(-1)[3] += 0.5
+
+
+def by_numpy(net: nn.Module) -> None:
+    gradients(net)[0].numpy()[1] = 0.0
+
+
 OTHER_VALUES: list[Callable[[nn.Module], None]] = [clip, clip_values, half_of_one, turned, another_tensor]
-OTHER_VALUES += [changed_and_copied, none, noise]
+OTHER_VALUES += [changed_and_copied, none, noise, clamp_data, one_entry_of_data, by_numpy]

@@ -22,6 +22,7 @@ it agrees to one unit in the last place, in float64 to the rounding of the sum, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -71,6 +72,21 @@ def select(device: torch.device) -> Kernels:
     from . import reference
 
     return reference
+
+
+def fingerprints(tensors: Sequence[Tensor]) -> Tensor | None:
+    """[n] int64 by which a change of any bit of n tensors on CPU shows; None on other devices."""
+    if not all(t.device.type == "cpu" for t in tensors):
+        return None
+    from . import cpu
+
+    dense = [t if t.is_contiguous() or is_dense(t) else t.contiguous() for t in tensors]  # a copy looks changed
+    return cpu.fingerprints([t.data_ptr() for t in dense], [t.numel() * t.element_size() for t in dense])
+
+
+def is_dense(t: Tensor) -> bool:
+    """No gaps and no overlaps: entries can be taken in memory order."""
+    return torch.empty_like(t, device="meta").stride() == t.stride()
 
 
 def check(device: torch.device) -> None:

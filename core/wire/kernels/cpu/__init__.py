@@ -22,6 +22,7 @@ Arguments, as `saef.wire.kernels.table` has them, and what the loops get (T is t
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -51,6 +52,7 @@ __all__ = [
     "subtract",
 ]
 
+WORD_BYTES = 4  # of a fingerprint
 PARALLEL_NUMEL = 1 << 19  # coordinates; below this, starting threads costs more than it gains
 
 
@@ -74,7 +76,7 @@ def advance(
     ahead: float,
     prints: Tensor | None = None,
 ) -> None:
-    """prints: [B] int64, to which the fingerprint of each block of x is added: `fingerprints`."""
+    """prints: [B] int64, to which the fingerprint of each block of x is added, counted from where x begins."""
     g, own, other = worker.g, _message(message, worker.g), _message(replies, worker.g)
     rest = rates.numpy(), other, _array(half), _array(half).dtype.type(ahead)
     found = np.empty(0, np.uint64) if prints is None else prints.numpy().view(np.uint64)
@@ -99,16 +101,22 @@ def inspect(table: Tensor, message: Tensor) -> None:
     _run(torch.float32, loops.inspect, [table], message.numpy())
 
 
-def fingerprints(v: Tensor, starts: Tensor, numels: Tensor) -> Tensor:
-    """[n] int64: of v[start : start + numel] for each of n pairs; a sum of those of its parts (`saef...cpu.prints`).
+def fingerprints(addresses: Sequence[int], sizes: Sequence[int]) -> Tensor:
+    """[n] int64: of the memory at n addresses (`saef.wire.kernels.cpu.prints`), counted from the lowest of them.
 
     Args:
-        v: float32 or float64, of a state's dtype.
-        starts, numels: [n] int64.
+        addresses: of CPU tensors without gaps.
+        sizes: in bytes; whole words are read, so up to 3 bytes more on either side.
     """
-    prepare(v.dtype)
-    words, out = v.element_size() // 4, np.empty(len(starts), np.uint64)
-    loops.fingerprints(v.numpy().view(np.uint32), (starts * words).numpy(), (numels * words).numpy(), out)
+    at = np.array(addresses, np.int64)
+    first, counts = at // WORD_BYTES, -(-(at + np.array(sizes, np.int64)) // WORD_BYTES)
+    counts = np.where(np.array(sizes) > 0, counts - first, 0)
+    out, there = np.zeros(len(at), np.uint64), counts > 0
+    if there.any():
+        lowest = int(first[there].min())
+        span = int((first + counts)[there].max()) - lowest
+        words = np.ctypeslib.as_array((ctypes.c_uint32 * span).from_address(lowest * WORD_BYTES))
+        loops.fingerprints(words, np.where(there, first - lowest, 0), counts, out)
     return torch.from_numpy(out.view(np.int64))
 
 
