@@ -84,6 +84,7 @@ def consolidated_form(memory: Memory, context: Context) -> dict[str, Any]:
                 transport.mean(v, "checkpoint")
         return all_server_errors(memory, context, "checkpoint")
 
+    transport.meet("SAEFState.consolidated_state_dict()")
     server = transport.call(together)
     saved = {**_common(memory, context, "consolidated"), "workers": _workers(means, context)}
     if server.numel():

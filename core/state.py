@@ -188,6 +188,9 @@ class SAEFState:
 
     def x_tilde(self) -> Tensor:
         """x~ = x - (e + mean_k e_k), flat, of the state's dtype; the same bits on every rank. Collective."""
+        return self._x_tilde("SAEFState.x_tilde()")
+
+    def _x_tilde(self, what: str) -> Tensor:
         memory, context = self.engine.snapshot(), self.engine.context
         mean = memory.e
 
@@ -197,6 +200,7 @@ class SAEFState:
             server = all_server_errors(memory, context, "checkpoint")
             return mean + server if server.numel() else mean
 
+        context.transport.meet(what)
         error = context.transport.call(total)
         return self.weights.x() - error if error.numel() else self.weights.x().clone()
 
@@ -205,7 +209,7 @@ class SAEFState:
 
         For exporting x~, or going on without saef or with another compressor. Momentum stays.
         """
-        x_tilde = self.x_tilde()
+        x_tilde = self._x_tilde("SAEFState.flush()")
         self.engine.abandon()
         self.weights.write(self.weights.cut(x_tilde))
         self.engine.memory.owe_nothing()

@@ -58,6 +58,7 @@ def save_checkpoint(
     transport, root = state.engine.transport, Path(folder)
     rank, size = transport.rank, transport.size
     extra = dict(extra or {})
+    transport.meet("saef.save_checkpoint()")
     _together(state, lambda: _check_plain(extra, "extra"))
     mine = {"saef": state.state_dict(), "extra": extra}
     whole = {"saef": state.consolidated_state_dict(), "extra": extra} if consolidate else None
@@ -117,10 +118,12 @@ def load_checkpoint(folder: str | os.PathLike[str], state: SAEFState) -> dict[st
     def newest() -> str:
         return next((p.name for p in reversed(_checkpoints(root)) if (p / COMPLETE).exists()), "")
 
+    transport = state.engine.transport
+    transport.meet("saef.load_checkpoint()")
     (name,) = _together(state, newest, of_rank_0=True)
     if not name:
         return None
-    path, transport = root / name, state.engine.transport
+    path = root / name
     own = path / f"rank-{transport.rank}-of-{transport.size}.pt"
 
     def fits() -> str:

@@ -108,6 +108,7 @@ def diagnose(memory: Memory, context: Context, committed: Sequence[tuple[Tensor,
         }
         return server, gather_values(mine, transport, device, "telemetry")
 
+    transport.meet("SAEFState.diagnose()")
     server, ranks = transport.call(together)
 
     def average(name: str) -> float:

@@ -147,7 +147,7 @@ def _save_checkpoint(engine: DeepSpeedEngine, original: Callable[..., Any], argu
     tag = arguments["tag"]
     arguments["tag"] = f"global_step{engine.global_steps}" if tag is None else str(tag)
     state = engine.optimizer.saef
-    folder = _folder(state, arguments["save_dir"], arguments["tag"])
+    folder = _folder(state, arguments["save_dir"], arguments["tag"], "save_checkpoint()")
     saef.save_checkpoint(folder, state, {"global_steps": engine.global_steps}, keep=1)
     return original(**arguments)
 
@@ -157,7 +157,7 @@ def _load_checkpoint(engine: DeepSpeedEngine, original: Callable[..., Any], argu
     state, root = engine.optimizer.saef, Path(arguments["load_dir"])
     if arguments["tag"] is None and (root / "latest").is_file():
         arguments["tag"] = (root / "latest").read_text().strip()
-    folder = _folder(state, root, arguments["tag"])
+    folder = _folder(state, root, arguments["tag"], "load_checkpoint()")
     if arguments["tag"] is None:
         return original(**arguments)  # there is no checkpoint, as DeepSpeed says
     if not arguments["load_optimizer_states"] or arguments["load_module_only"]:
@@ -178,9 +178,10 @@ def _load_checkpoint(engine: DeepSpeedEngine, original: Callable[..., Any], argu
     return result
 
 
-def _folder(state: saef.SAEFState, root: str | Path, tag: str | None) -> Path:
+def _folder(state: saef.SAEFState, root: str | Path, tag: str | None, method: str) -> Path:
     """Where SAEF's part of a checkpoint lies. Collective: all ranks raise ValueError unless their tags are equal."""
-    compare({"tag": tag}, state.engine.transport, state.weights.device, "the ranks name different checkpoints")
+    heading, what = "the ranks name different checkpoints", f"DeepSpeedEngine.{method}"
+    compare({"tag": tag}, state.engine.transport, state.weights.device, heading, what)
     return Path(root) / str(tag) / "saef"
 
 

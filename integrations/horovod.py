@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from saef import SAEFState
+from saef.comm.meeting import REMEDY, NotTogether
 from saef.comm.transport import Ordered, Purpose
 from saef.step.arguments import Agreed, Scaled, check_known
 from saef.step.buckets import SPARSE
@@ -58,7 +59,8 @@ class HorovodTransport(Ordered):
 
     silence = (
         "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS (without limit unless it is set), or called hvd.join(), which cannot work "
-        f"with SAEF ({UNEVEN})"
+        f"with SAEF ({UNEVEN}), or is in a collective method that this one does not call: Horovod's warnings of "
+        "stalled tensors on rank 0 name it"
     )
     restart = "horovodrun ends it"
 
@@ -67,6 +69,18 @@ class HorovodTransport(Ordered):
             raise RuntimeError("call hvd.init() before creating SAEFCompression")
         super().__init__(hvd.rank(), hvd.size(), device, thread=True)
         self._prefix = f"saef.{next(_numbers)}"
+
+    def _meet(self, what: str) -> None:
+        """Horovod waits for the other ranks by a tensor's name, and its warnings of stalled tensors print that."""
+        self._count("settings", self.size - 1)
+        name = f"{self._prefix}: {what}, to which all ranks must come"
+        try:
+            _wait(hvd.allgather_async(torch.zeros(1, dtype=torch.uint8, device="cpu"), name))
+        except RuntimeError as error:
+            raise NotTogether(
+                f'rank {self.rank} of {self.size} is at "{what}", but not all others: one died, or does something else '
+                f"for longer than HOROVOD_STALL_SHUTDOWN_TIME_SECONDS. {REMEDY}. The cause: {error}"
+            ) from error
 
     def _all_gather(self, message: Tensor, sizes: Sequence[int], purpose: Purpose) -> Tensor:
         out: Tensor = _wait(hvd.allgather_async(message.cpu(), f"{self._prefix}.{purpose}.{sum(sizes)}"))

@@ -37,6 +37,7 @@ def compare(
     transport: Transport,
     device: torch.device,
     heading: str = "the ranks' settings differ; give every rank the same",
+    what: str | None = None,
 ) -> None:
     """Raise the same ValueError on every rank if the ranks' settings differ, naming rank and field.
 
@@ -45,7 +46,10 @@ def compare(
         transport: collective; every rank must call.
         device: where messages live.
         heading: first line of the error.
+        what: where all ranks meet before (`Transport.meet`); None for what is due on all of them in the same step.
     """
+    if what is not None:
+        transport.meet(what)
     mine = {field: repr(value) for field, value in settings.items()}
     found = transport.call(lambda: gather_values(mine, transport, device))
     differences = [

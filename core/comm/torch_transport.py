@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
+from datetime import timedelta
 from functools import partial
 from typing import Any, final
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
+from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store, _get_process_group_store
 
+from .meeting import Meetings, NotTogether
 from .transport import Ordered, Purpose
+
+LONGEST_LOOK_S = 60.0  # between two looks at where the others are
+TRAINING = ("phase1", "phase2", "averaging")  # what a step's bytes are counted as
+END_TAG = 0x5AEE  # of a message that nobody sends
 
 
 @final
@@ -25,9 +32,10 @@ class TorchTransport(Ordered):
     Args:
         group: process group; None for the default one.
         device: of the tensors that will travel.
+        what: who makes it, for the error if not all ranks do.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None, device: torch.device) -> None:
+    def __init__(self, group: dist.ProcessGroup | None, device: torch.device, what: str = "SAEFState()") -> None:
         if not dist.is_available() or not dist.is_initialized():
             raise RuntimeError("call torch.distributed.init_process_group() before creating the state")
         group = group if group is not None else dist.distributed_c10d._get_default_group()
@@ -35,29 +43,84 @@ class TorchTransport(Ordered):
         if rank < 0:
             raise ValueError("this rank is not a member of process_group; create the state on its members only")
         super().__init__(rank, dist.get_world_size(group), device, thread=cpu)
-        self.group: Any = _private_gloo(group) if cpu else group  # a gloo backend has the same methods
+        store, self._timeout = private_store(group, device, what), _timeout(group, device)
+        self._private = gloo(store, rank, self.size, group) if cpu else None
+        self.group: Any = self._private or group  # a gloo backend has the same methods
         self._nccl = not cpu and group._get_backend(device).name() == "nccl"
+        if self.size > 1 and hasattr(store, "clone"):  # a blocking call of another thread must not hold up this one's
+            store = store.clone()
+        self._meetings = _meetings(store, group, device, self._private)
+        self._creations = _meetings(_get_process_group_store(group), group, device, self._private)
+        self._neighbours: Purpose | None = None  # for what the thread is in a receive from single ranks
+
+    def _meet(self, what: str) -> None:
+        self._meetings.meet(what, self._place)
+
+    def _look_beside(self) -> None:
+        if self._neighbours is not None:
+            with suppress(NotTogether):  # the receive that it has ended raises its own
+                self._look(self._neighbours, self._meetings)
+
+    def _wait(self, work: Any, purpose: Purpose, together: bool = True) -> None:
+        """For the end of a collective. Where that takes long, and if it fails, look whether a rank is elsewhere.
+
+        Args:
+            together: whether all ranks are in it; a wait for a single one cannot be taken up again.
+        """
+        pause = min(self.look_s, self._timeout.total_seconds() / 4)
+        while self._private is not None and together and not _ended(work, pause):
+            self._look(purpose, self._meetings)
+            pause = min(2 * pause, LONGEST_LOOK_S)
+        try:
+            work.wait()
+        except RuntimeError:
+            self._look(purpose, self._meetings, self._creations)
+            raise
+
+    def _look(self, purpose: Purpose, *meetings: Meetings) -> None:
+        """Raise `NotTogether` if some rank cannot come to the collective that this one is in."""
+        what = "a training step" if purpose in TRAINING else f"an exchange ({purpose})"
+        try:
+            for place in meetings:
+                place.check(what, self._place)
+        except NotTogether:
+            self._end_pending()
+            raise
+        except RuntimeError:
+            return  # the store is gone: its rank has died, or ended
+
+    def _end_pending(self) -> None:
+        """What is pending in the group fails now, instead of after its timeout, for which the process's end would wait.
+
+        gloo has no other way: a receive that times out closes all connections.
+        """
+        if self._private is None:
+            return
+        for peer in (r for r in range(self.size) if r != self.rank):
+            with suppress(RuntimeError):  # its connection may be closed already
+                nothing = torch.empty(1, dtype=torch.uint8, device="cpu")
+                self._private.recv([nothing], peer, END_TAG).wait(timedelta(milliseconds=1))
 
     def _all_gather(self, message: Tensor, sizes: Sequence[int], purpose: Purpose) -> Tensor:
         if len(set(sizes)) > 1:
-            return self._gather_unequal(message, sizes)
+            return self._gather_unequal(message, sizes, purpose)
         out = message.new_empty(sum(sizes))
-        self.group._allgather_base(out, message).wait()
+        self._wait(self.group._allgather_base(out, message), purpose)
         return out
 
-    def _gather_unequal(self, message: Tensor, sizes: Sequence[int]) -> Tensor:
+    def _gather_unequal(self, message: Tensor, sizes: Sequence[int], purpose: Purpose) -> Tensor:
         """gloo and NCCL gather equal parts only; an all-to-all of copies sends the same bytes."""
         out, copies = message.new_empty(sum(sizes)), message.repeat(self.size)
-        self.group.alltoall_base(out, copies, list(sizes), [message.numel()] * self.size).wait()
+        self._wait(self.group.alltoall_base(out, copies, list(sizes), [message.numel()] * self.size), purpose)
         return out
 
     def _all_to_all(self, message: Tensor, sizes: Sequence[int], received: int, purpose: Purpose) -> Tensor:
         out = message.new_empty(self.size * received)
-        self.group.alltoall_base(out, message, [received] * self.size, list(sizes)).wait()
+        self._wait(self.group.alltoall_base(out, message, [received] * self.size, list(sizes)), purpose)
         return out
 
     def _sum(self, v: Tensor, purpose: Purpose) -> None:
-        self.group.allreduce([v]).wait()
+        self._wait(self.group.allreduce([v]), purpose)
 
     def _send_receive(self, v: Tensor, to: Sequence[int], sources: Sequence[int], purpose: Purpose) -> list[Tensor]:
         if self._nccl:
@@ -71,32 +134,63 @@ class TorchTransport(Ordered):
             received = [torch.empty_like(host) for _ in sources]
             works = [self.group.recv([out], r, 0) for r, out in zip(sources, received, strict=True)]
             works += [self.group.send([host], r, 0) for r in to]
+        self._neighbours = purpose
         for work in works:
-            work.wait()
+            self._wait(work, purpose, together=False)
+        self._neighbours = None
         return [out.to(v.device) for out in received]
 
 
-def _private_gloo(group: dist.ProcessGroup) -> Any:
-    """A gloo group of the same ranks that nobody else uses. Collective over `group`."""
-    return gloo(private_store(group), dist.get_rank(group), dist.get_world_size(group), group)
+def _ended(work: Any, seconds: float) -> bool:
+    """Whether a collective has come to its end, one way or another, after at most so long."""
+    try:
+        work.wait(timedelta(seconds=seconds))
+    except RuntimeError:
+        return bool(work.is_completed())
+    return True
 
 
-def private_store(group: dist.ProcessGroup) -> Store:
+def private_store(group: dist.ProcessGroup, device: torch.device, what: str) -> Store:
     """A key-value store for these ranks alone, in which new groups find their members. Collective over `group`.
 
     Not `dist.new_group`: it needs all ranks of the job to call it or, with use_local_synchronization, that
     its members have created equally many groups before; both can hang. Rank 0 draws the name instead.
+
+    Args:
+        device: where the name travels.
+        what: who asks for it, for the error if not all ranks do.
     """
+    meet(group, device, what)
     generator = torch.Generator().manual_seed(_seed())
-    token = torch.randint(2**62, (1,), dtype=torch.int64, generator=generator, device="cpu")
-    dist.broadcast(token, dist.get_global_rank(group, 0), group=group)
+    token = torch.randint(2**62, (1,), dtype=torch.int64, generator=generator, device="cpu").to(device)
+    if dist.get_world_size(group) > 1:
+        dist.broadcast(token, dist.get_global_rank(group, 0), group=group)
     return PrefixStore(f"saef-{token.item()}", _get_default_store())
+
+
+def meet(group: dist.ProcessGroup | None, device: torch.device, what: str) -> None:
+    """`Transport.meet` for the ranks of a process group, None for all, that have no transport."""
+    group = group if group is not None else dist.distributed_c10d._get_default_group()
+    _meetings(_get_process_group_store(group), group, device, None).meet(what)
+
+
+def _meetings(store: Store, group: dist.ProcessGroup, device: torch.device, own: Any) -> Meetings:
+    """A place in `store` where the ranks of `group` meet. own: a gloo group of the same ranks, if there is one."""
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    if own is None and "cpu" in {d.type for d in group._device_types}:
+        found = group._get_backend(torch.device("cpu"))
+        own = found if isinstance(found, dist.distributed_c10d.ProcessGroupGloo) else None
+    return Meetings(PrefixStore("saef-meetings", store), rank, size, _timeout(group, device), own)
 
 
 def gloo(store: Store, rank: int, size: int, like: dist.ProcessGroup) -> Any:
     """A gloo group of `size` ranks that meet in `store`, with the timeout of `like`."""
-    timeout = like._get_backend(torch.device("cpu")).options._timeout
-    return dist.distributed_c10d.ProcessGroupGloo(store, rank, size, timeout)
+    return dist.distributed_c10d.ProcessGroupGloo(store, rank, size, _timeout(like, torch.device("cpu")))
+
+
+def _timeout(group: dist.ProcessGroup, device: torch.device) -> timedelta:
+    found: timedelta = group._get_backend(device).options._timeout
+    return found
 
 
 def _seed() -> int:

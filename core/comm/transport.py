@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.futures import Future
 
+from .meeting import NotTogether
+
 T = TypeVar("T")
 Context = Callable[[], AbstractContextManager[Any]]
 
@@ -61,6 +63,20 @@ class Transport(Protocol):
 
     def call(self, work: Callable[[], T]) -> T:
         """The result of `work`, run after all that was submitted before. Raises `lost(cause)` if it fails there."""
+        ...
+
+    def meet(self, what: str) -> None:
+        """Return when all ranks have come here, after all that was submitted before; nothing else is sent until then.
+
+        To be called before a collective that is not a part of every step: if a user calls it on some ranks only, it
+        must not meet another of the other ranks'.
+
+        Args:
+            what: the same on every rank, for the error: "SAEFState.x_tilde()", "the parameters changed".
+
+        Raises:
+            RuntimeError: if some rank is not there. It, too, gets an error, which names `what` and this rank.
+        """
         ...
 
     def lost(self, cause: Exception) -> RuntimeError:
@@ -107,10 +123,12 @@ class Ordered(ABC):
 
     silence = "the process group's timeout"  # after which a silent rank is an error
     restart = "torchrun --max-restarts does it by itself"
+    look_s = 2.0  # after which a rank that waits looks where the others are, for the first time
 
     def __init__(self, rank: int, size: int, device: torch.device, *, thread: bool) -> None:
         self.rank, self.size, self.device = rank, size, device
         self.sent_bytes: Counter[str] = Counter()
+        self._place = 0  # how many collectives were called
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._on_side: Context = nullcontext if self._side is None else partial(torch.cuda.stream, self._side)
         self._worker = _OrderedWorker(self._on_side) if thread else None
@@ -147,7 +165,11 @@ class Ordered(ABC):
         try:
             with self.stream():
                 if self._worker is not None:
-                    self._worker.submit(run, Future(), None).wait()
+                    done, future = threading.Event(), self._worker.submit(run, Future(), None)
+                    future.add_done_callback(lambda _: done.set())
+                    while not done.wait(self.look_s):
+                        self._look_beside()
+                    future.wait()
                 else:
                     run()
         except Exception as error:
@@ -157,11 +179,17 @@ class Ordered(ABC):
             torch.cuda.current_stream(self.device).wait_stream(self._side)
         return result[0]
 
+    def meet(self, what: str) -> None:
+        if self.size > 1:
+            self.call(partial(self._meet, what))
+
     def restore_counts(self, sent: Mapping[str, int]) -> None:
         self.sent_bytes.clear()
         self.sent_bytes.update(sent)
 
     def lost(self, cause: Exception) -> RuntimeError:
+        if isinstance(cause, NotTogether):
+            return NotTogether(str(cause))
         return RuntimeError(
             f"rank {self.rank} of {self.size}: the exchange with the other ranks failed. A rank died, lost its "
             f"connection, or was silent for longer than {self.silence}: look at what the others printed. The state of "
@@ -170,23 +198,37 @@ class Ordered(ABC):
         )
 
     def all_gather(self, message: Tensor, sizes: Sequence[int], purpose: Purpose) -> Tensor:
-        self.sent_bytes[purpose] += message.numel() * (self.size - 1)
+        self._count(purpose, message.numel() * (self.size - 1))
         return message if self.size == 1 else self._all_gather(message, sizes, purpose)
 
     def all_to_all(self, message: Tensor, sizes: Sequence[int], received: int, purpose: Purpose) -> Tensor:
-        self.sent_bytes[purpose] += sum(sizes) - sizes[self.rank]
+        self._count(purpose, sum(sizes) - sizes[self.rank])
         out = message if self.size == 1 else self._all_to_all(message, sizes, received, purpose)
         return out.view(self.size, received)
 
     def mean(self, v: Tensor, purpose: Purpose) -> None:
-        self.sent_bytes[purpose] += 2 * (self.size - 1) * v.numel() * v.element_size() // self.size
+        self._count(purpose, 2 * (self.size - 1) * v.numel() * v.element_size() // self.size)
         if self.size > 1:
             self._sum(v, purpose)
             v.div_(self.size)
 
     def send_receive(self, v: Tensor, to: Sequence[int], sources: Sequence[int], purpose: Purpose) -> list[Tensor]:
-        self.sent_bytes[purpose] += len(to) * v.numel() * v.element_size()
+        self._count(purpose, len(to) * v.numel() * v.element_size())
         return self._send_receive(v, to, sources, purpose) if self.size > 1 else []
+
+    def _count(self, purpose: Purpose, sent_bytes: int) -> None:
+        """A collective begins."""
+        self._place += 1
+        self.sent_bytes[purpose] += sent_bytes
+
+    def _meet(self, what: str) -> None:
+        """What `meet` does in its turn, among more than one rank: nothing, if the ranks have no way to wait for each
+        other but the collectives; else it raises `NotTogether`."""
+        return
+
+    def _look_beside(self) -> None:
+        """Called now and then while the thread is in work that `call` waits for: end what cannot end by itself."""
+        return
 
     # What subclasses move, among more than one rank.
 

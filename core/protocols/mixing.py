@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..comm.torch_transport import TorchTransport
+from ..comm.torch_transport import TorchTransport, meet
 from .averaging import Averaging
 from .operators import Matrix, Operator
 
@@ -139,7 +139,7 @@ def estimate_mixing_time(
     Raises:
         ValueError: if the protocol is not for so many workers, or the group has a single rank.
     """
-    transport = TorchTransport(process_group, torch.device(device))
+    transport = TorchTransport(process_group, torch.device(device), "saef.estimate_mixing_time()")
     n = transport.size - protocol.parameter_servers
     protocol.events(n)  # raises if it is not for n workers
     runs = _runs(protocol, seeds)
@@ -186,6 +186,7 @@ def stationary_distance(tensors: Iterable[Tensor], process_group: dist.ProcessGr
     """
     x = torch.cat([t.detach().reshape(-1).double() for t in tensors])
     n, mean = dist.get_world_size(process_group), x.clone()
+    meet(process_group, x.device, "saef.stationary_distance()")
     dist.all_reduce(mean, group=process_group)
     distance = (x - mean / n).square().sum()
     dist.all_reduce(distance, group=process_group)

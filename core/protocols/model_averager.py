@@ -93,7 +93,7 @@ class ModelAverager(averagers.ModelAverager):
         self.step += 1
 
     def _connect(self, device: torch.device) -> TorchTransport:
-        transport = TorchTransport(self.process_group, device)
+        transport = TorchTransport(self.process_group, device, "ModelAverager.average_parameters()")
         agreement.compare({"protocol": self.protocol, "warmup_steps": self.warmup_steps}, transport, device)
         self._transport = transport
         return transport

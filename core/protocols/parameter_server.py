@@ -102,11 +102,12 @@ class ParameterServer:
         self.rank, size = dist.get_rank(group), dist.get_world_size(group)
         if size < 2:
             raise ValueError("a parameter server needs a worker besides rank 0: start at least 2 ranks")
-        transport = TorchTransport(group, torch.device("cpu"))
+        what, cpu = "ParameterServer()", torch.device("cpu")
+        transport = TorchTransport(group, cpu, what)
         found = [(tuple(p.shape), p.dtype) for p in self.params]
         agreement.compare({"parameters": found}, transport, transport.device)
         self.dtype = torch.float64 if any(p.dtype == torch.float64 for p in self.params) else torch.float32
-        store = private_store(group)
+        store = private_store(group, cpu, what)
         self._workers: dict[int, _Link] = {}
         self._server: _Link | None = None
         for k in range(1, size):

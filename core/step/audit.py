@@ -12,19 +12,22 @@ from ..rules import AnyHyper
 from .settings import Settings
 from .weights import Weights
 
+AFTER_A_CHANGE = "the first forward after SAEFState(), a load or reset_errors()"
 
-def compare_settings(settings: Settings, weights: Weights, transport: Transport, scaled: bool) -> None:
-    """Compare what never changes, when a state is created. Collective.
+
+def compare_settings(settings: Settings, weights: Weights, transport: Transport, scaled: bool, what: str) -> None:
+    """Compare what never changes, or rarely, when a state is created or changes it. Collective.
 
     Args:
         scaled: whether there is a GradScaler.
+        what: where the ranks meet (`Transport.meet`).
     """
     fields = {field: getattr(settings, field) for field in settings.__dataclass_fields__}
     every = zip(weights.names, weights.parameters, weights.views, strict=True)
     parameters = [(n, tuple(p.shape), view.stride(), p.dtype) for n, p, view in every]
     fields.update(saef=version("saef"), world_size=transport.size)
     fields.update(parameters=parameters, groups=weights.groups, grad_scaler=scaled)
-    compare(fields, transport, weights.device)
+    compare(fields, transport, weights.device, what=what)
 
 
 @final
@@ -61,5 +64,6 @@ class Audit:
             f"the ranks differ at step {step}: all must start from the same weights or checkpoint, give the optimizer "
             "the same settings and change parameters alike; if they did, they have diverged: load the last checkpoint"
         )
-        compare(fields, transport, weights.device, heading)
+        new = self._compared_at is None
+        compare(fields, transport, weights.device, heading, AFTER_A_CHANGE if new else None)
         self._compared_at = step

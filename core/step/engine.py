@@ -107,10 +107,10 @@ class Engine:
         self._prepared = Prepared()
         self._attachment = Attachment(model, optimizer, given, self)
 
-    def _agree(self, weights: Weights) -> None:
-        """Raise on all ranks if they train other parameters, or in another way. Collective."""
+    def _agree(self, weights: Weights, what: str = "SAEFState()") -> None:
+        """Raise on all ranks if they train other parameters, or in another way, or are not all here. Collective."""
         self.loss_scale.check_dtypes(p.dtype for p in weights.parameters)
-        compare_settings(self._settings, weights, self.transport, self.loss_scale.used)
+        compare_settings(self._settings, weights, self.transport, self.loss_scale.used, what)
 
     def _lay_out(self, weights: Weights, old: Context | None = None, left_out: Sequence[Tensor] = ()) -> None:
         """All that depends on which parameters are trained, their groups, and how they lie in memory. Collective.
@@ -207,7 +207,7 @@ class Engine:
         weights = create(self._model, self._optimizer, self._settings.step_ahead)
         old.weights.absorb()
         weights.take_over(old.weights)
-        self._agree(weights)
+        self._agree(weights, "the trainable parameters changed")
         self._kept.follow(self._optimizer)
         self._kept.let_go(self._optimizer)
         known, now = {id(p) for p in old.weights.parameters}, {id(p) for p in weights.parameters}

@@ -208,7 +208,7 @@ def process_set() -> None:
     [
         (die, LOST),
         (silent, LOST),
-        (alone, LOST),
+        (alone, r"saef\.0: SAEFState\.x_tilde\(\), to which all ranks must come"),
         (join, LOST),
         (process_set, "SAEF exchanges among all ranks"),
     ],
