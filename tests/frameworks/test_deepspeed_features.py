@@ -18,7 +18,7 @@ import saef.hooks
 import saef.integrations.deepspeed
 from support.deepspeed_ranks import Net, Setup, held_out_loss, json_config, start, steps, train
 from support.equal import snapshot
-from support.following import CHANGED_AT, CHANGES, STEPS, Images, Twin, images, loss_of, make_optimizer
+from support.following import CHANGES, STEPS, Images, Twin, due, images, loss_of, make_optimizer
 from support.ranks import RankPool
 from support.training import Job, batch, flat, make_net
 from support.training import train as train_ddp
@@ -178,8 +178,8 @@ def follow(group: dist.ProcessGroup, change: Callable[..., None]) -> None:
         wanted = [{k: group[k] for k in ("params", "lr", "weight_decay")} for group in groups]
         engine = deepspeed.initialize(model=net, model_parameters=wanted, config=json_config(setup))[0]
         for t in range(STEPS):
-            if t == CHANGED_AT:
-                twin.change(change, net, engine.optimizer)
+            for what in due(change, t):
+                twin.change(what, net, engine.optimizer)
             batches = images(dist.get_rank(), t, 2)
             for x in batches:
                 engine.backward(loss_of(engine, x))

@@ -23,7 +23,7 @@ from saef.comm.agreement import checksum
 from saef.integrations.horovod import SAEFCompression
 from saef.step import buckets
 from support.equal import same, snapshot
-from support.following import CHANGED_AT, CHANGES, STEPS, Images, Twin, images, loss_of, make_optimizer
+from support.following import CHANGES, STEPS, Images, Twin, due, images, loss_of, make_optimizer
 from support.horovod_jobs import backward, make, steps, train
 from support.horovod_ranks import HorovodPool
 from support.ranks import RankPool, kill
@@ -288,8 +288,8 @@ def follow(change: Callable[..., None]) -> None:
         named = net.named_parameters()
         optimizer = hvd.DistributedOptimizer(optimizer, named, compression, backward_passes_per_step=2)
         for t in range(STEPS):
-            if t == CHANGED_AT:
-                twin.change(change, net, optimizer)
+            for what in due(change, t):
+                twin.change(what, net, optimizer)
             batches = images(hvd.rank(), t, 2)
             optimizer.zero_grad()
             for x in batches:

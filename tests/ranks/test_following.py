@@ -15,7 +15,7 @@ import saef
 from saef.hooks import saef_hook
 from saef.step.memory import all_server_errors
 from saef.step.ways import Copies
-from support.following import CHANGED_AT, CHANGES, GONE, STEPS, Images, Twin, images, loss_of, make_optimizer
+from support.following import CHANGED_AT, CHANGES, GONE, STEPS, Images, Twin, due, images, loss_of, make_optimizer
 from support.ranks import RankPool
 from support.training import flat
 
@@ -46,8 +46,8 @@ def follow(group: dist.ProcessGroup, change: Callable[..., None], view: bool) ->
             state = saef.SAEFState(model, optimizer, compressor=saef.Identity(), **settings)
         model.register_comm_hook(state, saef_hook)
         for t in range(STEPS):
-            if t == CHANGED_AT:
-                twin.change(change, net, optimizer)
+            for what in due(change, t):
+                twin.change(what, net, optimizer)
             train(model, optimizer, images(rank, t, 2))
             twin.step(images(rank, t, 2))
             torch.testing.assert_close(flat(net), flat(twin.net), rtol=0, atol=1e-12)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-CHANGED_AT, STEPS = 3, 7
+CHANGED_AT, THAWED_AT, STEPS = 3, 5, 7
 
 
 class Images(nn.Module):
@@ -136,3 +136,14 @@ def everything(net: Images, optimizer: torch.optim.Optimizer) -> None:
 
 GONE = [freeze_a_tensor, freeze_the_first_layer, freeze_and_drop, replace_the_head, everything]
 CHANGES = [*GONE, unfreeze, unfreeze_and_add, grow, regroup, swap, channels_last, transpose, part_of_a_larger]
+
+
+def thaw(net: Images, optimizer: torch.optim.Optimizer) -> None:
+    for layer in (net.conv, net.first):
+        layer.requires_grad_(True)
+
+
+def due(change: Callable[..., None], t: int) -> list[Callable[..., None]]:
+    """What changes before step t: what is frozen thaws again, with the momentum that it had."""
+    freezes = change in (freeze_a_tensor, freeze_the_first_layer)
+    return [change] if t == CHANGED_AT else [thaw] if t == THAWED_AT and freezes else []
