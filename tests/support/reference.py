@@ -89,6 +89,10 @@ class Settings:
     momentum        mu; u = m, or g + mu m if nesterov; no dampening
     weight_decay    lambda; mode "coupled": in g, at x_half; "outer": uncompressed, at x (dist-EF appendix A)
     max_grad_norm   clips each worker's whole gradient, before weight decay and momentum
+    server_ahead    full step ahead, x_half = x - s (e_k + e); servers: None, every worker has e (replicated); or
+                    the worker that serves each block, in order (sharded): x - s (e_k + K e where it serves)
+    error_decay     beta: all errors are multiplied by it at the start of a step
+    betas, eps, noise_correction    see `AdamW`
 
     momentum, nesterov and weight_decay may be lists with one value a parameter.
     """
@@ -103,6 +107,12 @@ class Settings:
     weight_decay: PerParameter = 0.0
     weight_decay_mode: str = "coupled"
     max_grad_norm: float | None = None
+    server_ahead: bool = False
+    servers: Sequence[int] | None = None
+    error_decay: float = 1.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    noise_correction: bool = True
 
 
 def mean(vectors: Sequence[Tensor]) -> Tensor:
@@ -208,30 +218,45 @@ class SAEF(Workers):
         super().__init__(settings, x0, K)
         partition, server = Partition(self.numels, settings.block), settings.server
         self.C_server = self.C if server == "same" else blockwise(server or identity, partition)
-        outer = {"coupled": False, "outer": True}[settings.weight_decay_mode]
-        self.lam, self.lam_outer = (self.zeros(), self.lam) if outer else (self.lam, self.zeros())
+        at_x = self.decays_at_x(settings.weight_decay_mode)
+        self.lam, self.lam_outer = (self.zeros(), self.lam) if at_x else (self.lam, self.zeros())
         self.e_server, self.m_tilde = self.zeros(), self.zeros()
+        self.share = [self.zeros() + 1 for _ in range(K)]
+        if settings.servers is not None:
+            for k in range(K):
+                self.share[k] = self.zeros()
+                for block, server in zip(partition.blocks, settings.servers, strict=True):
+                    self.share[k][block] = K * (server == k)
         self.begun = False
 
+    def decays_at_x(self, mode: str) -> bool:
+        """Whether weight decay is applied to x, not to the gradient."""
+        return {"coupled": False, "outer": True}[mode]
+
     def begin_step(self) -> None:
-        """e_k <- mean_k e_k at the start of step t, for those coordinates [a, b) that are due.
+        """e_k <- beta mean_k e_k at the start of step t, for those coordinates [a, b) that are due; else beta e_k.
 
         allreduce p: all d of them iff (t+1) % p == 0. rotating p: [d j // p, d (j+1) // p) with j = t % p.
         """
         self.begun = True
+        beta = self.settings.error_decay
+        self.e, self.e_server = [beta * e for e in self.averaged()], beta * self.e_server
+
+    def averaged(self) -> list[Tensor]:
+        """The workers' errors after the averaging of step t."""
         if callable(self.settings.averaging):
-            self.e = self.settings.averaging(self.t, self.e)
-            return
+            return self.settings.averaging(self.t, self.e)
         kind, p = self.settings.averaging or (None, 1)
         j, d = self.t % p, self.d
         everything = (0, d) if (self.t + 1) % p == 0 else (0, 0)  # Alg. 1, line 6
         a, b = {None: (0, 0), "allreduce": everything, "rotating": (d * j // p, d * (j + 1) // p)}[kind]
         average = mean(self.e)
-        self.e = [torch.cat([e[:a], average[a:b], e[b:]]) for e in self.e]  # Alg. 1, line 7
+        return [torch.cat([e[:a], average[a:b], e[b:]]) for e in self.e]  # Alg. 1, line 7
 
     def x_half(self, k: int) -> list[Tensor]:
-        """x_half = x - s e_k, tensors with the parameters' shapes. Alg. 1, line 9."""
-        return self.tensors(self.x - self.settings.step_ahead * self.e[k])
+        """x_half = x - s e_k, tensors with the parameters' shapes (Alg. 1, line 9); full step ahead: also by e."""
+        ahead = self.e[k] + self.share[k] * self.e_server if self.settings.server_ahead else self.e[k]
+        return self.tensors(self.x - self.settings.step_ahead * ahead)
 
     def direction(self, k: int, grad: Gradient) -> Tensor:
         """u_k, (d,): clip the gradient, add lambda x_half, apply the momentum rule. Alg. 1, line 10."""
@@ -255,14 +280,56 @@ class SAEF(Workers):
         self.D = self.e_server + mean(self.sent)  # Alg. 1, line 21
         self.R = self.C_server(self.D)  # Alg. 1, line 23
         self.e_server = self.D - self.R  # Alg. 1, line 22
-        self.m_tilde, w = momentum_rule(self.m_tilde, self.lam_outer * self.x, self.mu, self.nesterov)
-        self.outer = eta * w  # dist-EF appendix A
+        self.outer = eta * self.decay()
         self.x = self.x - self.R - self.outer  # Alg. 1, line 25
         self.t, self.begun = self.t + 1, False
 
+    def decay(self) -> Tensor:
+        """What weight decay at x moves x by, over eta. dist-EF appendix A."""
+        self.m_tilde, w = momentum_rule(self.m_tilde, self.lam_outer * self.x, self.mu, self.nesterov)
+        return w
+
     def x_tilde(self) -> Tensor:
-        """x~ = x - (e + mean_k e_k), (d,); a step moves it by -eta_t/K sum_k u_k - outer. SAEF eq. (3)."""
+        """x~ = x - (e + mean_k e_k), (d,); a step moves it by -eta_t/K sum_k u_k - outer. SAEF eq. (3).
+
+        With error_decay begin_step moves it first, by (1 - beta) (e + mean_k e_k).
+        """
         return self.x - (self.e_server + mean(self.e))
+
+
+class AdamW(SAEF):
+    """Algorithm 1 with the rule of torch.optim.AdamW (weight_decay_mode "decoupled") or Adam ("coupled").
+
+    p   = m_k / (1 - b1^t)                      momentum before this step, corrected; at t = 0 p = g_k
+    m_k = b1 m_k + (1 - b1) g_k
+    v_k = b2 v_k + (1 - b2) (g_k^2 / K + (1 - 1/K) g_k p)    noise-corrected; else b2 v_k + (1 - b2) g_k^2
+    u_k = [m_k / (1 - b1^(t+1))] / (sqrt(max(v_k / (1 - b2^(t+1)), 0)) + eps);  for K > 1 clamped to [-1, 1]
+
+    g_k^2 alone overestimates the second moment of the mean gradient by up to K; E[g_k p] is the square of its
+    expectation, since p is older than g_k's noise. One worker is torch's AdamW.
+    """
+
+    def __init__(self, settings: Settings, x0: Sequence[Tensor], K: int) -> None:
+        super().__init__(settings, x0, K)
+        self.v = [self.zeros() for _ in range(K)]
+
+    def decays_at_x(self, mode: str) -> bool:
+        return {"coupled": False, "decoupled": True}[mode]
+
+    def decay(self) -> Tensor:
+        """lambda x: uncompressed, without a momentum."""
+        return self.lam_outer * self.x
+
+    def direction(self, k: int, grad: Gradient) -> Tensor:
+        (b1, b2), t, K = self.settings.betas, self.t, self.K
+        g = clip(self.flat(grad), self.settings.max_grad_norm) + self.lam * self.flat(self.x_half(k))
+        p = self.m[k] / (1 - b1**t) if t else g
+        square = g**2 / K + (1 - 1 / K) * g * p if self.settings.noise_correction else g**2
+        self.m[k] = b1 * self.m[k] + (1 - b1) * g
+        self.v[k] = b2 * self.v[k] + (1 - b2) * square
+        m, v = self.m[k] / (1 - b1 ** (t + 1)), self.v[k] / (1 - b2 ** (t + 1))
+        u = m / (v.clamp(min=0).sqrt() + self.settings.eps)
+        return u.clamp(-1, 1) if K > 1 else u
 
 
 class DistEF(Workers):
