@@ -5,19 +5,20 @@ Two forms, both loadable with torch.load(weights_only=True):
     rank            what this rank holds. Loaded by the same rank of as many ranks, training goes on bit for bit.
     consolidated    mean_k e_k and mean_k m_k in place of the ranks' own, and all server errors. The same on every
                     rank; loaded by any number of ranks with any exchange strategy, x~ = x - (e + mean_k e_k) and
-                    the mean momentum are kept, to rounding.
+                    the mean momentum are kept, to rounding. So is AdamW's mean_k v_k: each v_k estimates the second
+                    moment of the mean gradient among as many workers as there were, and their mean does it better.
 
 What differs between ranks lies under a key that names the rank, "rank_0" ..., because torch.distributed.checkpoint
 takes equal keys for copies and writes one of them. Tensors are by parameter name and in its shape:
 
     format, kind, saef         int, "rank" or "consolidated", version that wrote it
-    parameters, settings       {name: shape}, {field: repr}: what must be the same to load it
+    parameters, settings       {name: shape}, {field: repr}: what must be the same; a rule other than SGD is named
     world_size, strategy       of the ranks that wrote it
     steps, steps_skipped, steps_skipped_in_a_row
-    momentum, outer_momentum   whether there is an m and an m~
+    momentum, outer_momentum   whether there is an m (and, of AdamW, a v), and an m~
     x                          weights, of the state's dtype (the float32 master of 16-bit parameters)
     m_decay                    m~ of the outer weight decay
-    rank_K / workers           e and m of rank K / their means
+    rank_K / workers           e, m (and AdamW's v) of rank K / their means
     rank_K                     also e_server: flat, the blocks this rank serves (`saef.wire.plan.partition`); strides;
                                bytes: what it has sent; random: torch's random state (and "random_cuda")
     e_server                   consolidated: the servers' errors
@@ -35,6 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .rules import SGD
 from .step.memory import Context, Memory, all_server_errors, own_server_errors
 
 FORMAT = 1
@@ -50,6 +52,7 @@ COMMON = (
     "momentum",
     "outer_momentum",
 )
+VECTORS = ("m", "v")  # what a rule keeps, in the order of its names
 OWN = ("strides", "bytes", "counted_from", "random")
 LOAD_CONSOLIDATED = "load the consolidated form (SAEFState.consolidated_state_dict) instead"
 
@@ -124,7 +127,8 @@ def _strides(context: Context) -> dict[str, list[int]]:
 def _settings(context: Context) -> dict[str, str]:
     """What decides the meaning of what is saved. The rest may be changed when training goes on."""
     s = context.settings
-    return {
+    rule = {} if isinstance(context.rule, SGD) else {"rule": type(context.rule).__name__}
+    return rule | {
         "compressor": repr(s.compressor),
         "server_compressor": repr(s.reply_compressor),
         "weight_decay_mode": s.weight_decay_mode,
@@ -133,7 +137,8 @@ def _settings(context: Context) -> dict[str, str]:
 
 
 def _workers(memory: Memory, context: Context) -> dict[str, Any]:
-    return {name: _by_name(context, v) for name, v in (("e", memory.e), ("m", memory.m.view(-1))) if v.numel()}
+    held = (("e", memory.e), *zip(VECTORS, memory.m, strict=False))
+    return {name: _by_name(context, v) for name, v in held if v.numel()}
 
 
 def _by_name(context: Context, flat: Tensor) -> dict[str, Tensor]:
@@ -148,9 +153,9 @@ def load(saved: Mapping[str, Any], memory: Memory, context: Context) -> None:
     own = saved["workers"] if consolidated else saved[f"rank_{transport.rank}"]
     weights.absorb()
     weights.write([saved["x"][name] for name in weights.names])
-    memory.grow(int(saved["momentum"]), saved["outer_momentum"])
-    found = ((memory.e, own.get("e")), (memory.m.view(-1), own.get("m")), (memory.m_decay, saved.get("m_decay")))
-    for flat, values in found:
+    memory.grow(len(_vectors(saved, context)), saved["outer_momentum"])
+    kept = [(m, own.get(key)) for key, m in zip(VECTORS, memory.m, strict=False)]
+    for flat, values in ((memory.e, own.get("e")), *kept, (memory.m_decay, saved.get("m_decay"))):
         flat.zero_()
         if values is not None:
             _write(context, flat, values)
@@ -189,11 +194,10 @@ def check(saved: Mapping[str, Any], memory: Memory, context: Context) -> None:
     shapes = _shapes(context)
     _refuse("the checkpoint is of another model", saved["parameters"], shapes)
     advice = "to go on from its weights with others, load it into a state with its own, flush() and save the model"
-    _refuse(f"the checkpoint is of other settings ({advice})", saved["settings"], _settings(context))
+    theirs, ours = ({"rule": "SGD", **settings} for settings in (saved["settings"], _settings(context)))
+    _refuse(f"the checkpoint is of other settings ({advice})", theirs, ours)
     workers = saved.get("workers") if saved["kind"] == "consolidated" else _rank_part(saved, memory, context)
-    expected = {"x": saved.get("x")}
-    if saved["momentum"]:
-        expected["m"] = (workers or {}).get("m")
+    expected = {"x": saved.get("x"), **{key: (workers or {}).get(key) for key in _vectors(saved, context)}}
     if saved["outer_momentum"]:
         expected["m_decay"] = saved.get("m_decay")
     if context.settings.feedback:
@@ -204,6 +208,11 @@ def check(saved: Mapping[str, Any], memory: Memory, context: Context) -> None:
         found = {n: list(v.shape) for n, v in tensors.items()} if isinstance(tensors, Mapping) else None
         if found != shapes:
             raise ValueError(f"the checkpoint is damaged: its {what!r} is missing or not of the parameters' shapes")
+
+
+def _vectors(saved: Mapping[str, Any], context: Context) -> Sequence[str]:
+    """The names of the rule's vectors in a checkpoint."""
+    return VECTORS[: len(context.rule.names)] if saved["momentum"] else ()
 
 
 def _complete(saved: Mapping[str, Any], keys: Sequence[str]) -> None:

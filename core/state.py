@@ -30,8 +30,8 @@ class SAEFState:
     """Step-ahead error feedback (SAEF Algorithm 1) for one model and one optimizer on one rank.
 
     Create it after the model is on its device and wrapped, before the first forward, on all ranks of
-    the process group (a collective call). The optimizer stays the source of lr, momentum, nesterov,
-    weight_decay and maximize, read at every step; its own arithmetic is replaced.
+    the process group (a collective call). The optimizer stays the source of lr, momentum, nesterov, betas,
+    eps, weight_decay and maximize, read at every step; its own arithmetic is replaced.
 
     Between steps the parameters are x, the same bits on every rank. From the first training forward
     of a step (module in training mode, gradients enabled) to the optimizer step they are x - s e_k.
@@ -43,14 +43,15 @@ class SAEFState:
 
     Args:
         model: the module whose parameters are trained (a DistributedDataParallel, usually).
-        optimizer: torch.optim.SGD over the model's trainable parameters, any number of groups.
+        optimizer: torch.optim.SGD, AdamW or Adam over the model's trainable parameters, any number of groups.
         compressor: C on the way to the servers.
         server_compressor: C on the way back: "same" (double-way), None (single-way), or a compressor.
         step_ahead: s in x_half = x - s e_k: 1 is SAEF, 0 plain error feedback (EF), between is SA-PEF.
         averaging: of the local errors, a protocol (`saef.protocols`) that preserves their mean, e.g.
             AllReduce(20), Rotating(20) or Ring(); None: p = infinity.
-        weight_decay_mode: "coupled": in the gradient, at x_half, as torch.optim.SGD does it; "outer":
-            dist-EF appendix A: uncompressed, at x, with a momentum of its own.
+        weight_decay_mode: of SGD. "coupled": in the gradient, at x_half, as torch.optim.SGD does it; "outer":
+            dist-EF appendix A: uncompressed, at x, with a momentum of its own. AdamW decays at x in any case,
+            Adam in the gradient.
         exchange: "replicated", "sharded", or "auto" (the cost rule `saef.comm.exchange.choose`).
         max_grad_norm: clip this worker's whole gradient to this L2 norm before momentum. It needs all
             gradients first, so the exchange no longer overlaps with the backward.
@@ -58,6 +59,8 @@ class SAEFState:
             skipped in a row; 0: at the first; None: never.
         audit_every: compare a checksum of x, and the optimizer's settings, across the ranks every so many
             steps; None: only at the first step, and at the first after a checkpoint was loaded.
+        noise_correction: of AdamW and Adam: v estimates the second moment of the mean gradient (`saef.rules.adamw`);
+            False: of this worker's own, which is up to K times larger.
         grad_scaler: the torch.amp.GradScaler that scales the loss, for float16. saef divides by the scale
             before clipping and momentum; call scaler.step(optimizer) and scaler.update() as ever.
         process_group: the ranks that train together; None: the model's (DDP), or the default group.
@@ -65,8 +68,8 @@ class SAEFState:
 
     Attributes:
         steps: steps committed so far, t. skipped, skipped_in_a_row: steps skipped, in all and just now.
-        weights: parameters and kept x. e, m, e_server: flat errors and momentum, of `weights.dtype`;
-            e_server holds the blocks that this rank serves.
+        weights: parameters and kept x. e, m, e_server: flat errors and what the rule keeps (momentum; AdamW's m, then
+            v), of `weights.dtype`; e_server holds the blocks that this rank serves.
         settings: what was chosen, checked. strategy: "replicated" or "sharded".
         engine: what communication hooks and adapters of frameworks call (`saef.step.engine.Engine`).
 
@@ -89,6 +92,7 @@ class SAEFState:
         max_grad_norm: float | None = None,
         max_consecutive_skips: int | None = 10,
         audit_every: int | None = None,
+        noise_correction: bool = True,
         grad_scaler: GradScaler | None = None,
         process_group: torch.distributed.ProcessGroup | None = None,
         transport: Transport | None = None,
@@ -103,6 +107,7 @@ class SAEFState:
             max_grad_norm,
             max_consecutive_skips,
             audit_every,
+            noise_correction,
         )
         self.engine = Engine(model, optimizer, settings, grad_scaler, process_group, transport)
 

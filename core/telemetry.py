@@ -10,6 +10,7 @@ from torch import Tensor
 from .comm.agreement import gather_values
 from .comm.exchange import sent_bytes
 from .comm.transport import PURPOSES
+from .rules import SGD, AdamW
 from .step.clock import Clock
 from .step.memory import Context, Memory, all_server_errors
 from .wire import kernels
@@ -82,9 +83,18 @@ def _method(memory: Memory, context: Context) -> str:
         return f"{'signum' if momentum else 'signSGD'} with majority vote"
     both = (settings.compressor, settings.reply_compressor)
     if all(c.for_tensor(n).kind == DENSE for c in both for n in context.weights.numels):
-        return f"plain {'momentum ' * momentum}SGD"
+        return f"plain {_rule(context, 'momentum ' * momentum)}"
     s = settings.step_ahead
-    return "SAEF" if s == 1 else "EF" if s == 0 else f"SA-PEF (step_ahead={s})"
+    method = "SAEF" if s == 1 else "EF" if s == 0 else f"SA-PEF (step_ahead={s})"
+    return method if isinstance(context.rule, SGD) else f"{method} with {_rule(context)}"
+
+
+def _rule(context: Context, momentum: str = "") -> str:
+    """SGD or AdamW, and how."""
+    if isinstance(context.rule, AdamW):
+        corrected = context.rule.noise_correction and context.transport.size > 1
+        return f"AdamW ({'noise-corrected' if corrected else 'plain'} v)"
+    return f"{momentum}SGD"
 
 
 @torch.no_grad()

@@ -54,6 +54,7 @@ class Params(TypedDict, total=False):
     max_grad_norm: float | None
     max_consecutive_skips: int | None
     audit_every: int | None
+    noise_correction: bool
 
 
 HYPER = {"lr": 1e-3, "momentum": 0.0, "weight_decay": 0.0, "nesterov": False, "maximize": False}

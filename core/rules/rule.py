@@ -46,11 +46,13 @@ class Rule(ABC):
         kind: the branch of the kernels that computes it.
         hyper: the NamedTuple of one group's settings; its fields are the columns that the kernels read.
         names: what torch calls the vectors that the rule keeps, in the optimizer's state.
+        counter: what torch calls the number of steps there, of each parameter; None if it counts none.
     """
 
     kind: ClassVar[int]
     hyper: ClassVar[type[Any]]
     names: ClassVar[tuple[str, ...]]
+    counter: ClassVar[str | None] = None
 
     @classmethod
     @abstractmethod
@@ -58,8 +60,12 @@ class Rule(ABC):
         """Whether the rule's arithmetic is that of this optimizer's `step`."""
 
     @abstractmethod
-    def read(self, optimizer: torch.optim.Optimizer, step: int) -> list[AnyHyper]:
-        """The groups' settings for step t, on which some depend. ValueError on what would change the algorithm."""
+    def read(self, optimizer: torch.optim.Optimizer, step: int, workers: int) -> list[AnyHyper]:
+        """The groups' settings for step t of K workers. ValueError on what would change the algorithm.
+
+        Args:
+            step, workers: t and K, on which some settings depend.
+        """
 
     @abstractmethod
     def vectors(self, hyper: Sequence[AnyHyper]) -> int:
@@ -79,6 +85,11 @@ class Rule(ABC):
     @abstractmethod
     def reads_x_half(self, hyper: Sequence[AnyHyper]) -> bool:
         """Whether u depends on x_half itself with these settings, as by a coupled weight decay."""
+
+    @staticmethod
+    def saved(name: str, v: Tensor) -> Tensor:
+        """A vector as torch's own optimizer can go on with it."""
+        return v
 
     @property
     @abstractmethod

@@ -60,8 +60,8 @@ class SGD(Rule):
         step = inspect.unwrap(type(optimizer).step)  # torch wraps it for each class, for its profiler
         return isinstance(optimizer, torch.optim.SGD) and step is inspect.unwrap(torch.optim.SGD.step)
 
-    def read(self, optimizer: torch.optim.Optimizer, step: int = 0) -> list[AnyHyper]:
-        """The groups' settings, the same for every t.
+    def read(self, optimizer: torch.optim.Optimizer, step: int = 0, workers: int = 1) -> list[AnyHyper]:
+        """The groups' settings, the same for every t and K.
 
         Raises:
             ValueError: on dampening, which would change the algorithm, or a negative or non-finite setting.

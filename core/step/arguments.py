@@ -33,6 +33,7 @@ class Free(TypedDict, total=False):
     max_grad_norm: float | None
     max_consecutive_skips: int | None
     audit_every: int | None
+    noise_correction: bool
 
 
 class Agreed(Free, total=False):

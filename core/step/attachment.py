@@ -66,6 +66,7 @@ class Attachment:
         self._optimizer, self._steps = optimizer, steps
         optimizer._saef_attached = True  # type: ignore[attr-defined]
         # GradScaler unscales p.grad without a trace, unless the optimizer claims to do it; then it shows.
+        self._scales = getattr(optimizer, "_step_supports_amp_scaling", False)  # fused ones do
         optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
         opaque = partial(torch.compiler.disable, reason=OPAQUE)
         self._leave, self._enter = opaque(steps.leave), opaque(self._before_backward)
@@ -115,6 +116,8 @@ class Attachment:
         del optimizer._saef_attached, optimizer._step_supports_amp_scaling
         for one in self._zeroing:
             del one.zero_grad
+        if self._scales:
+            optimizer._step_supports_amp_scaling = True
 
     def before_any_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Before the step of any optimizer of this process."""

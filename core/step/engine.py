@@ -95,6 +95,7 @@ class Engine:
         kernels.prepare(weights.device, weights.dtype)
         self.process_group = process_group or getattr(model, "process_group", None)
         self.transport = transport or TorchTransport(self.process_group, weights.device)
+        self.rule.workers = self.transport.size
         self._averaging = ErrorAveraging(settings.averaging, self.transport)
         self.clock = Clock()
         self._model, self._optimizer, self._settings = model, optimizer, settings
@@ -106,6 +107,7 @@ class Engine:
         self._hidden: list[tuple[Tensor, Tensor | None]] = []
         self._prepared = Prepared()
         self._attachment = Attachment(model, optimizer, given, self)
+        self._kept.watch(optimizer)
 
     def _agree(self, weights: Weights, what: str = "SAEFState()") -> None:
         """Raise on all ranks if they train other parameters, or in another way, or are not all here. Collective."""
@@ -120,10 +122,11 @@ class Engine:
             left_out: parameters that are trained no longer, and may still come with a bucket.
         """
         self._watch = Watch(self._model, weights, self._optimizer)
-        self.weights, self.context = weights, Context.create(weights, self._settings, self.transport)
+        self.weights = weights
+        self.context = Context.create(weights, self._settings, self.rule.rule, self.transport)
         self.memory: Memory = Memory.create(self.context) if old is None else carry(self.memory, old, self.context)
         self.rule.grow(self.memory, self.rule.read(self.memory.steps))
-        self._kept = Kept(self.rule.names, self.context, self.memory)
+        self._kept = Kept(self.context, self.memory)
         self._algorithm = Algorithm(self.context, self.memory, self.rule, self.clock)
         self._plans = Plans(self.context.placement, weights.parameters, weights.dtype, left_out)
         self._buckets = Buckets(weights.parameters, self._exchange_bucket)
@@ -135,6 +138,7 @@ class Engine:
         """Take an optimizer with the same groups in the place of the one it was created with."""
         self._optimizer = optimizer
         self.rule.adopt(optimizer)
+        self._kept.watch(optimizer)
 
     def recheck(self) -> None:
         """The next forward looks whether all ranks have the same weights: some were loaded."""
@@ -216,6 +220,7 @@ class Engine:
         relaid = self._relaid or self._watch.relaid
         self._lay_out(weights, old, gone)
         self._kept.take(self._optimizer)
+        self._kept.watch(self._optimizer)
         self._joined = {i for i, p in enumerate(weights.parameters) if id(p) in came}
         self._relaid = relaid
         self.recheck()

@@ -1,4 +1,4 @@
-"""What the rule keeps, in the optimizer's own state: momentum under torch's names, and the step that it is of.
+"""What the rule keeps, in the optimizer's own state: momentum, moments under torch's names, and the step they are of.
 
 Frameworks and most scripts save a model and `optimizer.state_dict()`, and nothing else. So the momentum of this rank
 lies in `optimizer.state` as views of `Memory.m`, where torch saves it, and whatever is done to it there counts:
@@ -12,6 +12,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from .memory import Context, Memory
 
@@ -23,14 +24,32 @@ class Kept:
     """Memory.m in an optimizer's state.
 
     Args:
-        names: what the rule's vectors are called there.
         context, memory: of the state. Errors of another step matter where there are any, `context.owes`.
     """
 
-    def __init__(self, names: tuple[str, ...], context: Context, memory: Memory) -> None:
-        self._names, self._weights, self._memory, self._owes = names, context.weights, memory, context.owes
+    def __init__(self, context: Context, memory: Memory) -> None:
+        self._rule, self._weights, self._memory, self._owes = context.rule, context.weights, memory, context.owes
+        self._names, self._counter = self._rule.names, self._rule.counter
+        self._steps = torch.zeros(len(self._weights.parameters))  # as torch counts: a float32 of each parameter
+        self._saving: RemovableHandle | None = None
         self._views: list[list[Tensor]] = []
         self._of: Tensor | None = None  # the m that they are views of
+
+    def watch(self, optimizer: torch.optim.Optimizer) -> None:
+        """What this optimizer's state_dict() gives, torch's own optimizer can load."""
+        self._unwatch()
+        self._saving = optimizer.register_state_dict_post_hook(self._saved)
+
+    def _unwatch(self) -> None:
+        if self._saving is not None:
+            self._saving.remove()
+
+    def _saved(self, optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+        state = {
+            key: {n: self._rule.saved(n, v) if n in self._names else v for n, v in of.items()}
+            for key, of in saved["state"].items()
+        }
+        return {**saved, "state": state}
 
     def show(self, optimizer: torch.optim.Optimizer) -> None:
         """The optimizer's state is what the memory holds."""
@@ -40,6 +59,9 @@ class Kept:
         for name, views in zip(self._names, self._views, strict=False):
             for p, view in zip(parameters, views, strict=True):
                 optimizer.state[p][name] = view
+        if self._counter is not None:
+            for p, steps in zip(parameters, self._steps.unbind(), strict=True):
+                optimizer.state[p][self._counter] = steps
         self._set_mark(optimizer)
 
     def committed(self, optimizer: torch.optim.Optimizer) -> None:
@@ -77,27 +99,48 @@ class Kept:
         mark, memory = self._mark(optimizer), self._memory
         if mark != memory.steps:
             self._read(optimizer)
-            if mark is not None:
-                memory.count_from(mark, memory.skipped, memory.skipped_in_a_row, mark)
+            steps = self._counted(optimizer) if mark is None else mark
+            if steps is not None:
+                memory.count_from(steps, memory.skipped, memory.skipped_in_a_row, steps)
         self.show(optimizer)
+
+    def _counted(self, optimizer: torch.optim.Optimizer) -> int | None:
+        """The steps that torch's optimizer has counted; None if it counts none. RuntimeError if parameters differ."""
+        if self._counter is None:
+            return None
+        found = [_state(optimizer, p).get(self._counter, 0) for p in self._weights.parameters]
+        every = {int(steps) for steps in found}
+        if len(every) > 1:
+            few = [n for n, s in zip(self._weights.names, found, strict=True) if int(s) < max(every)]
+            raise RuntimeError(
+                f"the optimizer's state counts between {min(every)} and {max(every)} steps of its parameters (fewer of "
+                f'{few[:5]}), but here all have one number, by which m and v are corrected: set the "{self._counter}" '
+                "of each to the same number, or clear the optimizer's state"
+            )
+        return every.pop()
 
     def release(self, optimizer: torch.optim.Optimizer) -> None:
         """Without momentum, which is another on every rank: with it, weights would drift apart."""
+        self._unwatch()
+        self._clear(optimizer)
+
+    def _clear(self, optimizer: torch.optim.Optimizer) -> None:
         for p in self._weights.parameters:
-            for name in (*self._names, STEP):
+            for name in (*self._names, self._counter or STEP, STEP):
                 _state(optimizer, p).pop(name, None)
 
     def loaded(self, optimizer: torch.optim.Optimizer) -> None:
         """The memory is a checkpoint's now: what the optimizer has beside it does not count."""
-        self.release(optimizer)
-        self._set_mark(optimizer)
+        self._clear(optimizer)
+        self.show(optimizer)
 
     def let_go(self, optimizer: torch.optim.Optimizer) -> None:
         """The optimizer's state is its own, momentum with it: another `Kept` will `take` what it finds there."""
+        self._unwatch()
         has = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for p in self._weights.parameters:
             state = _state(optimizer, p)
-            state.update({name: state[name].clone() for name in self._names if name in state})
+            state.update({name: state[name].clone() for name in (*self._names, self._counter) if name in state})
             state.pop(STEP, None)
             if id(p) not in has:
                 optimizer.state.pop(p, None)  # or optimizer.state_dict() would fail
@@ -117,6 +160,7 @@ class Kept:
                 part.zero_() if v is None else part.copy_(v)
 
     def _set_mark(self, optimizer: torch.optim.Optimizer) -> None:
+        self._steps.fill_(self._memory.steps)
         optimizer.state[self._weights.parameters[0]][STEP] = self._memory.steps
 
     def _mark(self, optimizer: torch.optim.Optimizer) -> int | None:

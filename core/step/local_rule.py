@@ -27,12 +27,21 @@ class LocalRule:
         settings: where decay applies, whether there is error feedback, the clipping.
         loss_scale: what gradients come multiplied by.
 
+    Attributes:
+        rule: what it is. workers: K, once it is known.
+
     Raises:
         TypeError: if no rule is that of the optimizer.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, settings: Settings, loss_scale: LossScale) -> None:
-        self._rule = rule_for(optimizer, outer=settings.outer, signum=not settings.feedback)
+        self.rule = rule_for(
+            optimizer,
+            outer=settings.outer,
+            signum=not settings.feedback,
+            noise_correction=settings.noise_correction,
+        )
+        self.workers = 1
         self._optimizer, self._loss_scale = optimizer, loss_scale
         self._max_grad_norm, self._feedback = settings.max_grad_norm, settings.feedback
 
@@ -41,17 +50,12 @@ class LocalRule:
         self._optimizer = optimizer
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """What torch calls the vectors that the rule keeps."""
-        return self._rule.names
-
-    @property
     def _groups(self) -> list[dict[str, Any]]:
         return self._optimizer.param_groups
 
     def read(self, step: int) -> list[AnyHyper]:
         """The optimizer's settings for step t, one record a group. Raises ValueError on what cannot be honoured."""
-        return self._rule.read(self._optimizer, step)
+        return self.rule.read(self._optimizer, step, self.workers)
 
     def read_scaled(self, step: int) -> list[AnyHyper]:
         """The same, gradients divided by the loss scale."""
@@ -60,11 +64,11 @@ class LocalRule:
 
     def grow(self, memory: Memory, hyper: Sequence[AnyHyper]) -> None:
         """Make room for what the rule keeps with these settings, which may be more than before."""
-        memory.grow(self._rule.vectors(hyper), self._rule.keeps_decay(self._groups, hyper))
+        memory.grow(self.rule.vectors(hyper), self.rule.keeps_decay(self._groups, hyper))
 
     def reads_x_half(self, hyper: Sequence[AnyHyper]) -> bool:
         """Whether u depends on x_half itself with these settings."""
-        return self._rule.reads_x_half(hyper)
+        return self.rule.reads_x_half(hyper)
 
     def update(self, hyper: Sequence[AnyHyper], norm: float, weights: Weights) -> Update:
         """What the kernels need in this step.
@@ -80,7 +84,7 @@ class LocalRule:
             clip = min(1.0, self._max_grad_norm / (norm + 1e-6)) if math.isfinite(norm) else math.nan
         clipped = [h._replace(factor=h.factor * clip) for h in hyper]
         rows = table(clipped, weights.dtype, weights.device)
-        return Update(self._rule.kind, rows, weights.x_half()[1], self._feedback)
+        return Update(self.rule.kind, rows, weights.x_half()[1], self._feedback)
 
     def rates(self, update: Update) -> Tensor:
         """[groups]: what R is multiplied with. D = e + eta u contains eta; without feedback D is u."""
@@ -89,8 +93,8 @@ class LocalRule:
 
     def decay(self, hyper: Sequence[AnyHyper], weights: Weights, memory: Memory) -> None:
         """Decay at x, uncompressed, before x moves by R (dist-EF appendix A)."""
-        if not self._rule.decays_at_x:
+        if not self.rule.decays_at_x:
             return
         for x, at, i in zip(weights.parts(), weights.offsets, weights.groups, strict=True):
             m = memory.m_decay[at : at + x.numel()] if memory.m_decay.numel() else memory.m_decay
-            self._rule.decay(self._groups[i]["weight_decay"], hyper[i], x, m)
+            self.rule.decay(self._groups[i]["weight_decay"], hyper[i], x, m)

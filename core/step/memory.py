@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..comm.exchange import choose
 from ..comm.transport import Purpose, Transport
+from ..rules import Rule
 from ..wire.codec import message_bytes
 from ..wire.compressors import DENSE, Compressor
 from ..wire.plan import Placement, place
@@ -23,18 +24,19 @@ class Context(NamedTuple):
 
     Attributes:
         weights: names, shapes and order of the parameters; x.
-        settings: compressors and the like.
+        settings: compressors and the like. rule: whose vectors `Memory.m` holds.
         placement: which rank serves which blocks.
         transport: the ranks.
     """
 
     weights: Weights
     settings: Settings
+    rule: Rule
     placement: Placement
     transport: Transport
 
     @classmethod
-    def create(cls, weights: Weights, settings: Settings, transport: Transport) -> Context:
+    def create(cls, weights: Weights, settings: Settings, rule: Rule, transport: Transport) -> Context:
         """Choose the strategy, and which rank serves which blocks."""
         up, down = settings.compressor, settings.reply_compressor
         strategy = settings.exchange
@@ -42,7 +44,7 @@ class Context(NamedTuple):
             sizes = (message_bytes(c, weights.numels, weights.dtype) for c in (up, down))
             strategy = choose(transport.size, *sizes)
         at = place(weights.numels, weights.groups, up, down, strategy, transport.size, transport.rank)
-        return cls(weights, settings, at, transport)
+        return cls(weights, settings, rule, at, transport)
 
     @property
     def serves_with_error(self) -> bool:
@@ -73,7 +75,7 @@ class Memory:
     e_server: Tensor  # [served] e, what the server has not sent yet, for the blocks that this rank serves
 
     # The local rule, in gradient units.
-    m: Tensor  # [S, d] what the rule keeps of this worker's gradients: S = 1 is a momentum
+    m: Tensor  # [S, d] what the rule keeps of this worker's gradients: a momentum; AdamW's m and v
     m_decay: Tensor  # [d] m~, the momentum of a decay at x; the same on every rank
 
     # Counters.

@@ -28,6 +28,7 @@ class Settings:
     max_grad_norm: float | None
     max_consecutive_skips: int | None
     audit_every: int | None
+    noise_correction: bool
 
     def __post_init__(self) -> None:
         if not isinstance(self.compressor, Compressor):
@@ -46,6 +47,8 @@ class Settings:
             allowed, value = get_args(words), getattr(self, field)
             if value not in allowed:
                 raise ValueError(f"{field} must be one of {allowed}, got {value!r}{nearest(value, allowed)}")
+        if not isinstance(self.noise_correction, bool):
+            raise TypeError(f"noise_correction must be True or False, got {self.noise_correction!r}")
         norm = self.max_grad_norm
         if norm is not None and (not _number(norm) or not 0.0 < norm < float("inf")):
             raise ValueError(f"max_grad_norm must be a positive number, or None, got {self.max_grad_norm!r}")

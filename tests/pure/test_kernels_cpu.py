@@ -4,6 +4,7 @@ The same numbers in the same order, products and sums rounded separately, give t
 is a scale, a sum that the two form in different orders (`scale_tolerance`).
 """
 
+import copy
 import math
 import os
 import subprocess
@@ -18,7 +19,9 @@ from numba import njit
 from torch import Tensor
 
 from saef import Codec, Compressor, Identity, MajorityVote, MinSize, ScaledSign, TopK
-from saef.rules.sgd import SGD
+from saef.rules import RULES as KINDS
+from saef.rules import AdamW, Rule
+from saef.rules.rule import table as hyper_table
 from saef.wire.codec import Block, Layout, block_ranges, lay_out
 from saef.wire.compressors import SIGN, index_bytes
 from saef.wire.kernels import cpu, fingerprints, reference, select
@@ -31,6 +34,8 @@ both_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"
 CHUNK = cpu.CHUNK  # the kernels go through a block in chunks; sizes here leave whole chunks and rests
 BLOCK_SIZES = sorted({1, 7, 8, 9, 1000, 2048, 2049, CHUNK, CHUNK + 1, 65536})
 DATA = ("normal", "zeros", "negative zeros", "denormal", "ties", "huge", "NaN", "Inf", "all of it", "first chunk large")
+DECAY_OF = {len(kind.hyper._fields): kind.hyper._fields.index("weight_decay") for kind in KINDS.values()}
+KIND_OF = {len(kind.hyper._fields): kind for kind in KINDS.values()}  # each has its number of columns
 ONE_GROUP = [[0.1, 0.0, 1.0, 0.0, 0.0, 1.0]]  # eta, mu, gain, Nesterov, decay, factor
 
 
@@ -149,11 +154,11 @@ def make_case(
     data: str = "normal",
     *,
     groups: int = 1,
-    momentum: bool = True,
+    vectors: int = 1,
     feedback: bool = True,
     seed: int = 0,
 ) -> Case:
-    """`codes`: of each tensor the worker's and the server's compressor, and its size."""
+    """`codes`: of each tensor the worker's and the server's compressor, and its size; `vectors`: of the rule."""
     gen = torch.Generator().manual_seed(seed)
     blocks, at = [], 3
     for i, (up, down, numel) in enumerate(codes):
@@ -165,7 +170,7 @@ def make_case(
     for i, block in reversed(list(enumerate(blocks))):  # the server error is in the opposite order
         blocks[i] = block._replace(grad=d - block.grad - block.numel, served=served)
         served += block.numel
-    g, m, e, x = (numbers(data, d, dtype, gen) for _ in range(4))
+    g, e, x, *m = (numbers(data, d, dtype, gen) for _ in range(3 + vectors))
     empty = torch.empty(0, dtype=dtype)
     return Case(
         dtype,
@@ -173,7 +178,7 @@ def make_case(
         receive=lay_out(blocks, dtype.itemsize, reply=False, served=True),
         reply=lay_out(blocks, dtype.itemsize, reply=True, served=True),
         g=g,
-        m=m[None] if momentum else m.new_empty(0, d),
+        m=torch.stack(m) if m else g.new_empty(0, d),
         e=e if feedback else empty,
         x=x,
         e_server=numbers(data, served + 1, dtype, gen) if feedback else empty,
@@ -181,7 +186,11 @@ def make_case(
 
 
 def make_rule(hyper: list[list[float]], dtype: torch.dtype, step_ahead: float = 1.0, feedback: bool = True) -> Update:
-    return Update(SGD.kind, torch.tensor(hyper, dtype=dtype), step_ahead, feedback)
+    return Update(KIND_OF[len(hyper[0])].kind, torch.tensor(hyper, dtype=dtype), step_ahead, feedback)
+
+
+def vectors_of(hyper: list[list[float]]) -> int:
+    return len(KIND_OF[len(hyper[0])].names)
 
 
 def compress(kernels, case: Case, rule: Update) -> Tensor:
@@ -253,15 +262,14 @@ def check_server(case: Case, messages: Tensor) -> None:
         assert same_bits(settle(reference, case, messages, reply), settle(cpu, case, messages, reply))
 
 
-def check(codes, dtype, data="normal", K=2, hyper=ONE_GROUP, step_ahead=1.0, momentum=True, seed=0) -> None:
+def check(codes, dtype, data="normal", K=2, hyper=ONE_GROUP, step_ahead=1.0, vectors=None, seed=0) -> None:
     """All five kernels."""
     feedback = all(up.feedback for up, _, _ in codes)
     rule = make_rule(hyper, dtype, step_ahead, feedback)
     messages = []
     for k in range(K):
-        case = make_case(
-            codes, dtype, data, groups=len(hyper), momentum=momentum, feedback=feedback, seed=100 * seed + k
-        )
+        kept = vectors_of(hyper) if vectors is None else vectors
+        case = make_case(codes, dtype, data, groups=len(hyper), vectors=kept, feedback=feedback, seed=100 * seed + k)
         messages.append(check_worker(case, rule) if k == 0 else compress(reference, case, rule))
     check_server(case, torch.stack(messages))
 
@@ -314,7 +322,7 @@ def test_one_large_block(server, dtype):
 def test_every_kind_of_number(data, dtype):
     """In mixed tables, whose blocks have other codes on the way back."""
     check(MIXED, dtype, data, K=3, hyper=[[0.5, 0.9, 1, 1, 0.25, 1]])
-    check(MIXED, dtype, data, K=2, momentum=False)
+    check(MIXED, dtype, data, K=2, vectors=0)
 
 
 @both_dtypes
@@ -323,7 +331,7 @@ def test_every_kind_of_number(data, dtype):
 def test_a_first_chunk_unlike_the_others(data, up, dtype):
     """What the largest entries of the first chunk suggest for all others may be wrong, and k not reached."""
     check([(up, TopK(ratio, "layer"), 6 * CHUNK + 5) for ratio in (0.01, 0.1)], dtype, data)
-    check([(TopK(ratio, "layer"), up, 6 * CHUNK + 5) for ratio in (0.01, 0.1)], dtype, data, momentum=False)
+    check([(TopK(ratio, "layer"), up, 6 * CHUNK + 5) for ratio in (0.01, 0.1)], dtype, data, vectors=0)
 
 
 @both_dtypes
@@ -332,7 +340,7 @@ def test_majority_vote(data, dtype):
     """Signum: momentum with a gain, no errors."""
     vote = [(MajorityVote(b), MajorityVote(b), n) for b, n in (("layer", CHUNK + 952), (7, 50), (8, 16), (1, 3))]
     check(vote, dtype, data, K=3, hyper=[[0.1, 0.9, 1.0 - 0.9, 0, 0, 1]])
-    check(vote, dtype, data, K=4, momentum=False)
+    check(vote, dtype, data, K=4, vectors=0)
 
 
 @both_dtypes
@@ -357,12 +365,53 @@ RULES = {
 
 @both_dtypes
 @pytest.mark.parametrize("step_ahead", [0.0, 0.5, 1.0, 0.3])
-@pytest.mark.parametrize("momentum", [True, False], ids=["m", "no m"])
+@pytest.mark.parametrize("vectors", [1, 0], ids=["m", "no m"])
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-def test_every_rule(rule, momentum, step_ahead, dtype):
+def test_every_rule(rule, vectors, step_ahead, dtype):
     codes = [MIXED[0], MIXED[1], MIXED[2], (ScaledSign("layer"), ScaledSign("layer"), CHUNK + 452)]
-    case = make_case(codes, dtype, momentum=momentum)
+    case = make_case(codes, dtype, vectors=vectors)
     check_worker(case, make_rule([rule], dtype, step_ahead))
+
+
+def adamw_hyper(t: int = 7, K: int = 4, kind: type = torch.optim.AdamW, rule: Rule = AdamW(), **options) -> list[float]:
+    """The columns of one group, as they are read."""
+    optimizer = kind([torch.zeros(1)], **{"lr": 0.1, "betas": (0.8, 0.95), **options})
+    return hyper_table(rule.read(optimizer, t, K), torch.float64, torch.device("cpu"))[0].tolist()
+
+
+ADAMW = {
+    "corrected": adamw_hyper(),
+    "the first step": adamw_hyper(t=0),
+    "one worker": adamw_hyper(K=1),
+    "plain v": adamw_hyper(rule=AdamW(noise_correction=False)),
+    "coupled decay": adamw_hyper(kind=torch.optim.Adam, weight_decay=0.01),
+    "maximize, without betas": adamw_hyper(maximize=True, betas=(0.0, 0.0), eps=1e-3),
+    "learning rate 0": adamw_hyper(lr=0.0),
+}
+
+
+@both_dtypes
+@pytest.mark.parametrize("step_ahead", [0.0, 1.0, 0.3])
+@pytest.mark.parametrize("rule", ADAMW.values(), ids=ADAMW)
+def test_adamw(rule, step_ahead, dtype):
+    """Blocks of whole chunks too, which for signs have a loop of their own."""
+    codes = [MIXED[1], MIXED[2], (ScaledSign("layer"), ScaledSign("layer"), 2 * CHUNK + 452)]
+    check_worker(make_case(codes, dtype, vectors=2), make_rule([rule], dtype, step_ahead))
+
+
+@both_dtypes
+@pytest.mark.parametrize("data", DATA)
+def test_adamw_of_every_kind_of_number(data, dtype):
+    """Negative second moments, 0 / eps, overflow to infinity, NaN: as the definition has them."""
+    check(MIXED, dtype, data, hyper=[ADAMW["corrected"], ADAMW["coupled decay"], ADAMW["one worker"]])
+    check([MIXED[0], MIXED[4]], dtype, data, hyper=[ADAMW["the first step"]])
+
+
+@both_dtypes
+def test_adamw_without_feedback(dtype):
+    """D = u. No method has it; the kernels do."""
+    case = make_case(MIXED, dtype, vectors=2, feedback=False)
+    check_worker(case, make_rule([ADAMW["corrected"]], dtype, 0.0, feedback=False))
 
 
 @both_dtypes
@@ -436,12 +485,16 @@ def test_server_by_hand(dtype):
 @both_dtypes
 @pytest.mark.parametrize("ahead", [0.0, 1.0, 0.3])
 @pytest.mark.parametrize("feedback", [True, False], ids=["e", "no e"])
-def test_advance(feedback, ahead, dtype):
+@pytest.mark.parametrize("hyper", [[[0.1, 0.9, 1, 0, 0, 1], [0.3, 0.9, 1, 1, 0.01, 0.7]],
+                                   [ADAMW["corrected"], ADAMW["coupled decay"]]], ids=["sgd", "adamw"])  # fmt: skip
+def test_advance(hyper, feedback, ahead, dtype):
     """As `commit`, `subtract` and x_half one after the other; x in another place than the worker's vectors."""
     if not feedback and ahead:
         pytest.skip("a method without errors does not step ahead")
-    hyper = [[0.1, 0.9, 1, 0, 0, 1], [0.3, 0.9, 1, 1, 0.01 * feedback, 0.7]]
-    case, rule = make_case(MIXED, dtype, groups=2, feedback=feedback), make_rule(hyper, dtype, 0.0, feedback)
+    hyper = copy.deepcopy(hyper)
+    case = make_case(MIXED, dtype, groups=2, feedback=feedback, vectors=vectors_of(hyper))
+    hyper[1][DECAY_OF[len(hyper[1])]] *= feedback
+    rule = make_rule(hyper, dtype, 0.0, feedback)
     message = compress(reference, case, rule)
     out = case.reply.table.clone()
     rates = torch.tensor([1.0, 0.3], dtype=dtype)
@@ -624,9 +677,10 @@ PARALLEL = [(ScaledSign(), ScaledSign(), 5 * 65536 + 11), (TopK(), ScaledSign(),
 
 
 @both_dtypes
-def test_threads_do_not_change_a_bit(dtype):
-    rule = make_rule([[0.1, 0.9, 1, 0, 0.01, 1]], dtype)
-    case = make_case(PARALLEL, dtype)
+@pytest.mark.parametrize("hyper", [[0.1, 0.9, 1, 0, 0.01, 1], ADAMW["corrected"]], ids=["sgd", "adamw"])
+def test_threads_do_not_change_a_bit(hyper, dtype):
+    rule = make_rule([hyper], dtype)
+    case = make_case(PARALLEL, dtype, vectors=vectors_of([hyper]))
     assert case.send.table[:, NUMEL].sum() > cpu.PARALLEL_NUMEL and len(case.send.table) > 8
     found = []
     for n in (1, 2, 4, 7):
@@ -746,7 +800,8 @@ def every_path() -> None:
         for dtype in DTYPES:
             for data in ("normal", "NaN"):
                 check(codes, dtype, data, hyper=[[0.1, 0.9, 1, 1, 0.01, 1]])
-            check(codes[:3], dtype, momentum=False)
+            check(codes[:3], dtype, vectors=0)
+            check(codes[::2], dtype, hyper=[ADAMW["corrected"], ADAMW["coupled decay"]])
             check([(MajorityVote(7), MajorityVote(7), 20)], dtype)
         C, gen = TopK(0.3, 10), np.random.default_rng(23)
         codec = Codec(C, [25])

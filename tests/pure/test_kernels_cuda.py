@@ -18,6 +18,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from saef.rules import AdamW
+from saef.rules.rule import table as hyper_table
 from saef.rules.sgd import DECAY, PLAIN, SGD
 from saef.step.ways import Copies, OnCUDA
 from saef.wire import codec
@@ -109,6 +111,19 @@ def rule_of(dtype: torch.dtype, s: float = 1.0, feedback: bool = True) -> Update
     """Three groups: plain; momentum, decay; everything, Nesterov too. mu, gain and factor are no dyadic numbers."""
     hyper = [[0.1, 0, 1, 0, 0, 1], [0.3, 0.9, 1, 0, 1e-3, 0.7], [0.07, 0.8, 0.2, 1, 0.01, -1.3]]
     return Update(SGD.kind, torch.tensor(hyper, dtype=dtype), s, feedback)
+
+
+def adamw_of(dtype: torch.dtype, s: float = 1.0, feedback: bool = True) -> Update:
+    """Three groups: AdamW among four workers, alone, and Adam with coupled decay, in step 7."""
+    groups = [
+        AdamW().read(kind([torch.zeros(1)], lr=0.1, betas=(0.8, 0.95), weight_decay=0.01, maximize=maximize), 7, K)[0]
+        for kind, maximize, K in (
+            (torch.optim.AdamW, False, 4),
+            (torch.optim.AdamW, True, 1),
+            (torch.optim.Adam, False, 3),
+        )
+    ]
+    return Update(AdamW.kind, hyper_table(groups, dtype, torch.device("cpu")), s, feedback)
 
 
 def identity_rule(dtype: torch.dtype) -> Update:
@@ -251,6 +266,44 @@ def test_local_rules(device: torch.device, s: float, feedback: bool, momentum: b
     worker = (rule_of(dtype, s, feedback), scene.worker._replace(m=m))
     message = agree(device, "compress", scene.up.table, *worker, scene.message(scene.up), layout=scene.up)
     agree(device, "commit", scene.up.table, *worker, message)
+
+
+@both_dtypes
+@pytest.mark.parametrize("feedback", [True, False])
+@pytest.mark.parametrize("s", [0.0, 1.0, 0.3])
+@pytest.mark.parametrize("data", ["normal", "spread", "zeros", "denormal", "NaN and Inf"])
+def test_adamw(device: torch.device, data: str, s: float, feedback: bool, dtype: torch.dtype) -> None:
+    """Two vectors, with and without a length that 4 divides; roots and quotients are rounded to nearest."""
+    scene = Scene([(Identity(), Identity(), n) for n in (20, 1, 33)], dtype, groups=3)
+    g, first = scene.g, scene.m[0]
+    if data == "spread":
+        g = g * torch.logspace(-30, 18, len(g), dtype=torch.float64).to(dtype)
+    elif data == "zeros":
+        g, first = g * 0.0, first * 0.0
+    elif data == "denormal":
+        g = g * torch.finfo(dtype).tiny
+    elif data == "NaN and Inf":
+        g = torch.where(
+            torch.arange(len(g)) % 5 == 0, torch.nan, torch.where(torch.arange(len(g)) % 5 == 1, torch.inf, g)
+        )
+    second = first.flip(0) ** 2 - 0.2  # some of it negative
+    for short in (0, len(first) % 4):
+        keep = slice(0, len(first) - short)
+        m = torch.stack([first[keep], second[keep]])
+        rows = scene.up.table[:2] if short else scene.up.table
+        worker = Worker(g, m, scene.e[keep], scene.x[keep])
+        message = scene.message(scene.up)
+        message = agree(device, "compress", rows, adamw_of(dtype, s, feedback), worker, message, layout=scene.up)
+        agree(device, "commit", rows, adamw_of(dtype, s, feedback), worker, message)
+
+
+@both_dtypes
+def test_adamw_in_blocks_of_many_kinds(device: torch.device, dtype: torch.dtype) -> None:
+    scene = Scene(MIXTURE, dtype, groups=3)
+    scene.m = torch.stack([scene.m[0], scene.m[0].flip(0) ** 2])
+    up, worker = scene.up, (adamw_of(dtype), scene.worker)
+    message = agree(device, "compress", up.table, *worker, scene.message(up), layout=up)
+    agree(device, "commit", up.table, *worker, message)
 
 
 @both_dtypes

@@ -8,9 +8,9 @@ import torch
 
 import saef
 from support import reference
-from support.cases import close, job_of, reference_settings, start
+from support.cases import close, job_of, reference_of, reference_settings, start
 from support.ranks import RankPool
-from support.training import Job, batch, flat, gradient, make_net, train, wild_lrs
+from support.training import ADAMW, MOMENTUM, Job, batch, flat, gradient, make_net, make_optimizer, train, wild_lrs
 
 VALUES: dict[str, list[Any]] = {
     "ranks": [2, 4],
@@ -23,7 +23,7 @@ VALUES: dict[str, list[Any]] = {
         saef.Identity(),
     ],
     "server": ["same", None],
-    "rule": ["sgd", "momentum", "nesterov"],
+    "rule": ["sgd", "momentum", "nesterov", "adamw", "adam"],
     "decay": ["coupled", "outer"],
     "averaging": [None, saef.AllReduce(5), saef.AllReduce(1), saef.Rotating(4)],
     "exchange": ["replicated", "sharded"],
@@ -52,12 +52,14 @@ def test_ddp_equals_the_reference(pool: RankPool, case: dict[str, Any]) -> None:
     """x at every step, and e, m, server error and x~ at the end."""
     job = job_of(case)
     runs = pool.run(train, job, ranks=case["ranks"])
-    expected, x, x_tilde = reference.run(reference_settings(case), start(), gradient, job.lrs, case["ranks"])
+    expected = reference_of(case)(reference_settings(case), start(), case["ranks"])
+    _, x, x_tilde = reference.drive(expected, gradient, job.lrs)
     e_server = torch.zeros(expected.d, dtype=torch.float64)
     for k, run in enumerate(runs):
         close(run["x"], x)
         close(run["e"], expected.e[k])
-        close(run["m"] if run["m"].numel() else expected.m[k], expected.m[k])
+        m = torch.cat([expected.m[k], expected.v[k]]) if isinstance(expected, reference.AdamW) else expected.m[k]
+        close(run["m"] if run["m"].numel() else m, m)
         assert run["strategy"] == case["exchange"]
         assert run["buckets"] > 2  # several buckets, and rebuilt ones
     if runs[0]["e_server"].numel() == expected.d:
@@ -132,10 +134,20 @@ def test_identity_equals_plain_ddp_with_sgd(pool: RankPool) -> None:
         close(ours["x"], plain)
 
 
+@pytest.mark.parametrize("more", [{}, {"foreach": True}, {"fused": True}, {"maximize": True}], ids=str)
+@pytest.mark.parametrize("optimizer", ["AdamW", "Adam"])
+def test_identity_and_one_worker_equal_torch_optim(pool: RankPool, optimizer: str, more: dict[str, Any]) -> None:
+    """Whatever torch computes it with. Of several workers each has a second moment of its own."""
+    options = {**ADAMW, "weight_decay": 0.1, **more}
+    lrs = [0.1 * lr for lr in wild_lrs(60)]
+    job = Job(state={"compressor": saef.Identity()}, groups=[options], optimizer=optimizer, lrs=lrs)
+    close(pool.run(train, job, ranks=1)[0]["x"], pool.run(train_plain, job, ranks=1)[0])
+
+
 def train_plain(group: Any, job: Job) -> torch.Tensor:
     net = make_net(job.dtype)
     model = torch.nn.parallel.DistributedDataParallel(net, process_group=group)
-    optimizer = torch.optim.SGD(net.parameters(), lr=1.0, **job.groups[0])
+    optimizer = make_optimizer(net, job.groups, job.optimizer)
     trajectory = [flat(net)]
     for t, lr in enumerate(job.lrs):
         optimizer.param_groups[0]["lr"] = lr
@@ -151,13 +163,17 @@ def train_plain(group: Any, job: Job) -> torch.Tensor:
 @pytest.mark.parametrize(
     "compressor", [saef.ScaledSign(block=16), saef.TopK(0.1, block=16), saef.MinSize(10, saef.TopK(0.2))]
 )
-def test_float32_ranks_are_bit_identical_after_300_steps(pool: RankPool, compressor: saef.Compressor) -> None:
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
+def test_float32_ranks_are_bit_identical_after_300_steps(
+    pool: RankPool, optimizer: str, compressor: saef.Compressor
+) -> None:
     """And so are the two strategies: x never depends on who served."""
     runs = []
     for exchange in ("replicated", "sharded"):
         job = Job(
             state={"compressor": compressor, "exchange": exchange, "averaging": saef.Rotating(7)},
-            groups=[{"momentum": 0.9, "weight_decay": 1e-3}],
+            groups=[{**(MOMENTUM if optimizer == "SGD" else ADAMW), "weight_decay": 1e-3}],
+            optimizer=optimizer,
             lrs=wild_lrs(300),
             dtype=torch.float32,
         )

@@ -1,7 +1,8 @@
-"""The momentum lies in the optimizer's state, where frameworks save it, with a mark of the step of the errors."""
+"""What the rule keeps lies in the optimizer's state, where frameworks save it, with a mark of the errors' step."""
 
 import copy
 import io
+from itertools import product
 from typing import Any
 
 import pytest
@@ -15,20 +16,27 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import saef
 from saef.hooks import saef_hook
 from support.ranks import RankPool
-from support.training import batch, flat, make_net
+from support.training import ADAMW, MOMENTUM, batch, flat, make_net
 
 pytestmark = pytest.mark.slow
 
 ERRORS = saef.TopK(0.2, block=10)
+# The rules, and among how many ranks they are torch's own with Identity: of AdamW each rank has a v.
+RULES = pytest.mark.parametrize(("optimizer", "ranks"), [("SGD", 2), ("AdamW", 1)])
+OPTIONS: dict[str, dict[str, Any]] = {"SGD": MOMENTUM, "AdamW": ADAMW}
+NAMES = {"SGD": ["momentum_buffer"], "AdamW": ["exp_avg", "exp_avg_sq"]}
 
 
 class Run:
     """One rank's training; `compressor` None: plain DDP."""
 
-    def __init__(self, group: dist.ProcessGroup, compressor: saef.Compressor | None, **sgd: Any) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup, compressor: saef.Compressor | None, optimizer: str = "SGD", **options: Any
+    ) -> None:
         self.net, self.rank, self.group = make_net(), dist.get_rank(group), group
         self.model = DDP(self.net, process_group=group, bucket_cap_mb=0.0005)
-        self.optimizer = torch.optim.SGD(self.net.parameters(), lr=0.05, **{"momentum": 0.9, **sgd})
+        kind, self.names = getattr(torch.optim, optimizer), NAMES[optimizer]
+        self.optimizer = kind(self.net.parameters(), **{"lr": 0.05, **OPTIONS[optimizer], **options})
         self.state: Any = None
         self.attach(compressor)
 
@@ -62,89 +70,95 @@ def same(a: Tensor, b: Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
-def momentum_of(optimizer: torch.optim.Optimizer) -> Tensor:
-    return torch.cat([optimizer.state[p]["momentum_buffer"].reshape(-1) for p in optimizer.param_groups[0]["params"]])
+def kept(run: Run) -> Tensor:
+    """What lies in the optimizer's state, in the order of state.m."""
+    of = [run.optimizer.state[p] for p in run.net.parameters()]
+    return torch.cat([state[name].reshape(-1) for name in run.names for state in of])
 
 
-def resume(group: dist.ProcessGroup, kind: str) -> str:
+def resume(group: dist.ProcessGroup, kind: str, optimizer: str) -> str:
     """Identity owes nothing: model and optimizer are the whole state, and all ways of resuming are plain DDP's."""
-    plain = Run(group, None).train(0, 8)
-    data = Run(group, None).train(0, 4).saved() if kind == "from plain" else None
-    first = Run(group, saef.Identity()).train(0, 4)
-    same(momentum_of(first.optimizer), first.state.m)
+    plain = Run(group, None, optimizer).train(0, 8)
+    data = Run(group, None, optimizer).train(0, 4).saved() if kind == "from plain" else None
+    first = Run(group, saef.Identity(), optimizer).train(0, 4)
+    same(kept(first), first.state.m)
     if kind == "new objects":
-        second = Run(group, saef.Identity()).load(first.saved())
+        second = Run(group, saef.Identity(), optimizer).load(first.saved())
     elif kind == "loaded before the state is made":
-        second = Run(group, None).load(first.saved())
+        second = Run(group, None, optimizer).load(first.saved())
         second.attach(saef.Identity())
     elif kind == "rollback":
         data = first.saved()
         second = first.train(4, 6).load(data)
     elif kind == "from plain":
         assert data is not None
-        second = Run(group, saef.Identity()).load(data)
+        second = Run(group, saef.Identity(), optimizer).load(data)
     elif kind == "to plain":  # every rank its own momentum, which with Identity is the plain one's share
-        second = Run(group, None).load(first.saved())
-        for p in second.net.parameters():
-            dist.all_reduce(second.optimizer.state[p]["momentum_buffer"], group=group)
-            second.optimizer.state[p]["momentum_buffer"] /= 2
+        second = Run(group, None, optimizer).load(first.saved())
+        for p, name in product(second.net.parameters(), second.names):
+            dist.all_reduce(second.optimizer.state[p][name], group=group)
+            second.optimizer.state[p][name] /= dist.get_world_size(group)
     else:  # "warmed up": saef takes over in the middle
-        second = Run(group, None).train(0, 4)
+        second = Run(group, None, optimizer).train(0, 4)
         second.attach(saef.Identity())
     second.train(4, 8)
     same(flat(second.net), flat(plain.net))
-    if second.state is not None and kind not in ("from plain", "warmed up"):
-        assert second.state.steps == 8
+    if second.state is not None and (optimizer == "AdamW" or kind not in ("from plain", "warmed up")):
+        assert second.state.steps == 8  # SGD counts none that could be taken over
+    if optimizer == "AdamW":
+        assert {float(second.optimizer.state[p]["step"]) for p in second.net.parameters()} == {8.0}
     return "ok"
 
 
 KINDS = ["new objects", "loaded before the state is made", "rollback", "from plain", "to plain", "warmed up"]
 
 
+@RULES
 @pytest.mark.parametrize("kind", KINDS)
-def test_model_and_optimizer_resume_what_owes_nothing(pool: RankPool, kind: str) -> None:
-    assert pool.run(resume, kind, ranks=2) == ["ok"] * 2
+def test_model_and_optimizer_resume_what_owes_nothing(pool: RankPool, kind: str, optimizer: str, ranks: int) -> None:
+    assert pool.run(resume, kind, optimizer, ranks=ranks) == ["ok"] * ranks
 
 
-def resume_owing(group: dist.ProcessGroup, kind: str) -> str:
-    first = Run(group, ERRORS).train(0, 4)
+def resume_owing(group: dist.ProcessGroup, kind: str, optimizer: str) -> str:
+    first = Run(group, ERRORS, optimizer).train(0, 4)
     data, state = first.saved(), first.state.state_dict()
     if kind == "rollback":
         second = first.train(4, 6).load(data)
     elif kind == "plain into errors":
-        second = first.load(Run(group, None).train(0, 2).saved())
+        second = first.load(Run(group, None, optimizer).train(0, 2).saved())
     else:
-        second = Run(group, ERRORS).load(data)
+        second = Run(group, ERRORS, optimizer).load(data)
     with pytest.raises(RuntimeError, match=r"errors are of step.*reset_errors") as caught:
         second.train(4, 5)
     said = str(caught.value)
     if kind == "new objects, then its errors":
         second.state.load_state_dict(state)
-        again = Run(group, ERRORS)
+        again = Run(group, ERRORS, optimizer)
         again.state.load_state_dict(state)  # in the other order
         again.load(data)
         same(flat(again.train(4, 8).net), flat(first.train(4, 8).net))
         same(flat(second.train(4, 8).net), flat(first.net))
         assert second.state.steps == 8
     else:
-        before = momentum_of(second.optimizer).clone()
+        before = kept(second).clone()
         second.state.reset_errors()
         assert not second.state.e.any() and not second.state.e_server.any()
         same(second.state.m, before)
-        assert second.state.steps == {"rollback": 4, "plain into errors": 4, "new objects": 4}[kind]
+        assert second.state.steps == (2 if optimizer == "AdamW" and kind == "plain into errors" else 4)
         second.train(4, 6)
     return said
 
 
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
 @pytest.mark.parametrize("kind", ["new objects", "rollback", "plain into errors", "new objects, then its errors"])
-def test_errors_of_another_step_are_not_gone_on_with_in_silence(pool: RankPool, kind: str) -> None:
-    for said in pool.run(resume_owing, kind, ranks=2):
+def test_errors_of_another_step_are_not_gone_on_with_in_silence(pool: RankPool, kind: str, optimizer: str) -> None:
+    for said in pool.run(resume_owing, kind, optimizer, ranks=2):
         assert ("without saef" in said) == (kind == "plain into errors")
 
 
-def clear(group: dist.ProcessGroup, compressor: Any) -> str:
-    """As `optimizer.state.clear()` works without saef: the momentum is 0; errors stay."""
-    run = Run(group, compressor).train(0, 4)
+def clear(group: dist.ProcessGroup, compressor: Any, optimizer: str) -> str:
+    """As `optimizer.state.clear()` works without saef: the momentum is 0, and steps are counted anew; errors stay."""
+    run = Run(group, compressor, optimizer).train(0, 4)
     e = run.state.e.clone()
     run.optimizer.state.clear()
     x, y = batch(run.rank, 4)
@@ -152,26 +166,27 @@ def clear(group: dist.ProcessGroup, compressor: Any) -> str:
     F.mse_loss(run.model(x), y).backward()
     assert torch.equal(run.state.e, e) and not run.state.m.any()
     run.optimizer.step()
-    assert run.state.m.any()
-    same(momentum_of(run.optimizer), run.state.m)
+    assert run.state.m.any() and run.state.steps == (1 if optimizer == "AdamW" else 5)
+    same(kept(run), run.state.m)
     return "ok"
 
 
 @pytest.mark.parametrize("compressor", [saef.Identity(), ERRORS], ids=repr)
-def test_a_cleared_state_is_a_momentum_of_zero(pool: RankPool, compressor: Any) -> None:
-    assert pool.run(clear, compressor, ranks=2) == ["ok"] * 2
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
+def test_a_cleared_state_is_a_momentum_of_zero(pool: RankPool, compressor: Any, optimizer: str) -> None:
+    assert pool.run(clear, compressor, optimizer, ranks=2) == ["ok"] * 2
 
 
-def by_dcp(group: dist.ProcessGroup, compressor: Any) -> str:
+def by_dcp(group: dist.ProcessGroup, compressor: Any, optimizer: str) -> str:
     """torch.distributed.checkpoint's way, which also steps a new optimizer on zero gradients with lr 0."""
-    first = Run(group, compressor)
+    first = Run(group, compressor, optimizer)
     get_state_dict(first.net, first.optimizer)  # before any step
     first.train(0, 4)
-    expected = flat(Run(group, compressor).train(0, 4).net)
+    expected = flat(Run(group, compressor, optimizer).train(0, 4).net)
     same(flat(first.net), expected)
-    model, optimizer = copy.deepcopy(get_state_dict(first.net, first.optimizer))
-    second = Run(group, compressor)
-    set_state_dict(second.net, second.optimizer, model_state_dict=model, optim_state_dict=optimizer)
+    model, saved = copy.deepcopy(get_state_dict(first.net, first.optimizer))
+    second = Run(group, compressor, optimizer)
+    set_state_dict(second.net, second.optimizer, model_state_dict=model, optim_state_dict=saved)
     if isinstance(compressor, saef.TopK):
         second.state.load_state_dict(first.state.state_dict())
     same(flat(second.train(4, 8).net), flat(first.train(4, 8).net))
@@ -179,8 +194,9 @@ def by_dcp(group: dist.ProcessGroup, compressor: Any) -> str:
 
 
 @pytest.mark.parametrize("compressor", [saef.Identity(), ERRORS], ids=repr)
-def test_checkpoints_by_torch_distributed(pool: RankPool, compressor: Any) -> None:
-    assert pool.run(by_dcp, compressor, ranks=2) == ["ok"] * 2
+@RULES
+def test_checkpoints_by_torch_distributed(pool: RankPool, compressor: Any, optimizer: str, ranks: int) -> None:
+    assert pool.run(by_dcp, compressor, optimizer, ranks=ranks) == ["ok"] * ranks
 
 
 def without_momentum(group: dist.ProcessGroup) -> str:
@@ -194,3 +210,52 @@ def without_momentum(group: dist.ProcessGroup) -> str:
 
 def test_without_momentum_there_is_the_mark_alone(pool: RankPool) -> None:
     assert pool.run(without_momentum, ranks=2) == ["ok"] * 2
+
+
+def to_torch(group: dist.ProcessGroup) -> str:
+    """v of a coordinate is negative; what is saved torch's AdamW goes on from, and saef's own state has it all."""
+    run = Run(group, ERRORS, "AdamW", eps=1e-8).train(0, 3)
+    moments = run.state.engine.memory.m
+    moments[1, 5] = -0.5
+    saved = run.optimizer.state_dict()["state"]
+    assert all(v["exp_avg_sq"].min() >= 0 for v in saved.values())
+    assert torch.equal(torch.cat([v["exp_avg"].reshape(-1) for v in saved.values()]), moments[0])
+    assert torch.equal(kept(run), run.state.m)  # what is saved is a copy
+    plain = Run(group, None, "AdamW").load(run.saved()).train(3, 5)
+    assert bool(flat(plain.net).isfinite().all())
+    assert {float(plain.optimizer.state[p]["step"]) for p in plain.net.parameters()} == {5.0}
+    before = run.state.m.clone()
+    again = Run(group, ERRORS, "AdamW")
+    again.state.load_state_dict(run.state.state_dict())
+    assert torch.equal(again.state.m, before) and torch.equal(kept(again), before)
+    run.state.detach()
+    assert not run.optimizer._optimizer_state_dict_post_hooks and not any(run.optimizer.state.values())
+    return "ok"
+
+
+def test_torchs_adamw_goes_on_from_what_is_saved(pool: RankPool) -> None:
+    assert pool.run(to_torch, ranks=2) == ["ok"] * 2
+
+
+def counts_differ(group: dist.ProcessGroup) -> str:
+    run = Run(group, None, "AdamW").train(0, 3)
+    run.optimizer.state[run.net[0].bias]["step"] -= 1
+    run.attach(saef.Identity())
+    with pytest.raises(RuntimeError, match=r"between 2 and 3 steps .*fewer of \['0\.bias'\]") as caught:
+        run.train(3, 4)
+    return str(caught.value)
+
+
+def test_parameters_with_other_numbers_of_steps_are_refused(pool: RankPool) -> None:
+    assert all('set the "step" of each' in said for said in pool.run(counts_differ, ranks=2))
+
+
+def fused(group: dist.ProcessGroup) -> bool:
+    """A fused optimizer's own claim that it scales by itself outlives saef's."""
+    run = Run(group, saef.Identity(), "AdamW", fused=True).train(0, 2)
+    run.state.detach()
+    return bool(run.optimizer._step_supports_amp_scaling)
+
+
+def test_a_fused_optimizer_is_as_it_was_after_detach(pool: RankPool) -> None:
+    assert pool.run(fused, ranks=1) == [True]

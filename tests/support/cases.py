@@ -6,12 +6,16 @@ import torch
 
 import saef
 from support import reference
-from support.training import Job, make_net
+from support.training import ADAMW, Job, make_net, wild_lrs
 
 # float64; a run makes 60 steps of well-conditioned operations on numbers of order 1, each rounded to 1e-16 and
 # amplified by at most 1/(1 - mu) = 10 per step: 60 * 10 * 1e-16 = 6e-14 is expected, 1e-10 is required. A wrong
 # sign or selected coordinate would show at 1e-4 or more.
 TOLERANCE = 1e-10
+
+
+SGD = {"sgd": (0.0, False), "momentum": (0.9, False), "nesterov": (0.9, True)}  # mu, Nesterov
+ADAM = {"adamw": ("AdamW", "decoupled"), "adam": ("Adam", "coupled")}  # whose decay is as it is
 
 
 def operator(compressor: saef.Compressor) -> tuple[reference.Compressor, Any]:
@@ -28,7 +32,7 @@ def reference_settings(case: dict[str, Any]) -> reference.Settings:
     averaging = case["averaging"]
     kind = {type(None): None, saef.AllReduce: "allreduce", saef.Rotating: "rotating"}[type(averaging)]
     matrix = [True, False] * 3  # the parameters in order: weight, bias, ...
-    mu, nesterov = {"sgd": (0.0, False), "momentum": (0.9, False), "nesterov": (0.9, True)}[case["rule"]]
+    mu, nesterov = SGD.get(case["rule"], SGD["sgd"])
     return reference.Settings(
         C,
         server=case["server"],
@@ -38,20 +42,28 @@ def reference_settings(case: dict[str, Any]) -> reference.Settings:
         momentum=mu,
         nesterov=nesterov,
         weight_decay=[1e-2 if m else 1e-3 for m in matrix],
-        weight_decay_mode=case["decay"],
+        weight_decay_mode=ADAM[case["rule"]][1] if case["rule"] in ADAM else case["decay"],
+        **ADAMW,
     )
 
 
+def reference_of(case: dict[str, Any]) -> type[reference.SAEF]:
+    return reference.AdamW if case["rule"] in ADAM else reference.SAEF
+
+
 def job_of(case: dict[str, Any]) -> Job:
-    mu, nesterov = {"sgd": (0.0, False), "momentum": (0.9, False), "nesterov": (0.9, True)}[case["rule"]]
-    common = {"momentum": mu, "nesterov": nesterov}
+    """With AdamW a tenth of the rates: each step moves x by as much."""
+    adam = case["rule"] in ADAM
+    common = ADAMW if adam else dict(zip(("momentum", "nesterov"), SGD[case["rule"]], strict=True))
     return Job(
+        optimizer=ADAM[case["rule"]][0] if adam else "SGD",
+        lrs=[lr * (0.1 if adam else 1.0) for lr in wild_lrs(60)],
         state={
             "compressor": case["compressor"],
             "server_compressor": case["server"],
             "step_ahead": case["step_ahead"],
             "averaging": case["averaging"],
-            "weight_decay_mode": case["decay"],
+            "weight_decay_mode": "coupled" if adam else case["decay"],
             "exchange": case["exchange"],
         },
         groups=[{**common, "weight_decay": 1e-2}, {**common, "weight_decay": 1e-3}],

@@ -15,7 +15,7 @@ from support.training import Job, flat, make_model, make_optimizer, micro_batche
 
 def make(job: Job, net: nn.Module, **options: Any) -> tuple[Any, saef.SAEFState]:
     """(DistributedOptimizer, its state)."""
-    optimizer = make_optimizer(net, job.groups)
+    optimizer = make_optimizer(net, job.groups, job.optimizer)
     compression = SAEFCompression(net, optimizer, **job.state)
     optimizer = hvd.DistributedOptimizer(
         optimizer,

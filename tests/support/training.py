@@ -15,6 +15,7 @@ from saef.hooks import saef_hook
 SIZES = (6, 9, 7, 1)
 SETTINGS = {"compressor": ScaledSign(block=7), "exchange": "sharded"}
 MOMENTUM = {"momentum": 0.9}
+ADAMW = {"betas": (0.8, 0.95), "eps": 1e-3}  # an eps at which u does not amplify rounding by more than 1000
 
 
 def make_net(dtype: torch.dtype = torch.float64, sizes: tuple[int, ...] = SIZES) -> nn.Sequential:
@@ -59,11 +60,13 @@ def wild_lrs(steps: int) -> list[float]:
 class Job:
     """What one run varies. `groups`: options of two param groups (weights, biases), or of one.
 
+    optimizer: the name of its class in torch.optim;
     sizes: of the network's layers; first: the number of its first batch; branches: train `Branches` instead.
     """
 
     state: dict[str, Any] = field(default_factory=dict)
     groups: list[dict[str, Any]] = field(default_factory=lambda: [{}])
+    optimizer: str = "SGD"
     ddp: dict[str, Any] = field(default_factory=dict)
     lrs: list[float] = field(default_factory=lambda: wild_lrs(60))
     dtype: torch.dtype = torch.float64
@@ -88,8 +91,8 @@ def param_groups(net: nn.Module, groups: list[dict[str, Any]]) -> list[dict[str,
     return [{"params": matrices, **groups[0]}, {"params": vectors, **groups[1]}]
 
 
-def make_optimizer(net: nn.Module, groups: list[dict[str, Any]]) -> torch.optim.SGD:
-    return torch.optim.SGD(param_groups(net, groups), lr=1.0)
+def make_optimizer(net: nn.Module, groups: list[dict[str, Any]], kind: str = "SGD") -> torch.optim.Optimizer:
+    return getattr(torch.optim, kind)(param_groups(net, groups), lr=1.0)  # type: ignore[no-any-return]
 
 
 def make_state(model: nn.Module, optimizer: torch.optim.Optimizer, job: Job) -> SAEFState:
@@ -105,7 +108,7 @@ def train(group: dist.ProcessGroup, job: Job) -> dict[str, Any]:
     net = make_model(job, dist.get_rank(group))
     options = {"bucket_cap_mb": 0.0005, "find_unused_parameters": job.branches, **job.ddp}
     model = DDP(net, process_group=group, **options)
-    optimizer = make_optimizer(net, job.groups)
+    optimizer = make_optimizer(net, job.groups, job.optimizer)
     state = make_state(model, optimizer, job)
     model.register_comm_hook(state, saef_hook)
     rank, trajectory = dist.get_rank(group), [flat(net)]
@@ -123,10 +126,10 @@ def train(group: dist.ProcessGroup, job: Job) -> dict[str, Any]:
     return outcome(state, trajectory)
 
 
-def wrap(group: dist.ProcessGroup, job: Job) -> tuple[nn.Module, DDP, torch.optim.SGD, SAEFState]:
+def wrap(group: dist.ProcessGroup, job: Job) -> tuple[nn.Module, DDP, torch.optim.Optimizer, SAEFState]:
     net = make_net(job.dtype)
     model = DDP(net, process_group=group, bucket_cap_mb=0.0005, **job.ddp)
-    optimizer = make_optimizer(net, job.groups)
+    optimizer = make_optimizer(net, job.groups, job.optimizer)
     state = SAEFState(model, optimizer, **job.state)
     model.register_comm_hook(state, saef_hook)
     return net, model, optimizer, state

@@ -68,3 +68,18 @@ class Progress(NamedTuple):
     found: Any
     bar: Any
     total: Any
+
+
+class Adam(NamedTuple):
+    """The columns of `saef.rules.adamw` that a coordinate needs, each of the state's dtype; and zero, of it too."""
+
+    beta1: Any
+    gain: Any
+    beta2: Any
+    own: Any
+    cross: Any
+    correct1: Any
+    correct2: Any
+    eps: Any
+    bound: Any
+    zero: Any

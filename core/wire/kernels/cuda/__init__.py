@@ -20,6 +20,7 @@ Arguments of the kernels (T is the state's dtype), all in device memory but the 
     table, reply_table        [B, COLUMNS] int64
     hyper, s                  update.hyper [groups, columns] T, update.step_ahead [1] T
     g, m, e, x                of `Worker`: [n], [S, d], [d], [d] T; e also the server error [served]
+    d                         from one vector of m to the next; SPACING divides it
     floats, message           a message as [scalars] T and as [bytes] uint8, the same memory; reply_floats, reply too
     messages                  [K, bytes] uint8; float_stride, byte_stride: from one message to the next, in entries
     rates, half, ahead        [groups], [d], [1] T
@@ -172,8 +173,10 @@ def _worker_args(update: Update, worker: Worker) -> Args:
     g, m, e, x = worker
     hyper = update.hyper.to(g.device, non_blocking=True)
     s = _number(update.step_ahead, g.dtype, g.device)
+    d = m.size(1)
     flags = {"RULE": update.kind, "FEEDBACK": update.feedback, "HAS_M": m.numel() > 0, "HAS_E": e.numel() > 0}
-    return (hyper, s, g, m, e, x), flags
+    flags["SPACING"] = 1 if d % 4 else 4
+    return (hyper, s, g, m, d, e, x), flags
 
 
 def _server_args(messages: Tensor, e: Tensor) -> Args:

@@ -34,7 +34,7 @@ _RUN = tl.constexpr(32)  # neighbouring coordinates in a sample
 
 jit: Any = triton.jit
 # Compiled for any value of these; by default Triton compiles again for 1 and for multiples of 16.
-kernel: Any = triton.jit(do_not_specialize=["slots", "digits", "float_stride", "byte_stride"])
+kernel: Any = triton.jit(do_not_specialize=["d", "slots", "digits", "float_stride", "byte_stride"])
 
 
 @jit

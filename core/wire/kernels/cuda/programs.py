@@ -44,16 +44,16 @@ def is_needed(slot, row, found, REFILL: tl.constexpr):  # type: ignore[no-untype
 
 @kernel
 def compress(  # type: ignore[no-untyped-def]
-    tiles, table, hyper, s, g, m, e, x, floats, message, partial, vector, where, bars, found, counts,
+    tiles, table, hyper, s, g, m, d, e, x, floats, message, partial, vector, where, bars, found, counts,
     TILE: tl.constexpr, ALIGN: tl.constexpr, RULE: tl.constexpr, FEEDBACK: tl.constexpr,
-    HAS_M: tl.constexpr, HAS_E: tl.constexpr, HAS_TOPK: tl.constexpr, REFILL: tl.constexpr,
+    HAS_M: tl.constexpr, HAS_E: tl.constexpr, SPACING: tl.constexpr, HAS_TOPK: tl.constexpr, REFILL: tl.constexpr,
 ):
     r, lo, at, slot = tile_of(tiles, TILE)
     row = table + r * _COLUMNS
     if is_needed(slot, row, found, REFILL):
         i = lo + tl.arange(0, TILE)
         inside = i < entry(row, _NUMEL, ALIGN)
-        D = produce(row, hyper, s, g, m, e, x, i, inside, False, RULE, FEEDBACK, HAS_M, HAS_E, ALIGN)
+        D = produce(row, hyper, s, g, m, d, e, x, i, inside, False, RULE, FEEDBACK, HAS_M, HAS_E, SPACING, ALIGN)
         encode(
             row, lo, at, slot, i, inside, D, floats, message, partial, vector, where, bars, found, counts,
             TILE, HAS_TOPK, REFILL,
@@ -62,15 +62,15 @@ def compress(  # type: ignore[no-untyped-def]
 
 @kernel
 def sample(  # type: ignore[no-untyped-def]
-    tiles, table, large, hyper, s, g, m, e, x, bars,
+    tiles, table, large, hyper, s, g, m, d, e, x, bars,
     TILE: tl.constexpr, ALIGN: tl.constexpr, RULE: tl.constexpr, FEEDBACK: tl.constexpr,
-    HAS_M: tl.constexpr, HAS_E: tl.constexpr,
+    HAS_M: tl.constexpr, HAS_E: tl.constexpr, SPACING: tl.constexpr,
 ):
     """One program per block that is longer than a tile."""
     slot = tl.program_id(0)
     row = table + tl.load(large + slot) * _COLUMNS
     i = sampled(row, TILE)
-    D = produce(row, hyper, s, g, m, e, x, i, i >= 0, False, RULE, FEEDBACK, HAS_M, HAS_E, ALIGN)
+    D = produce(row, hyper, s, g, m, d, e, x, i, i >= 0, False, RULE, FEEDBACK, HAS_M, HAS_E, SPACING, ALIGN)
     tl.store(bars + slot, bar_of(row, D, TILE))
 
 
@@ -85,15 +85,15 @@ def sample_error(tiles, table, large, e, bars, TILE: tl.constexpr, ALIGN: tl.con
 
 @kernel
 def commit(  # type: ignore[no-untyped-def]
-    tiles, table, hyper, s, g, m, e, x, floats, message, bad,
+    tiles, table, hyper, s, g, m, d, e, x, floats, message, bad,
     TILE: tl.constexpr, ALIGN: tl.constexpr, RULE: tl.constexpr, FEEDBACK: tl.constexpr,
-    HAS_M: tl.constexpr, HAS_E: tl.constexpr,
+    HAS_M: tl.constexpr, HAS_E: tl.constexpr, SPACING: tl.constexpr,
 ):
     r, lo, at, slot = tile_of(tiles, TILE)
     row = table + r * _COLUMNS
     i = lo + tl.arange(0, TILE)
     inside = i < entry(row, _NUMEL, ALIGN)
-    D = produce(row, hyper, s, g, m, e, x, i, inside, True, RULE, FEEDBACK, HAS_M, HAS_E, ALIGN)
+    D = produce(row, hyper, s, g, m, d, e, x, i, inside, True, RULE, FEEDBACK, HAS_M, HAS_E, SPACING, ALIGN)
     if FEEDBACK:
         once = tl.full((), 1.0, floats.dtype.element_ty)
         take(r, row, lo, i, inside, D, once, floats, message, e + entry(row, _STATE, ALIGN), bad, False, TILE)
