@@ -4,7 +4,8 @@
     engine, *_ = deepspeed.initialize(model=net, model_parameters=net.parameters(), config="ds_config.json")
 
 or, without relying on the import alone, `saef.integrations.deepspeed.initialize(...)`. The loop stays DeepSpeed's.
-Every key of `params` is a setting of torch.optim.SGD or of `saef.SAEFState` under its own name: docs/deepspeed.md.
+Every key of `params` is a setting of torch.optim's SGD, AdamW or Adam, the `rule`, or of `saef.SAEFState` under its own
+name: docs/deepspeed.md.
 
 The path of a gradient through the engine, at ZeRO stage 0, in float32 or bfloat16:
 
@@ -22,8 +23,9 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
-from typing import Any, final
+from typing import Any
 
 import torch
 from typing_extensions import Unpack
@@ -45,12 +47,11 @@ except ModuleNotFoundError as error:
 NAME = "SAEF"
 
 
-@final
-class SAEF(torch.optim.SGD):
-    """What `engine.optimizer` is: SGD whose step a SAEFState replaces.
+class SAEF(torch.optim.Optimizer):
+    """What `engine.optimizer` is: torch's SGD, AdamW or Adam, by the setting `rule`, whose step a SAEFState replaces.
 
     Args:
-        params: parameters, or groups of them with lr, momentum, weight_decay, nesterov or maximize of their own.
+        params: parameters, or groups of them with lr, momentum, betas, weight_decay and the like of their own.
         settings: the keys of `optimizer.params` in the JSON config, in JSON's form.
 
     Attributes:
@@ -59,9 +60,13 @@ class SAEF(torch.optim.SGD):
 
     saef: saef.SAEFState | None = None
 
+    def __new__(cls, *_: Any, **settings: Any) -> SAEF:
+        kind: Any = parse(settings)[0]
+        return super().__new__(_of(kind) if cls is SAEF else cls)
+
     def __init__(self, params: Iterable[Any], **settings: Unpack[Params]) -> None:
-        hyper, self._settings = parse(settings)
-        super().__init__(params, **hyper)
+        _, hyper, self._settings = parse(settings)
+        super().__init__(params, **hyper)  # torch's optimizer, which `_of` puts next
         self.register_step_pre_hook(_refuse_unattached)
 
     def attach(self, engine: DeepSpeedEngine) -> None:
@@ -74,7 +79,8 @@ class SAEF(torch.optim.SGD):
             **self._settings,
         )
         engine.allreduce_gradients = lambda *_, **__: _exchange(engine)
-        engine.get_mom = lambda: engine._get_optimizer_param("momentum")  # for its log; it would look for Adam's betas
+        momentum = "momentum" if isinstance(self, torch.optim.SGD) else "betas"
+        engine.get_mom = lambda: engine._get_optimizer_param(momentum)  # for its log; it would go by the name
         engine.save_checkpoint = _wrap(engine, engine.save_checkpoint, _save_checkpoint)
         engine.load_checkpoint = _wrap(engine, engine.load_checkpoint, _load_checkpoint)
 
@@ -95,6 +101,12 @@ class SAEF(torch.optim.SGD):
         if self.saef is not None:
             self.saef.detach()
             self.saef = None
+
+
+@cache
+def _of(kind: Any) -> type[SAEF]:
+    """SAEF on top of a class of torch.optim."""
+    return type("SAEF", (SAEF, kind), {"__module__": __name__})
 
 
 def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
@@ -120,7 +132,7 @@ def _refuse_unattached(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any)
         raise RuntimeError(
             "this SAEF optimizer belongs to no DeepSpeed engine, so nothing exchanges its gradients: name it in the "
             "config of deepspeed.initialize, after `import saef.integrations.deepspeed`. Without DeepSpeed use "
-            "torch.optim.SGD and saef.SAEFState"
+            "torch.optim and saef.SAEFState"
         )
 
 

@@ -3,16 +3,53 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from dataclasses import MISSING, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
 from functools import reduce
 from numbers import Real
-from typing import Any, Literal, TypedDict, cast
+from typing import Any, ClassVar, Literal, TypedDict, cast, final
+
+import torch
 
 import saef
 from saef.step.arguments import Agreed, Exchange, WeightDecayMode, check_known, nearest
 from saef.step.settings import Settings
 
+
+@final
+@dataclass(frozen=True)
+class SGDRule:
+    """torch.optim.SGD, whose momentum and nesterov are keys beside lr."""
+
+    optimizer: ClassVar[type[torch.optim.Optimizer]] = torch.optim.SGD
+    keys: ClassVar[tuple[str, ...]] = ("lr", "momentum", "weight_decay", "nesterov", "maximize")
+
+
+@dataclass(frozen=True)
+class AdamWRule:
+    """torch.optim.AdamW. Raises TypeError unless betas are two numbers and eps is one."""
+
+    optimizer: ClassVar[type[torch.optim.Optimizer]] = torch.optim.AdamW
+    keys: ClassVar[tuple[str, ...]] = ("lr", "weight_decay", "maximize")
+
+    betas: Sequence[float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        numbers = isinstance(self.betas, list | tuple) and len(self.betas) == 2 and all(map(_is_number, self.betas))
+        if not numbers or not _is_number(self.eps):
+            raise TypeError(f"betas must be two numbers and eps a number, got {self.betas!r} and {self.eps!r}")
+
+
+@final
+@dataclass(frozen=True)
+class AdamRule(AdamWRule):
+    """torch.optim.Adam."""
+
+    optimizer: ClassVar[type[torch.optim.Optimizer]] = torch.optim.Adam
+
+
+RULES: dict[str, type[Any]] = {"sgd": SGDRule, "adamw": AdamWRule, "adam": AdamRule}
 COMPRESSORS: dict[str, type[Any]] = {
     "sign": saef.ScaledSign,
     "topk": saef.TopK,
@@ -40,6 +77,7 @@ OBJECTS: list[tuple[str, dict[str, type[Any]], tuple[Any, ...]]] = [
 class Params(TypedDict, total=False):
     """The keys of `optimizer.params`, in JSON's form."""
 
+    rule: Mapping[str, Any]
     lr: float
     momentum: float
     weight_decay: float
@@ -57,6 +95,7 @@ class Params(TypedDict, total=False):
     noise_correction: bool
 
 
+RULE = {"type": "sgd"}
 HYPER = {"lr": 1e-3, "momentum": 0.0, "weight_decay": 0.0, "nesterov": False, "maximize": False}
 NOT_IN_JSON = ("model", "optimizer", "grad_scaler", "process_group", "transport")  # what the engine knows
 SETTINGS = {
@@ -133,8 +172,8 @@ def check_config(config: Any) -> None:
         raise ValueError("SAEF cannot work with this DeepSpeed config:\n  " + "\n  ".join(problems))
 
 
-def parse(params: Mapping[str, Any]) -> tuple[dict[str, Any], Agreed]:
-    """(arguments of torch.optim.SGD, settings of SAEFState) from `optimizer.params`.
+def parse(params: Mapping[str, Any]) -> tuple[type[torch.optim.Optimizer], dict[str, Any], Agreed]:
+    """(class of torch.optim, its arguments, settings of SAEFState) from `optimizer.params`.
 
     Raises:
         TypeError, ValueError: on an unknown key or name, or a value that is not of its kind; with where it is, what
@@ -142,12 +181,18 @@ def parse(params: Mapping[str, Any]) -> tuple[dict[str, Any], Agreed]:
     """
     if not isinstance(params, Mapping):
         raise TypeError(f'optimizer.params must be an object such as {{"lr": 0.1}}, got {params!r}')
-    check_known("optimizer.params", params, [*HYPER, *SETTINGS])
+    check_known("optimizer.params", params, ["rule", *HYPER, *SETTINGS])
+    rule = _build("optimizer.params.rule", params.get("rule", RULE), RULES)
     hyper = {key: params.get(key, default) for key, default in HYPER.items()}
     for key, value in hyper.items():
         flag = isinstance(HYPER[key], bool)
-        if isinstance(value, bool) != flag or not isinstance(value, Real):
+        if not (isinstance(value, bool) if flag else _is_number(value)):
             raise TypeError(f"optimizer.params.{key} must be {'true or false' if flag else 'a number'}, got {value!r}")
+        if key in params and key not in rule.keys:
+            advice = "give the rule betas, of which it is the first" if key == "momentum" else "take it out"
+            raise ValueError(f"optimizer.params.{key} is SGD's, and the rule is {params['rule']['type']!r}: {advice}")
+    of_rule = {field.name: getattr(rule, field.name) for field in fields(rule)}
+    hyper = {key: hyper[key] for key in rule.keys} | of_rule
     settings = {key: params[key] for key in SETTINGS if key in params}
     for key, names, plain in OBJECTS:
         if key in settings and settings[key] not in plain:
@@ -156,7 +201,11 @@ def parse(params: Mapping[str, Any]) -> tuple[dict[str, Any], Agreed]:
         Settings(**{**SETTINGS, **settings})
     except (TypeError, ValueError) as error:
         raise type(error)(f"optimizer.params: {error}") from error
-    return hyper, cast(Agreed, settings)
+    return rule.optimizer, hyper, cast(Agreed, settings)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _build(where: str, value: object, names: Mapping[str, type[Any]], plain: tuple[Any, ...] = ()) -> Any:

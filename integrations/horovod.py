@@ -11,8 +11,8 @@ The path of a gradient:
     loss.backward()      Horovod calls compress(p.grad); a bucket that is  SAEFCompression.compress
                          complete is compressed and exchanged
     optimizer.step()     Horovod synchronizes and calls decompress: what   SAEFCompression.decompress
-                         is left is exchanged; then SGD's own step, where
-                         the state commits or skips                        `_followed`, the optimizer's class
+                         is left is exchanged; then the optimizer's own
+                         step, where the state commits or skips            `_followed`, its class
 
 Horovod reduces what `compress` returns, one tensor a parameter under the parameter's name; here that is a dummy, one
 float32 that is 1 (a rank in hvd.join() counts as 0, and so is noticed). The messages travel by Horovod's all-gather,
@@ -131,7 +131,8 @@ class SAEFCompression:
 
     Args:
         model: the module that is trained.
-        optimizer: the torch.optim.SGD that DistributedOptimizer is given too. Its class becomes a subclass of SGD.
+        optimizer: the torch.optim.SGD, AdamW or Adam that DistributedOptimizer is given too. Its class becomes a
+            subclass of what it was.
         settings: keyword arguments of SAEFState, but for process_group and transport.
 
     Attributes:
@@ -152,7 +153,7 @@ class SAEFCompression:
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.state = SAEFState(model, optimizer, transport=HorovodTransport(device), **settings)
         self._engine = self.state.engine
-        optimizer.__class__ = _followed(self)
+        optimizer.__class__ = _followed(self, type(optimizer))
         self._optimizer: Any = None  # the DistributedOptimizer
         self._guess = 0  # the parameter that is likely the next: one backward is like another
         self._pending = False  # whether gradients came that were not all exchanged
@@ -203,8 +204,8 @@ class SAEFCompression:
                 raise RuntimeError(f"hvd.join() cannot work with SAEFCompression: {UNEVEN}")
             self._engine.exchange_gradients()
 
-    def step(self, optimizer: torch.optim.SGD, closure: Any, sgd_step: Callable[[], Any]) -> Any:
-        """The optimizer's step, after Horovod has synchronized: commit or skip around SGD's own step."""
+    def step(self, optimizer: torch.optim.Optimizer, closure: Any, own_step: Callable[[], Any]) -> Any:
+        """The optimizer's step, after Horovod has synchronized: commit or skip around torch's own step."""
         engine = self._engine
         if closure is not None:
             raise TypeError("Horovod has synchronized before step(closure) runs it: call backward(), then step()")
@@ -217,11 +218,11 @@ class SAEFCompression:
             engine.exchange_gradients()
         engine.before_step(optimizer, (optimizer,), {})
         try:
-            return sgd_step()
+            return own_step()
         finally:
             engine.after_step(optimizer, (), {})
 
-    def adopt(self, optimizer: torch.optim.SGD) -> None:
+    def adopt(self, optimizer: torch.optim.Optimizer) -> None:
         """Take Horovod's optimizer, with the same groups, in the place of the one it was made from."""
         if self._optimizer is not None:
             raise ValueError("this SAEFCompression serves a DistributedOptimizer already: create one for each")
@@ -274,13 +275,13 @@ class SAEFCompression:
                 raise ValueError(f"DistributedOptimizer has {name}={value}, SAEFCompression needs {expected}: {advice}")
 
 
-def _followed(compression: SAEFCompression) -> type[torch.optim.SGD]:
-    """SGD that tells `compression` of its instances and steps. Horovod derives its optimizer's class from it.
+def _followed(compression: SAEFCompression, kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """`kind` that tells `compression` of its instances and steps. Horovod derives its optimizer's class from it.
 
     Step hooks would not do: Horovod makes a new optimizer, without them, and its step would run them twice.
     """
 
-    class SGD(torch.optim.SGD):
+    class Followed(kind):  # type: ignore[valid-type, misc]
         _step_supports_amp_scaling = True  # as `saef.step.attachment` has it, for a GradScaler
 
         def __init__(self, params: Any) -> None:
@@ -292,4 +293,5 @@ def _followed(compression: SAEFCompression) -> type[torch.optim.SGD]:
                 return super().step(closure)
             return compression.step(self, closure, super().step)
 
-    return SGD
+    Followed.__name__ = kind.__name__  # Horovod's class is called after it
+    return Followed

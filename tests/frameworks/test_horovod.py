@@ -12,15 +12,16 @@ if find_spec("horovod") is None:
 import saef
 from support import horovod_jobs as jobs
 from support import reference
-from support.cases import close, reference_settings, start
+from support.cases import close, reference_of, reference_settings, start
 from support.horovod_ranks import HorovodPool
 from support.ranks import RankPool
-from support.training import Job, gradient, wild_lrs
+from support.training import ADAMW, Job, gradient, wild_lrs
 from support.training import train as train_ddp
 
 COMPRESSORS = {"sign": saef.ScaledSign(block=7), "topk": saef.TopK(0.3, block="layer")}
 GROUPS = [{"momentum": 0.9, "weight_decay": 1e-2}, {"momentum": 0.9, "weight_decay": 1e-3}]
 BRANCHES, TWICE = {"branches": True}, {"micro_batches": 2}
+ADAM = {"groups": [{**ADAMW, "weight_decay": 1e-2}, {**ADAMW, "weight_decay": 1e-3}], "optimizer": "AdamW"}
 
 # (compressor, period, exchange, options of the job, of DistributedOptimizer)
 Case = tuple[str, int | None, str, dict[str, Any], dict[str, Any]]
@@ -31,6 +32,8 @@ SPECIAL: list[Case] = [
     ("topk", None, "sharded", TWICE, {}),
     ("sign", None, "replicated", {}, {"groups": 2}),
     ("topk", None, "sharded", BRANCHES | TWICE, {"groups": 3}),
+    ("sign", None, "replicated", ADAM, {}),
+    ("topk", 4, "sharded", BRANCHES | TWICE | ADAM, {}),
 ]
 
 
@@ -43,7 +46,10 @@ def job_of(case: Case, dtype: torch.dtype) -> Job:
     compressor, period, exchange, options, _ = case
     averaging = None if period is None else saef.AllReduce(period)
     state = {"compressor": COMPRESSORS[compressor], "averaging": averaging, "exchange": exchange}
-    return Job(state, GROUPS, lrs=wild_lrs(30), dtype=dtype, **options)
+    rate = 0.1 if "optimizer" in options else 1.0  # AdamW's, as in `cases`
+    return Job(
+        **{"state": state, "groups": GROUPS, "lrs": [rate * lr for lr in wild_lrs(30)], "dtype": dtype, **options}
+    )
 
 
 @pytest.fixture(scope="module", params=[2, 3, 4])
@@ -77,17 +83,19 @@ def test_protocols_between_neighbours_are_ddps_bit_for_bit(
         assert run["metrics"]["bytes_sent_averaging"] == other["metrics"]["bytes_sent_averaging"] > 0
 
 
-@pytest.mark.parametrize("case", PLAIN, ids=name)
+@pytest.mark.parametrize("case", [*PLAIN, SPECIAL[-2]], ids=name)
 def test_horovod_equals_the_reference(horovod: HorovodPool, case: Case) -> None:
-    compressor, period, exchange, *_ = case
-    settings = {"compressor": COMPRESSORS[compressor], "server": "same", "step_ahead": 1.0, "rule": "momentum"}
+    compressor, period, exchange, options, _ = case
+    rule = "adamw" if "optimizer" in options else "momentum"
+    settings = {"compressor": COMPRESSORS[compressor], "server": "same", "step_ahead": 1.0, "rule": rule}
     settings |= {"decay": "coupled", "averaging": period and saef.AllReduce(period), "exchange": exchange}
     job = job_of(case, torch.float64)
-    workers, x, _ = reference.run(reference_settings(settings), start(), gradient, job.lrs, horovod.ranks)
+    workers = reference_of(settings)(reference_settings(settings), start(), horovod.ranks)
+    _, x, _ = reference.drive(workers, gradient, job.lrs)
     for k, run in enumerate(horovod.run(jobs.train, job, {})):
         close(run["x"], x)
         close(run["e"], workers.e[k])
-        close(run["m"], workers.m[k])
+        close(run["m"], torch.cat([workers.m[k], workers.v[k]]) if rule == "adamw" else workers.m[k])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

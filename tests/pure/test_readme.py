@@ -16,7 +16,7 @@ import pytest
 
 import saef
 import saef.hooks
-from saef.integrations.deepspeed_config import AVERAGING, COMPRESSORS, HYPER, SETTINGS
+from saef.integrations.deepspeed_config import AVERAGING, COMPRESSORS, HYPER, RULE, RULES, SETTINGS
 
 CHECKOUT = next(folder for folder in Path(__file__).resolve().parents if (folder / "setup.cfg").is_file())
 README = (CHECKOUT / "README.md").read_text()
@@ -236,10 +236,12 @@ def test_the_keys_of_deepspeeds_json_and_their_defaults() -> None:
     for key in (*HYPER, *SETTINGS):
         shown = json.loads(listed[key][2].strip("`"))
         assert (saef.ScaledSign() if shown == {"type": "sign"} else shown) == defaults[key], key
-    for name, kind in {**COMPRESSORS, **AVERAGING}.items():
+    assert json.loads(listed["rule"][2].strip("`")) == RULE
+    for name, kind in {**RULES, **COMPRESSORS, **AVERAGING}.items():
         (row,) = [row for row in found if f'`"{name}"`' in row[0]]
         shown = dict(re.findall(r"`(\w+)`(?: \(([^)]*)\))?", row[1]))
-        assert shown == {f.name: "" if f.default is MISSING else str(f.default) for f in fields(kind)}, name
+        values = {f.name: list(f.default) if isinstance(f.default, tuple) else f.default for f in fields(kind)}
+        assert shown == {n: "" if value is MISSING else str(value) for n, value in values.items()}, name
 
 
 def test_the_arguments_of_a_state_and_their_defaults() -> None:

@@ -162,7 +162,7 @@ def test_what_ranks_agree_on_is_what_settings_hold():
 
 
 def test_deepspeeds_keys_have_types():
-    assert [*Params.__annotations__] == [*HYPER, *DEFAULTS]
+    assert [*Params.__annotations__] == ["rule", *HYPER, *DEFAULTS]
     ours, theirs = get_type_hints(Agreed), get_type_hints(Params)
     for name in {*DEFAULTS} - {"compressor", "server_compressor", "averaging"}:  # which are objects in JSON
         assert theirs[name] == ours[name], name
@@ -220,6 +220,30 @@ def test_a_misspelt_word_in_deepspeeds_json_is_told_the_nearest(field, word, mea
 def test_a_misspelt_key_of_deepspeeds_json_is_told_the_nearest(word, meant):
     with pytest.raises(ValueError, match=rf"^optimizer\.params: '{word}' is unknown \(did you mean '{meant}'\?\); exp"):
         parse({word: None})
+
+
+def test_the_rule_of_deepspeeds_json():
+    assert parse({"momentum": 0.9})[:2] == (torch.optim.SGD, {**HYPER, "momentum": 0.9})
+    given = {"type": "adamw", "betas": [0.9, 0.95], "eps": 1e-6}
+    kind, hyper, settings = parse({"rule": given, "lr": 0.25, "weight_decay": 0.1, "noise_correction": False})
+    expected = {"lr": 0.25, "weight_decay": 0.1, "maximize": False, "betas": [0.9, 0.95], "eps": 1e-6}
+    assert (kind, hyper, settings) == (torch.optim.AdamW, expected, {"noise_correction": False})
+    assert parse({"rule": {"type": "adam"}})[0] is torch.optim.Adam
+    assert parse({"rule": {"type": "adam"}})[1]["betas"] == (0.9, 0.999)
+
+
+@pytest.mark.parametrize("params, error, message", [
+    ({"rule": "adamw"}, TypeError, r"rule must be an object with a type, such as .*sgd.*, got 'adamw'"),
+    ({"rule": {"type": "adamww"}}, ValueError, r"rule\.type: 'adamww' is unknown \(did you mean 'adamw'\?\)"),
+    ({"rule": {"type": "adamw", "beta": 0.9}}, ValueError, r"rule: 'beta' is unknown \(did you mean 'betas'\?\)"),
+    ({"rule": {"type": "adamw", "betas": 0.9}}, TypeError, "betas must be two numbers and eps a number, got 0.9"),
+    ({"rule": {"type": "adam", "eps": "1e-8"}}, TypeError, "betas must be two numbers and eps a number"),
+    ({"rule": {"type": "adamw"}, "momentum": 0.9}, ValueError, "momentum is SGD's, and .*: give the rule betas"),
+    ({"rule": {"type": "adam"}, "nesterov": True}, ValueError, "nesterov is SGD's, and .* 'adam': take it out"),
+])  # fmt: skip
+def test_what_a_rule_of_deepspeeds_json_refuses(params, error, message):
+    with pytest.raises(error, match=rf"^optimizer\.params\.?.*{message}"):
+        parse(params)
 
 
 @pytest.mark.parametrize("word", ["ring", "", None, 3, ["sharded", "auto"]])
