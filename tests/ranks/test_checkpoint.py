@@ -56,6 +56,8 @@ CASES += [
     {"compressor": TOPK, "exchange": "sharded", "weight_decay_mode": "outer", "max_grad_norm": 0.5},
     {"compressor": SIGN, "exchange": "sharded", "server_compressor": None, "step_ahead": 0.5},
     {"compressor": saef.MajorityVote(), "step_ahead": 0.0, "weight_decay_mode": "outer"},
+    {"compressor": SIGN, "exchange": "sharded", "averaging": saef.Rotating(5), "optimizer": "AdamW"},
+    {"compressor": TOPK, "exchange": "replicated", "dtype": torch.bfloat16, "optimizer": "Adam"},
 ]
 
 
@@ -107,7 +109,7 @@ def test_resuming_in_fresh_processes_is_bit_for_bit(
     pool: RankPool, fresh: RankPool, tmp_path: Path, ranks: int
 ) -> None:
     """Step 37 of 100: parameters, x, e, m, server error, buffers, counters and random state at the end."""
-    cases = CASES if ranks == 4 else CASES[::5]
+    cases = CASES if ranks == 4 else CASES[::5] + CASES[-2:]
     expected = pool.run(uninterrupted, cases, str(tmp_path), ranks=ranks)
     found = fresh.run(resumed, cases, str(tmp_path), ranks=ranks)
     for rank, (a, b) in enumerate(zip(expected, found, strict=True)):
@@ -206,10 +208,12 @@ def look(run: Run, group: dist.ProcessGroup) -> list[Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("compressor", [SIGN, TOPK], ids=["sign", "top-k"])
+@pytest.mark.parametrize(
+    ("compressor", "optimizer"), [(SIGN, "SGD"), (TOPK, "SGD"), (SIGN, "AdamW")], ids=["sign", "top-k", "adamw"]
+)
 @pytest.mark.parametrize("exchanges", [("sharded", "replicated", "sharded"), ("replicated", "sharded", "sharded")])
 def test_consolidated_from_4_to_2_to_8_ranks(
-    fresh: RankPool, tmp_path: Path, compressor: saef.Compressor, exchanges: tuple[str, ...]
+    fresh: RankPool, tmp_path: Path, compressor: saef.Compressor, optimizer: str, exchanges: tuple[str, ...]
 ) -> None:
     """x~, x and the mean momentum before and after; to 1e-6 of the largest entry, and training goes on.
 
@@ -218,7 +222,12 @@ def test_consolidated_from_4_to_2_to_8_ranks(
     source, last = "", None
     for number, (ranks, exchange) in enumerate(zip((4, 2, 8), exchanges, strict=True)):
         target = str(tmp_path / f"{number}.pt")
-        settings = {"compressor": compressor, "exchange": exchange, "averaging": saef.Rotating(6)}
+        settings = {
+            "compressor": compressor,
+            "exchange": exchange,
+            "averaging": saef.Rotating(6),
+            "optimizer": optimizer,
+        }
         runs = fresh.run(save_consolidated, settings, source, target, ranks=ranks)
         for run in runs:
             assert torch.equal(run[0], runs[0][0]) and torch.equal(run[1], runs[0][1])  # the same bits on all ranks
@@ -358,6 +367,11 @@ def refuse(group: dist.ProcessGroup, ranks: list[int]) -> list[str]:
     attempt({**saved, "parameters": shape})
     attempt({**saved, "parameters": {k: v for k, v in saved["parameters"].items() if k != "b.bias"}})
     attempt(saved, Run(group, {**base, "compressor": SIGN}))
+    attempt(saved, Run(group, {**base, "optimizer": "AdamW"}))
+    adam = Run(group, {**base, "optimizer": "AdamW"})
+    of_adam = adam.state.consolidated_state_dict()
+    attempt(of_adam)
+    attempt({**of_adam, "workers": {k: v for k, v in of_adam["workers"].items() if k != "v"}}, adam)
     attempt(whole, Run(group, {**base, "server_compressor": None}))
     attempt(saved, Run(group, base, torch.float64))
     attempt({**saved, "world_size": 8})
@@ -385,6 +399,9 @@ def test_what_does_not_fit_is_refused_by_name(pool: RankPool) -> None:
         "another model: a.weight is [6, 21] in the checkpoint, [20, 6] here",
         "another model: b.bias is missing in the checkpoint, [1] here",
         "compressor is TopK(ratio=0.1, block=30) in the checkpoint, ScaledSign(block=20) here",
+        "rule is SGD in the checkpoint, AdamW here",
+        "rule is AdamW in the checkpoint, SGD here",
+        "'v' is missing",
         "server_compressor is TopK(ratio=0.1, block=30) in the checkpoint, Identity() here",
         "dtype is torch.float32 in the checkpoint, torch.float64 here",
         "one of 8 ranks with exchange='sharded', here are 2",

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import saef
 from saef.comm.agreement import checksum
 from support.ranks import RankPool
-from support.training import Job, batch, make_net, wrap
+from support.training import ADAMW, MOMENTUM, Job, batch, make_net, wrap
 
 ODD = 2  # the rank that differs
 
@@ -54,8 +54,8 @@ def groups(group: dist.ProcessGroup, odd: bool) -> None:
     saef.SAEFState(nn.ModuleList([a, b]), optimizer, process_group=group)
 
 
-def first_step(group: dist.ProcessGroup, odd: bool, **options: Any) -> None:
-    _, model, optimizer, _ = wrap(group, Job(groups=[{"momentum": 0.9}]))
+def first_step(group: dist.ProcessGroup, odd: bool, job: Job = Job(groups=[MOMENTUM]), **options: Any) -> None:
+    _, model, optimizer, _ = wrap(group, job)
     optimizer.param_groups[0].update(options if odd else {})
     train(group, model, optimizer, range(1))
 
@@ -80,6 +80,7 @@ def lr_later(group: dist.ProcessGroup, odd: bool) -> None:
     train(group, model, optimizer, range(2, 6))
 
 
+ADAM = Job(groups=[ADAMW], optimizer="AdamW")
 HERE = f"rank 0 has .*rank {ODD} has "
 CASES: list[tuple[Callable[..., None], dict[str, Any], str]] = [
     (setting, {"name": "compressor", "value": saef.TopK(0.5)}, f"compressor: {HERE}TopK"),
@@ -97,6 +98,9 @@ CASES: list[tuple[Callable[..., None], dict[str, Any], str]] = [
     (first_step, {"lr": 0.7}, f"differ at step 0: .*optimizer: {HERE}.*lr=0.7"),
     (first_step, {"momentum": 0.7}, f"optimizer: {HERE}.*momentum=0.7"),
     (first_step, {"nesterov": True}, f"optimizer: {HERE}.*nesterov=True"),
+    (first_step, {"job": ADAM, "betas": (0.7, 0.95)}, f"optimizer: {HERE}.*beta1=0.7"),
+    (first_step, {"job": ADAM, "weight_decay": 0.5}, f"optimizer: {HERE}.*decay_at_x=0.5"),
+    (setting, {"name": "noise_correction", "value": False}, f"noise_correction: {HERE}False"),
     (weights, {"steps": 0, "audit_every": None}, f"at step 0: .*checksum of the weights x: {HERE}'[0-9a-f]{{16}}'"),
     (weights, {"steps": 4, "audit_every": 5}, f"differ at step 5: .*checksum of the weights x: {HERE}"),
     (weights, {"steps": 5, "audit_every": 1}, f"differ at step 5: .*checksum of the weights x: {HERE}"),

@@ -13,12 +13,13 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import saef
 from saef.hooks import saef_hook
 from support.ranks import RankPool
-from support.training import batch, flat, make_net
+from support.training import ADAMW, batch, flat, make_net
 
 pytestmark = pytest.mark.slow
 
 TOPK = {"compressor": saef.TopK(0.2, block=20), "exchange": "sharded", "averaging": saef.Rotating(3)}
 SIGN = {"compressor": saef.ScaledSign(block=20), "exchange": "replicated", "max_grad_norm": 0.3}
+ADAM = {**TOPK, "optimizer": "AdamW"}
 
 
 class Run:
@@ -33,7 +34,10 @@ class Run:
         self.rank, self.scaler, self.dtype, self.autocast = dist.get_rank(group), scaler, dtype, autocast
         self.net = make_net(dtype)
         self.model = DDP(self.net, process_group=group, bucket_cap_mb=0.0005)
-        self.optimizer = torch.optim.SGD(self.net.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
+        settings = dict(settings)
+        kind = settings.pop("optimizer", "SGD")
+        of_rule = {"momentum": 0.9, "lr": 0.05} if kind == "SGD" else {**ADAMW, "lr": 0.01}
+        self.optimizer = getattr(torch.optim, kind)(self.net.parameters(), weight_decay=1e-3, **of_rule)
         self.state = saef.SAEFState(self.model, self.optimizer, grad_scaler=scaler, **settings)
         self.model.register_comm_hook(self.state, saef_hook)
 
@@ -76,7 +80,7 @@ def train_scaled(group: dist.ProcessGroup, settings: dict[str, Any], scaled: boo
     return [flat(run.net), run.state.e, run.state.m, run.state.e_server]
 
 
-@pytest.mark.parametrize("settings", [TOPK, SIGN], ids=["top-k", "sign and clipping"])
+@pytest.mark.parametrize("settings", [TOPK, SIGN, ADAM], ids=["top-k", "sign and clipping", "adamw"])
 @pytest.mark.parametrize("parts", [1, 2])
 def test_a_scale_changes_no_bit(pool: RankPool, settings: dict[str, Any], parts: int) -> None:
     """In float32 a scale is a power of two that is multiplied and divided exactly, clipping included."""
@@ -85,13 +89,16 @@ def test_a_scale_changes_no_bit(pool: RankPool, settings: dict[str, Any], parts:
         assert all(torch.equal(v, w) for v, w in zip(a, b, strict=True))
 
 
-def overflow(group: dist.ProcessGroup, poison: dict[tuple[int, int], float]) -> tuple[list[float], list[Tensor], int]:
-    run = Run(group, TOPK, scaler(growth_interval=5))
+def overflow(
+    group: dist.ProcessGroup, settings: dict[str, Any], poison: dict[tuple[int, int], float]
+) -> tuple[list[float], list[Tensor], int]:
+    run = Run(group, settings, scaler(growth_interval=5))
     scales = run.train(range(20), poison)
     return scales, [flat(run.net), run.state.e], run.state.skipped
 
 
-def test_an_overflow_on_one_rank_lowers_the_scale_of_all(pool: RankPool) -> None:
+@pytest.mark.parametrize("settings", [TOPK, ADAM], ids=["sgd", "adamw"])
+def test_an_overflow_on_one_rank_lowers_the_scale_of_all(pool: RankPool, settings: dict[str, Any]) -> None:
     """Ranks 0 and 2 overflow in steps 7 and 12; torch's rule: halve, and start to count again."""
     poison = {(0, 7): 1e38, (2, 12): float("inf")}
     expected, scale, good = [], 2.0**10, 0
@@ -101,7 +108,7 @@ def test_an_overflow_on_one_rank_lowers_the_scale_of_all(pool: RankPool) -> None
         scale *= 0.5 if bad else 2.0 if good == 5 else 1.0
         good %= 5
         expected.append(scale)
-    runs = pool.run(overflow, poison, ranks=3)
+    runs = pool.run(overflow, settings, poison, ranks=3)
     for scales, (x, _), skipped in runs:
         assert scales == expected and skipped == 2
         assert torch.equal(x, runs[0][1][0])
@@ -136,8 +143,8 @@ def test_float16_trains_as_float32(pool: RankPool, dtype: torch.dtype) -> None:
     assert abs(sum(losses[-50:]) / sum(full[-50:]) - 1) < 0.05 and sum(losses[-50:]) < 0.7 * sum(losses[:50])
 
 
-def resume(group: dist.ProcessGroup) -> bool:
-    run, other = (Run(group, TOPK, scaler(growth_interval=3)) for _ in range(2))
+def resume(group: dist.ProcessGroup, settings: dict[str, Any]) -> bool:
+    run, other = (Run(group, settings, scaler(growth_interval=3)) for _ in range(2))
     run.train(range(8), {(1, 5): float("nan")})
     saved = (run.state.state_dict(), run.scaler and run.scaler.state_dict(), copy.deepcopy(run.optimizer.state_dict()))
     run.train(range(8, 16), {(0, 9): float("nan")})
@@ -150,8 +157,9 @@ def resume(group: dist.ProcessGroup) -> bool:
     return torch.equal(flat(run.net), flat(other.net)) and torch.equal(run.state.e, other.state.e)
 
 
-def test_resuming_with_a_scaler_is_bit_for_bit(pool: RankPool) -> None:
-    assert pool.run(resume, ranks=2) == [True, True]
+@pytest.mark.parametrize("settings", [TOPK, ADAM], ids=["sgd", "adamw"])
+def test_resuming_with_a_scaler_is_bit_for_bit(pool: RankPool, settings: dict[str, Any]) -> None:
+    assert pool.run(resume, settings, ranks=2) == [True, True]
 
 
 # ---- refused ------------------------------------------------------------------------------------------------

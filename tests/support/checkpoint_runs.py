@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import saef
 from saef.hooks import saef_hook
-from support.training import batch
+from support.training import ADAMW, batch
 
 END = 100  # steps
 # Seconds, and the ranks' comparing each other once more after loading.
@@ -32,15 +32,21 @@ class Net(nn.Module):
 
 
 class Run:
-    """A training job that can be saved and loaded."""
+    """A training job that can be saved and loaded; `settings` of the state, and "optimizer": SGD, or another."""
 
     def __init__(self, group: dist.ProcessGroup, settings: dict[str, Any], dtype: torch.dtype = torch.float32) -> None:
         self.rank, self.dtype, self.group = dist.get_rank(group), dtype, group
         self.model = DDP(Net().to(dtype), process_group=group, bucket_cap_mb=0.0005)
         weights = [p for p in self.model.parameters() if p.dim() > 1]
         rest = [p for p in self.model.parameters() if p.dim() <= 1]
-        groups = [{"params": weights, "weight_decay": 1e-3}, {"params": rest, "nesterov": True}]
-        self.optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+        settings = dict(settings)
+        kind = settings.pop("optimizer", "SGD")
+        groups = [
+            {"params": weights, "weight_decay": 1e-3},
+            {"params": rest, **({"nesterov": True} if kind == "SGD" else {})},
+        ]
+        of_rule = {"momentum": 0.9} if kind == "SGD" else ADAMW
+        self.optimizer = getattr(torch.optim, kind)(groups, lr=0.1, **of_rule)
         self.scheduler = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, 0.1, END, cycle_momentum=True)
         self.state = saef.SAEFState(self.model, self.optimizer, **settings)
         self.model.register_comm_hook(self.state, saef_hook)

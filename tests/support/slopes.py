@@ -9,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import saef
 from saef.hooks import saef_hook
+from support.training import ADAMW
 
 SHAPES = [(5, 3), (1,), (0,), (33,), (), (2, 0, 3)]
 
@@ -35,9 +36,13 @@ def slope(k: int, t: int, scale: float = 1.0) -> list[Tensor]:
 
 def setup(
     group: dist.ProcessGroup, dtype: torch.dtype, start: float, momentum: float, options: dict[str, Any]
-) -> tuple[nn.Module, torch.optim.SGD, saef.SAEFState]:
+) -> tuple[nn.Module, torch.optim.Optimizer, saef.SAEFState]:
+    """`options` of the state, and "optimizer": the name of its class, with momentum if that is SGD."""
     model = DDP(Slope(dtype, start), process_group=group, bucket_cap_mb=0.0001)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=momentum)
+    options = dict(options)
+    kind = options.pop("optimizer", "SGD")
+    of_rule = {"momentum": momentum} if kind == "SGD" else ADAMW
+    optimizer = getattr(torch.optim, kind)(model.parameters(), lr=0.1, **of_rule)
     state = saef.SAEFState(model, optimizer, **options)
     model.register_comm_hook(state, saef_hook)
     return model, optimizer, state
