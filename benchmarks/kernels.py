@@ -12,6 +12,8 @@ from machine import describe, interleaved, table
 from torch import Tensor
 
 import saef
+from saef.rules import AdamW
+from saef.rules.rule import table as hyper_table
 from saef.rules.sgd import PLAIN, SGD
 from saef.wire.codec import Block, block_ranges, lay_out
 from saef.wire.compressors import Code
@@ -92,6 +94,9 @@ def main() -> None:
     g, m, e, x = (torch.randn(n, device=device) for _ in range(4))
     hyper = torch.tensor([PLAIN._replace(lr=0.1, momentum=0.9)], dtype=torch.float32, device=device)
     update, worker = Update(SGD.kind, hyper, step_ahead=1.0, feedback=True), Worker(g, m[None], e, x)
+    groups = AdamW().read(torch.optim.AdamW([g], lr=1e-3), step=100, workers=4)
+    adamw = Update(AdamW.kind, hyper_table(groups, torch.float32, device), step_ahead=1.0, feedback=True)
+    moments = worker._replace(m=torch.stack([m, m.square()]))
     sign, topk = saef.ScaledSign(block=block), saef.TopK(0.01, block=block)
     scratch = torch.empty_like(g)
     bits = [torch.randint(256, (-(-n // 8),), dtype=torch.uint8, device=device) for _ in range(4)]
@@ -100,6 +105,8 @@ def main() -> None:
         "copy into existing memory": lambda: scratch.copy_(g),
         "sign: update, correct, scale, pack, residual": compress_path(n, sign, update, worker),
         "top-1 %: update, correct, select, residual": compress_path(n, topk, update, worker),
+        "AdamW, sign: the same": compress_path(n, sign, adamw, moments),
+        "AdamW, top-1 %: the same": compress_path(n, topk, adamw, moments),
         "sign: decode and sum 4 messages": decode_and_sum(n, sign, 4, device),
         "top-1 %: decode and sum 4 messages": decode_and_sum(n, topk, 4, device),
         "torch operations: sign": lambda: torch_sign_chain(g, m, e),

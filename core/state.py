@@ -17,7 +17,7 @@ from . import checkpoint, telemetry
 from .comm.exchange import Strategy
 from .comm.transport import Transport
 from .protocols.averaging import Averaging
-from .step.arguments import Exchange, ServerCompressor, WeightDecayMode, check_keywords
+from .step.arguments import Exchange, ServerCompressor, ServerStepAhead, WeightDecayMode, check_keywords
 from .step.engine import Engine, logger
 from .step.memory import all_server_errors
 from .step.settings import Settings
@@ -34,7 +34,8 @@ class SAEFState:
     eps, weight_decay and maximize, read at every step; its own arithmetic is replaced.
 
     Between steps the parameters are x, the same bits on every rank. From the first training forward
-    of a step (module in training mode, gradients enabled) to the optimizer step they are x - s e_k.
+    of a step (module in training mode, gradients enabled) to the optimizer step they are x - s e_k, or
+    x - s (e_k + e).
     A forward without gradients or in evaluation mode, and state_dict(), put x back first. A parameter
     that no rank used in a step counts as one with a zero gradient.
 
@@ -61,6 +62,11 @@ class SAEFState:
             steps; None: only at the first step, and at the first after a checkpoint was loaded.
         noise_correction: of AdamW and Adam: v estimates the second moment of the mean gradient (`saef.rules.adamw`);
             False: of this worker's own, which is up to K times larger.
+        server_step_ahead: full step ahead, x_half = x - s (e_k + e), by the server's error too
+            (`saef.step.server_ahead`). "auto": with AdamW or Adam and a sign compressor, among at most 32 ranks if
+            sharded.
+        error_decay: beta; all errors are multiplied by it after each step, so that x~ moves by
+            (1 - beta) (e + mean_k e_k) more.
         grad_scaler: the torch.amp.GradScaler that scales the loss, for float16. saef divides by the scale
             before clipping and momentum; call scaler.step(optimizer) and scaler.update() as ever.
         process_group: the ranks that train together; None: the model's (DDP), or the default group.
@@ -93,6 +99,8 @@ class SAEFState:
         max_consecutive_skips: int | None = 10,
         audit_every: int | None = None,
         noise_correction: bool = True,
+        server_step_ahead: ServerStepAhead = "auto",
+        error_decay: float = 1.0,
         grad_scaler: GradScaler | None = None,
         process_group: torch.distributed.ProcessGroup | None = None,
         transport: Transport | None = None,
@@ -108,6 +116,8 @@ class SAEFState:
             max_consecutive_skips,
             audit_every,
             noise_correction,
+            server_step_ahead,
+            error_decay,
         )
         self.engine = Engine(model, optimizer, settings, grad_scaler, process_group, transport)
 
@@ -255,8 +265,9 @@ class SAEFState:
             mean_error_norm                  ||e'||
             server_error_norm                ||e||
             mismatch_eq9                     ||e + e'||^2, SAEF eq. (9) without L^2 and sigma^2; also ||x - x~||^2
-            mismatch_eq10                    mean_k ||e + e' - s e_k||^2, eq. (10) likewise
-            mean_gradient_mismatch           ||e + e' - s e'||: how far from x~ the mean gradient is taken
+            mismatch_eq10                    mean_k ||e + e' - s e_k||^2, eq. (10) likewise; of what x_half is
+            mean_gradient_mismatch           ||e + e' - s e'||: how far from x~ the mean gradient is taken; with full
+                                             step ahead ||(1 - s) (e + e')||
             stationary_distance              mean_k ||e_k - e'||^2 (MixML section 6)
             delta/LAYER                      Assumption 4: 1 - ||D - C(D)||^2 / ||D||^2 of each layer's last
                                              message, mean over ranks; between optimizer.step() and the next forward

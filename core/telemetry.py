@@ -86,6 +86,7 @@ def _method(memory: Memory, context: Context) -> str:
         return f"plain {_rule(context, 'momentum ' * momentum)}"
     s = settings.step_ahead
     method = "SAEF" if s == 1 else "EF" if s == 0 else f"SA-PEF (step_ahead={s})"
+    method += " (full step ahead)" if context.server_ahead else ""
     return method if isinstance(context.rule, SGD) else f"{method} with {_rule(context)}"
 
 
@@ -104,15 +105,19 @@ def diagnose(memory: Memory, context: Context, committed: Sequence[tuple[Tensor,
         return {}
     transport, device, s, e = context.transport, context.weights.device, context.settings.step_ahead, memory.e
     deltas = _quality(memory, context, committed)
-    mean = e.clone()
+    mean, full = e.clone(), context.server_ahead > 0
 
     def together() -> tuple[Tensor, list[dict[str, float]]]:
         transport.mean(mean, "telemetry")
         server = all_server_errors(memory, context, "telemetry")
         server = server if server.numel() else torch.zeros_like(mean)
+        ahead = s * e
+        for b in context.placement.blocks.served_by(context.placement.rank):
+            at = slice(b.state, b.state + b.numel)
+            ahead[at] += context.server_ahead * server[at]
         mine = {
             "error": _square(e),
-            "worker mismatch": _square(server + mean - s * e),
+            "worker mismatch": _square(server + mean - ahead),
             "distance": _square(e - mean),
             **deltas,
         }
@@ -131,17 +136,17 @@ def diagnose(memory: Memory, context: Context, committed: Sequence[tuple[Tensor,
         "server_error_norm": _square(server) ** 0.5,
         "mismatch_eq9": _square(server + mean),
         "mismatch_eq10": average("worker mismatch"),
-        "mean_gradient_mismatch": _square(server + mean - s * mean) ** 0.5,
+        "mean_gradient_mismatch": _square(server + mean - s * (mean + full * server)) ** 0.5,
         "stationary_distance": average("distance"),
         **{name: average(name) for name in deltas},
     }
 
 
 def _quality(memory: Memory, context: Context, committed: Sequence[tuple[Tensor, Tensor]]) -> dict[str, float]:
-    """delta/LAYER: 1 - ||D - C(D)||^2 / ||D||^2 of this rank's last message (D - C(D) is e)."""
+    """delta/LAYER: 1 - ||D - C(D)||^2 / ||D||^2 of this rank's last message (D - C(D) is e, before it decays)."""
     if not committed:
         return {}
-    weights, e, found = context.weights, memory.e, {}
+    weights, e, found = context.weights, memory.e / context.settings.error_decay, {}
     minus_sent, once = torch.zeros_like(e), torch.ones(1 + max(weights.groups), dtype=e.dtype, device=e.device)
     for table, message in committed:
         kernels.select(e.device).subtract(table, once, message, minus_sent)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, TypedDict, cast, final
 import torch
 
 import saef
-from saef.step.arguments import Agreed, Exchange, WeightDecayMode, check_known, nearest
+from saef.step.arguments import Agreed, Exchange, ServerStepAhead, WeightDecayMode, check_known, nearest
 from saef.step.settings import Settings
 
 
@@ -93,6 +93,8 @@ class Params(TypedDict, total=False):
     max_consecutive_skips: int | None
     audit_every: int | None
     noise_correction: bool
+    server_step_ahead: ServerStepAhead
+    error_decay: float
 
 
 RULE = {"type": "sgd"}

@@ -31,6 +31,7 @@ class Algorithm:
     def __init__(self, context: Context, memory: Memory, rule: LocalRule, clock: Clock) -> None:
         self._weights, self._transport, self._placement = context.weights, context.transport, context.placement
         self._memory, self._rule, self._clock = memory, rule, clock
+        self._error_decay = context.settings.error_decay
         self._clips = context.settings.max_grad_norm is not None
         self._kernels = kernels.select(context.weights.device)
 
@@ -112,4 +113,4 @@ class Algorithm:
                 own = replies.narrow(0, sum(plan.reply_bytes[:at]), plan.reply_bytes[at])
                 self._kernels.settle(plan.receive.table, plan.reply.table, b.received[0], memory.e_server, own)
             self._weights.commit(plan, update, rates, self._worker(b), b.message, replies)
-        memory.commit()
+        memory.commit(self._error_decay)

@@ -19,6 +19,7 @@ from ..wire.compressors import Compressor
 ServerCompressor = Compressor | Literal["same"] | None
 WeightDecayMode = Literal["coupled", "outer"]
 Exchange = Literal["auto", Strategy]
+ServerStepAhead = bool | Literal["auto"]
 
 
 # -- types: `**settings: Unpack[StateSettings]`, or of those parts that a function takes -------------------------------
@@ -34,6 +35,7 @@ class Free(TypedDict, total=False):
     max_consecutive_skips: int | None
     audit_every: int | None
     noise_correction: bool
+    error_decay: float
 
 
 class Agreed(Free, total=False):
@@ -42,6 +44,7 @@ class Agreed(Free, total=False):
     compressor: Compressor
     step_ahead: float
     weight_decay_mode: WeightDecayMode
+    server_step_ahead: ServerStepAhead
 
 
 class Scaled(TypedDict, total=False):

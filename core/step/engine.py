@@ -42,6 +42,7 @@ from .local_rule import LocalRule
 from .loss_scale import LossScale
 from .memory import Context, Memory
 from .prepared import Bucket, Prepared
+from .server_ahead import ServerAhead
 from .settings import Settings
 from .unwrap import innermost, unwrap_model, unwrap_optimizer
 from .watch import Watch, check_model
@@ -125,6 +126,8 @@ class Engine:
         self.weights = weights
         self.context = Context.create(weights, self._settings, self.rule.rule, self.transport)
         self.memory: Memory = Memory.create(self.context) if old is None else carry(self.memory, old, self.context)
+        if rate := self.context.server_ahead:
+            weights.server = ServerAhead(self.context.placement, self.memory.e_server, rate)
         self.rule.grow(self.memory, self.rule.read(self.memory.steps))
         self._kept = Kept(self.context, self.memory)
         self._algorithm = Algorithm(self.context, self.memory, self.rule, self.clock)
@@ -194,6 +197,8 @@ class Engine:
             self._kept.follow(self._optimizer)
             self.committed = []
             averaged = self._averaging.make(memory.steps, memory.e)
+            if self._settings.error_decay != 1.0:
+                averaged = slice(0, memory.e.numel())  # all have changed since the commit made x_half
         weights.step_ahead(memory.e, averaged)
         self._begun = True
         self._attachment.come_last()

@@ -11,12 +11,14 @@ from torch import Tensor
 
 from ..comm.exchange import choose
 from ..comm.transport import Purpose, Transport
-from ..rules import Rule
+from ..rules import AdamW, Rule
 from ..wire.codec import message_bytes
-from ..wire.compressors import DENSE, Compressor
+from ..wire.compressors import DENSE, SIGN, Compressor
 from ..wire.plan import Placement, place
 from .settings import Settings
 from .weights import Weights
+
+MOST_SHARDED = 32  # ranks up to which the sharded form of full step ahead was seen to be no worse than none
 
 
 class Context(NamedTuple):
@@ -56,6 +58,19 @@ class Context(NamedTuple):
         """Whether any error can be other than 0: not where all that travels is uncompressed."""
         dense = self._dense(self.settings.compressor) and self._dense(self.settings.reply_compressor)
         return self.settings.feedback and not dense
+
+    @property
+    def server_ahead(self) -> float:
+        """s' of `saef.step.server_ahead`; 0 where the server's error is not stepped ahead by, or there is none."""
+        chosen, ranks = self.settings.server_step_ahead, self.transport.size
+        sharded = self.placement.strategy == "sharded"
+        if chosen == "auto":
+            kinds = {self.settings.compressor.for_tensor(n).kind for n in self.weights.numels}
+            signs = SIGN in kinds and kinds <= {SIGN, DENSE}
+            chosen = isinstance(self.rule, AdamW) and signs and (not sharded or ranks <= MOST_SHARDED)
+        if not chosen or not self.serves_with_error:
+            return 0.0
+        return self.settings.step_ahead * (ranks if sharded else 1)
 
     def _dense(self, compressor: Compressor) -> bool:
         return all(compressor.for_tensor(n).kind == DENSE for n in self.weights.numels)
@@ -112,8 +127,11 @@ class Memory:
         if decay and not self.m_decay.numel():
             self.m_decay = self.m_decay.new_zeros(numel)
 
-    def commit(self) -> None:
-        """A step has happened."""
+    def commit(self, error_decay: float) -> None:
+        """A step has happened. All errors are multiplied by `error_decay`."""
+        if error_decay != 1.0:
+            self.e.mul_(error_decay)
+            self.e_server.mul_(error_decay)
         self.steps += 1
         self.skipped_in_a_row = 0
 

@@ -8,7 +8,7 @@ from typing import final, get_args
 
 from ..protocols.averaging import Averaging
 from ..wire.compressors import Compressor, Identity
-from .arguments import Exchange, ServerCompressor, WeightDecayMode, nearest
+from .arguments import Exchange, ServerCompressor, ServerStepAhead, WeightDecayMode, nearest
 
 
 @final
@@ -29,6 +29,8 @@ class Settings:
     max_consecutive_skips: int | None
     audit_every: int | None
     noise_correction: bool
+    server_step_ahead: ServerStepAhead
+    error_decay: float
 
     def __post_init__(self) -> None:
         if not isinstance(self.compressor, Compressor):
@@ -49,6 +51,7 @@ class Settings:
                 raise ValueError(f"{field} must be one of {allowed}, got {value!r}{nearest(value, allowed)}")
         if not isinstance(self.noise_correction, bool):
             raise TypeError(f"noise_correction must be True or False, got {self.noise_correction!r}")
+        self._check_ahead()
         norm = self.max_grad_norm
         if norm is not None and (not _number(norm) or not 0.0 < norm < float("inf")):
             raise ValueError(f"max_grad_norm must be a positive number, or None, got {self.max_grad_norm!r}")
@@ -61,16 +64,30 @@ class Settings:
                 raise ValueError(f"{field} must be an integer >= {least} ({meaning}), or None, got {count!r}")
         self._check_feedback()
 
+    def _check_ahead(self) -> None:
+        full = self.server_step_ahead
+        if not isinstance(full, bool) and full != "auto":
+            raise ValueError(f'server_step_ahead must be "auto", True or False, got {full!r}{nearest(full, ["auto"])}')
+        if full is True and not self.step_ahead:
+            raise ValueError(
+                "server_step_ahead=True steps ahead by step_ahead times the server's error too, and step_ahead is 0: "
+                "leave one of the two out"
+            )
+        if not _number(self.error_decay) or not 0.0 < self.error_decay <= 1.0:
+            raise ValueError(f"error_decay must be in (0, 1] (1: errors stay as they are), got {self.error_decay!r}")
+
     def _check_feedback(self) -> None:
         if self.feedback != self.reply_compressor.feedback:
             raise ValueError(
                 f"{self.compressor} and {self.reply_compressor} do not go together: a majority vote votes both ways; "
                 'use MajorityVote() with server_compressor="same"'
             )
-        if not self.feedback and (self.step_ahead or self.averaging is not None or not self.outer):
+        decays = self.error_decay != 1.0
+        if not self.feedback and (self.step_ahead or self.averaging is not None or not self.outer or decays):
             raise ValueError(
-                "MajorityVote keeps no error, so there is nothing to step ahead or to average, and its weight decay "
-                'is outside the vote: use step_ahead=0, averaging=None, weight_decay_mode="outer" '
+                "MajorityVote keeps no error, so there is nothing to step ahead, to average or to decay, and its "
+                "weight decay is outside the vote: use step_ahead=0, averaging=None, error_decay=1, "
+                'weight_decay_mode="outer" '
                 "(as saef.hooks.signsgd_majority_vote does)"
             )
 

@@ -39,6 +39,7 @@ class Copies(Weights):
         with torch.no_grad():
             for p, x in zip(self.parameters, self.views, strict=True):
                 x.copy_(p)
+        self._half = self.flat  # x_half, where it takes more than x and e: with `server`
 
     @torch.no_grad()
     def take_over(self, old: Weights) -> None:
@@ -53,7 +54,7 @@ class Copies(Weights):
         return self.flat
 
     def x_half(self) -> tuple[Tensor, float]:
-        return self.flat, self.s
+        return (self.flat, self.s) if self.server is None else (self._half, 0.0)
 
     @torch.no_grad()
     def absorb(self) -> None:
@@ -69,9 +70,15 @@ class Copies(Weights):
 
     def _derive(self, e: Tensor, averaged: slice) -> None:
         self._cut_errors(e)  # x_half is made when it is shown
+        if self.server is not None:  # or here, in a vector of its own
+            self._half = step_ahead(self.flat, e, self.s)
+            self.server.step(self._half)
 
     @torch.no_grad()
     def _show_half(self) -> None:
+        if self.server is not None:
+            torch._foreach_copy_(self.parameters, self.cut(self._half))
+            return
         for p, x, error in zip(self.parameters, self.views, self._errors, strict=True):
             p.copy_(step_ahead(x, error, self.s))
 
@@ -193,6 +200,8 @@ class OnCPU(Swaps):
                     torch.sub(x, errors[i], out=half)  # as below, without a temporary
                 else:
                     half.copy_(step_ahead(x, errors[i], self.s) if errors else x)
+                if self.server is not None:
+                    self.server.step(self.flat, i)
         self._made_from = found
 
     def follow(self, e: Tensor) -> None:
@@ -201,6 +210,8 @@ class OnCPU(Swaps):
 
     def committed(self) -> None:
         super().committed()
+        if self.server is not None:
+            self.server.step(self.flat)  # what `advance` has made is x - s e_k
         self._marks, self._made_from = self._marks_now(), self._to_come
         self._to_come = torch.zeros_like(self._to_come)
 
@@ -224,6 +235,8 @@ class OnCUDA(Swaps):
 
     def _derive(self, e: Tensor, averaged: slice) -> None:
         self._kernels.step_ahead(self._whole, self._at_x(self._whole), self._memory, e, self.flat, self.s)
+        if self.server is not None:
+            self.server.step(self.flat)
 
     def commit(
         self, plan: Plan, update: Update, rates: Tensor, worker: Worker, message: Tensor, replies: Tensor

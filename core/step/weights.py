@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..wire import kernels
 from ..wire.kernels.table import Update, Worker
 from ..wire.plan import Plan
+from .server_ahead import ServerAhead
 
 FIRST_HALF, NEXT_HALF = 1 << 30, 16  # versions of the x_half: from where on, and how far apart (writes in between show)
 
@@ -36,6 +37,7 @@ class Weights(ABC):
     Attributes:
         names, parameters, groups: of each trainable parameter: name (without what DDP and torch.compile put
             before it), tensor, index of its param group.
+        server: steps x_half ahead by the server's error too, if it is to.
         ahead: whether the parameters are x_half. number: of that x_half; another after every change of it.
         numels, offsets: size, and where it begins in a flat vector. Entries lie there in the parameter's
             memory order, as in DDP's buckets. flat, views: such a vector, and as it is cut.
@@ -54,6 +56,7 @@ class Weights(ABC):
         self.flat = torch.empty(sum(self.numels), dtype=self.dtype, device=self.device)
         self.views = cut(self.flat, self.parameters)
         self.s = s
+        self.server: ServerAhead | None = None
         self.ahead = False
         self.number = 0
         self._kernels = kernels.select(self.device)

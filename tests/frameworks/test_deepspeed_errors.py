@@ -62,7 +62,10 @@ CONFIGS: dict[str, tuple[dict[str, Any], list[str]]] = {
 # The optimizer's params: (what is set, what the error says).
 PARAMS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "a list": (["lr", 0.1], ["optimizer.params must be an object", "got ['lr', 0.1]"]),  # type: ignore[dict-item]
-    "unknown key": ({"betas": [0.9, 0.999]}, ["optimizer.params: 'betas' is unknown; expected 'rule', 'lr', 'momentum'"]),
+    "unknown key": (
+        {"betas": [0.9, 0.999]},
+        ["optimizer.params: 'betas' is unknown; expected 'rule', 'lr', 'momentum'"],
+    ),
     "misspelt key": ({"momentun": 0.9}, ["'momentun' is unknown (did you mean 'momentum'?)"]),
     "dampening": ({"dampening": 0.1}, ["'dampening' is unknown"]),
     "word for lr": ({"lr": "auto"}, ["optimizer.params.lr must be a number, got 'auto'"]),

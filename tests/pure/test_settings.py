@@ -51,6 +51,8 @@ DEFAULTS = {
     "max_consecutive_skips": 10,
     "audit_every": None,
     "noise_correction": True,
+    "server_step_ahead": "auto",
+    "error_decay": 1.0,
 }
 VOTE = {"compressor": MajorityVote(), "step_ahead": 0.0, "weight_decay_mode": "outer"}
 
@@ -67,7 +69,8 @@ def test_the_state_has_these_defaults():
      {"max_consecutive_skips": 0}, {"max_consecutive_skips": None}, {"audit_every": 1},
      {"exchange": "sharded"}, {"exchange": "replicated"}, {"max_grad_norm": 1e-3}, {"max_grad_norm": 1},
      {"compressor": MinSize(4096, TopK(0.01))}, {**VOTE, "server_compressor": MajorityVote()},
-     {"compressor": Identity(), "server_compressor": Identity()}, {"noise_correction": False}],
+     {"compressor": Identity(), "server_compressor": Identity()}, {"noise_correction": False},
+     {"server_step_ahead": True}, {"server_step_ahead": False, "step_ahead": 0}, {"error_decay": 0.95}],
 )  # fmt: skip
 def test_what_can_be_honoured_is_accepted(changed):
     assert Settings(**{**DEFAULTS, **changed})
@@ -110,6 +113,11 @@ REFUSED = [
     ("max_consecutive_skips", -1, ValueError, "max_consecutive_skips must be an integer >= 0 .*, or None, got -1"),
     ("max_consecutive_skips", 1.0, ValueError, "max_consecutive_skips must be an integer >= 0 .*, or None, got 1.0"),
     ("audit_every", 0, ValueError, r"audit_every must be an integer >= 1 \(steps between two audits\), or None, got 0"),
+    ("server_step_ahead", 1, ValueError, 'server_step_ahead must be "auto", True or False, got 1'),
+    ("server_step_ahead", "atuo", ValueError, r"got 'atuo' \(did you mean 'auto'\?\)"),
+    ("error_decay", 0.0, ValueError, r"error_decay must be in \(0, 1\] \(1: errors stay as they are\), got 0.0"),
+    ("error_decay", 1.1, ValueError, r"error_decay must be in \(0, 1\] .*, got 1.1"),
+    ("error_decay", True, ValueError, r"error_decay must be in \(0, 1\] .*, got True"),
     ("noise_correction", 1, TypeError, "noise_correction must be True or False, got 1"),
     ("audit_every", True, ValueError, "audit_every must be an integer >= 1 .*, or None, got True"),
 ]
@@ -137,11 +145,16 @@ def test_a_vote_goes_both_ways(changed):
 
 
 @pytest.mark.parametrize("changed", [{"step_ahead": 1.0}, {"step_ahead": 0.1}, {"averaging": AllReduce(20)},
-                                     {"weight_decay_mode": "coupled"}])  # fmt: skip
+                                     {"weight_decay_mode": "coupled"}, {"error_decay": 0.9}])  # fmt: skip
 def test_a_vote_keeps_no_error(changed):
-    advice = r'keeps no error.*use step_ahead=0, averaging=None, weight_decay_mode="outer" .*signsgd_majority_vote'
+    advice = r'use step_ahead=0, averaging=None, error_decay=1, weight_decay_mode="outer" .*signsgd_majority_vote'
     with pytest.raises(ValueError, match=advice):
         Settings(**{**DEFAULTS, **VOTE, **changed})
+
+
+def test_nothing_is_full_about_no_step_ahead():
+    with pytest.raises(ValueError, match="server_step_ahead=True steps ahead by step_ahead times .*step_ahead is 0"):
+        Settings(**{**DEFAULTS, "step_ahead": 0.0, "server_step_ahead": True})
 
 
 # --- names and words ----------------------------------------------------------------------------------------

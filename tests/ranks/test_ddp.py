@@ -2,15 +2,30 @@
 
 from itertools import combinations, product
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 import saef
+from saef.step import engine
+from saef.step.ways import Copies, OnCPU
 from support import reference
 from support.cases import close, job_of, reference_of, reference_settings, start
 from support.ranks import RankPool
-from support.training import ADAMW, MOMENTUM, Job, batch, flat, gradient, make_net, make_optimizer, train, wild_lrs
+from support.training import (
+    ADAMW,
+    MOMENTUM,
+    Job,
+    batch,
+    flat,
+    gradient,
+    make_net,
+    make_optimizer,
+    train,
+    wild_lrs,
+    wrap,
+)
 
 VALUES: dict[str, list[Any]] = {
     "ranks": [2, 4],
@@ -72,6 +87,86 @@ def test_ddp_equals_the_reference(pool: RankPool, case: dict[str, Any]) -> None:
         parts = torch.cat([run["e_server"] for run in runs])
         if parts.numel():
             close(parts.sort().values, expected.e_server.sort().values)
+
+
+FULL: list[dict[str, Any]] = [
+    {"rule": "momentum", "compressor": saef.ScaledSign(block=7), "step_ahead": 1.0, "averaging": None},
+    {"rule": "adam", "compressor": saef.ScaledSign(block=7), "step_ahead": 0.5, "averaging": saef.Rotating(4)},
+    {"rule": "adamw", "compressor": saef.TopK(0.3, block=10), "step_ahead": 1.0, "averaging": saef.AllReduce(5)},
+    {"rule": "nesterov", "compressor": saef.TopK(0.3, block=10), "step_ahead": 0.25, "averaging": None, "server": None},
+]
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.9])
+@pytest.mark.parametrize("exchange", ["replicated", "sharded"])
+@pytest.mark.parametrize("case", FULL, ids=lambda c: c["rule"])
+def test_full_step_ahead_and_decaying_errors_equal_the_reference(
+    pool: RankPool, case: dict[str, Any], exchange: str, beta: float
+) -> None:
+    """Coupled decay reads all of x_half; errors decay after a step here, and before the next one there."""
+    case = {"ranks": 3, "server": "same", "decay": "coupled", "exchange": exchange, **case}
+    case |= {"server_step_ahead": True, "error_decay": beta}
+    job, expected = job_of(case), reference_of(case)(reference_settings(case), start(), 3)
+    _, x, _ = reference.drive(expected, gradient, job.lrs)
+    for k, run in enumerate(pool.run(train, job, ranks=3)):
+        close(run["x"], x)
+        close(run["e"], beta * expected.e[k])
+
+
+def lead(group: Any, exchange: str, optimizer: str, way: str) -> float:
+    """The largest entry of mean_k x_half_k - x~ over 20 steps, at s = 1."""
+    settings = {"compressor": saef.ScaledSign(block=7), "exchange": exchange, "server_step_ahead": True}
+    with mock.patch.object(engine, "create", {"copies": Copies, "swaps": OnCPU}[way]):
+        net, model, chosen, state = wrap(group, Job(settings, [{"lr": 0.1}], optimizer))
+    worst = 0.0
+    for t in range(20):
+        x_tilde, (x, y) = state.x_tilde(), batch(torch.distributed.get_rank(group), t)
+        chosen.zero_grad()
+        loss = torch.nn.functional.mse_loss(model(x), y)
+        half = flat(net)
+        torch.distributed.all_reduce(half, group=group)
+        worst = max(worst, float((half / torch.distributed.get_world_size(group) - x_tilde).abs().max()))
+        loss.backward()
+        chosen.step()
+    assert float(state.e_server.abs().max()) > 1e-3
+    assert state.diagnose()["mean_gradient_mismatch"] < 1e-12 < state.diagnose()["server_error_norm"]
+    return worst
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
+@pytest.mark.parametrize("way", ["copies", "swaps"])
+@pytest.mark.parametrize("exchange", ["replicated", "sharded"])
+def test_with_full_step_ahead_the_mean_x_half_is_x_tilde(
+    pool: RankPool, exchange: str, way: str, optimizer: str
+) -> None:
+    """To 1e-12: x~ and the mean over three ranks take some ten operations on numbers of order 1."""
+    assert max(pool.run(lead, exchange, optimizer, way, ranks=3)) < 1e-12
+
+
+def leads(group: Any, settings: dict[str, Any], optimizer: str) -> tuple[float, str]:
+    _, _, _, state = wrap(group, Job(settings, optimizer=optimizer))
+    return state.engine.context.server_ahead, repr(state)
+
+
+LEADS: list[tuple[dict[str, Any], str, float]] = [  # settings, optimizer, s' among two ranks
+    ({"exchange": "replicated"}, "AdamW", 1.0),
+    ({"exchange": "sharded"}, "Adam", 2.0),
+    ({"exchange": "sharded", "step_ahead": 0.5}, "AdamW", 1.0),
+    ({"compressor": saef.MinSize(10, saef.ScaledSign()), "exchange": "replicated"}, "AdamW", 1.0),
+    ({"compressor": saef.TopK(0.1)}, "AdamW", 0.0),
+    ({"server_compressor": None}, "AdamW", 0.0),
+    ({"step_ahead": 0.0}, "AdamW", 0.0),
+    ({"server_step_ahead": False}, "AdamW", 0.0),
+    ({}, "SGD", 0.0),
+    ({"server_step_ahead": True, "exchange": "replicated"}, "SGD", 1.0),
+]
+
+
+def test_when_the_servers_error_is_stepped_ahead_by(pool: RankPool) -> None:
+    for settings, optimizer, expected in LEADS:
+        found, said = pool.run(leads, settings, optimizer, ranks=2)[0]
+        assert found == expected, settings
+        assert ("full step ahead" in said) == (expected > 0), said
 
 
 def test_every_named_value_and_pair_is_covered() -> None:
@@ -167,11 +262,16 @@ def train_plain(group: Any, job: Job) -> torch.Tensor:
 def test_float32_ranks_are_bit_identical_after_300_steps(
     pool: RankPool, optimizer: str, compressor: saef.Compressor
 ) -> None:
-    """And so are the two strategies: x never depends on who served."""
+    """And so are the two strategies: x depends on who served with full step ahead alone, which has two forms."""
     runs = []
     for exchange in ("replicated", "sharded"):
         job = Job(
-            state={"compressor": compressor, "exchange": exchange, "averaging": saef.Rotating(7)},
+            state={
+                "compressor": compressor,
+                "exchange": exchange,
+                "averaging": saef.Rotating(7),
+                "server_step_ahead": False,
+            },
             groups=[{**(MOMENTUM if optimizer == "SGD" else ADAMW), "weight_decay": 1e-3}],
             optimizer=optimizer,
             lrs=wild_lrs(300),

@@ -87,10 +87,17 @@ def train_with(group: dist.ProcessGroup, job: Job, way: str) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("averaging", [None, saef.Rotating(3), saef.AllReduce(4)])
-@pytest.mark.parametrize("step_ahead", [1.0, 0.5, 0.0])
-def test_copies_and_swaps_are_bit_identical(pool: RankPool, step_ahead: float, averaging: Any) -> None:
+@pytest.mark.parametrize(("step_ahead", "full"), [(1.0, False), (0.5, False), (0.0, False), (1.0, True), (0.5, True)])
+def test_copies_and_swaps_are_bit_identical(pool: RankPool, step_ahead: float, full: bool, averaging: Any) -> None:
     job = Job(
-        state={"compressor": saef.TopK(0.2, block=10), "step_ahead": step_ahead, "averaging": averaging},
+        state={
+            "compressor": saef.TopK(0.2, block=10),
+            "step_ahead": step_ahead,
+            "averaging": averaging,
+            "server_step_ahead": full,
+            "error_decay": 0.9 if full else 1.0,
+            "exchange": "sharded" if full else "auto",
+        },
         groups=[{"momentum": 0.9, "weight_decay": 1e-2}],
         lrs=wild_lrs(30),
         dtype=torch.float32,

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 import saef
+from saef.wire.plan import partition
 from support import reference
 from support.training import ADAMW, Job, make_net, wild_lrs
 
@@ -43,8 +44,18 @@ def reference_settings(case: dict[str, Any]) -> reference.Settings:
         nesterov=nesterov,
         weight_decay=[1e-2 if m else 1e-3 for m in matrix],
         weight_decay_mode=ADAM[case["rule"]][1] if case["rule"] in ADAM else case["decay"],
+        server_ahead=case.get("server_step_ahead", case["rule"] in ADAM and C is reference.scaled_sign),
+        servers=servers_of(case) if case["exchange"] == "sharded" else None,
+        error_decay=case.get("error_decay", 1.0),
         **ADAMW,
     )
+
+
+def servers_of(case: dict[str, Any]) -> list[int]:
+    """Which rank serves each block, in order."""
+    numels, up = [p.numel() for p in start()], case["compressor"]
+    down = up if case["server"] == "same" else case["server"] or saef.Identity()
+    return sum(partition(numels, [0] * len(numels), up, down, case["ranks"]).owner, [])
 
 
 def reference_of(case: dict[str, Any]) -> type[reference.SAEF]:
@@ -65,6 +76,7 @@ def job_of(case: dict[str, Any]) -> Job:
             "averaging": case["averaging"],
             "weight_decay_mode": "coupled" if adam else case["decay"],
             "exchange": case["exchange"],
+            **{key: case[key] for key in ("server_step_ahead", "error_decay") if key in case},
         },
         groups=[{**common, "weight_decay": 1e-2}, {**common, "weight_decay": 1e-3}],
     )

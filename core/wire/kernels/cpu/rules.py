@@ -155,20 +155,25 @@ def _adamw(h, s, feedback, store, g, m, v, e, x, D):  # type: ignore[no-untyped-
         for i in range(n):
             D[i] = g[i] * factor + (x[i] - e[i] * s) * decay
         g, factor = D, h.dtype.type(1)  # exact
-    if store:
+    if feedback and store:  # the usual case in one loop: four streams in, three out
         for i in range(n):
             d = g[i] * factor
             first, second = _first(a, d, m[i]), _second(a, d, m[i], v[i])
             m[i] = first
             v[i] = second
-            D[i] = _direction(a, first, second)
+            D[i] = e[i] + _direction(a, first, second) * lr
+    elif feedback:
+        for i in range(n):
+            d = g[i] * factor
+            D[i] = e[i] + _direction(a, _first(a, d, m[i]), _second(a, d, m[i], v[i])) * lr
     else:
         for i in range(n):
             d = g[i] * factor
-            D[i] = _direction(a, _first(a, d, m[i]), _second(a, d, m[i], v[i]))
-    if feedback:
-        for i in range(n):
-            D[i] = e[i] + D[i] * lr
+            first, second = _first(a, d, m[i]), _second(a, d, m[i], v[i])
+            if store:
+                m[i] = first
+                v[i] = second
+            D[i] = _direction(a, first, second)
 
 
 @helper
