@@ -105,7 +105,7 @@ def diagnose(memory: Memory, context: Context, committed: Sequence[tuple[Tensor,
         return {}
     transport, device, s, e = context.transport, context.weights.device, context.settings.step_ahead, memory.e
     deltas = _quality(memory, context, committed)
-    mean, full = e.clone(), context.server_ahead > 0
+    mean, rate = e.clone(), context.server_ahead
 
     def together() -> tuple[Tensor, list[dict[str, float]]]:
         transport.mean(mean, "telemetry")
@@ -114,7 +114,7 @@ def diagnose(memory: Memory, context: Context, committed: Sequence[tuple[Tensor,
         ahead = s * e
         for b in context.placement.blocks.served_by(context.placement.rank):
             at = slice(b.state, b.state + b.numel)
-            ahead[at] += context.server_ahead * server[at]
+            ahead[at] += rate * server[at]
         mine = {
             "error": _square(e),
             "worker mismatch": _square(server + mean - ahead),
@@ -136,7 +136,7 @@ def diagnose(memory: Memory, context: Context, committed: Sequence[tuple[Tensor,
         "server_error_norm": _square(server) ** 0.5,
         "mismatch_eq9": _square(server + mean),
         "mismatch_eq10": average("worker mismatch"),
-        "mean_gradient_mismatch": _square(server + mean - s * (mean + full * server)) ** 0.5,
+        "mean_gradient_mismatch": _square(server + mean - s * (mean + (rate > 0) * server)) ** 0.5,
         "stationary_distance": average("distance"),
         **{name: average(name) for name in deltas},
     }

@@ -46,7 +46,7 @@ def dist_ef_block_sgd(
     Raises:
         ValueError: unless momentum is 0 in all groups.
     """
-    if any(group["momentum"] for group in optimizer.param_groups):
+    if any(group.get("momentum") for group in optimizer.param_groups):
         raise ValueError("dist-EF-blockSGD has no momentum: use momentum=0, or the preset dist_ef_block_sgdm")
     return SAEFState(model, optimizer, compressor=compressor, step_ahead=0.0, weight_decay_mode="outer", **settings)
 
@@ -63,7 +63,7 @@ def dist_ef_block_sgdm(
     Raises:
         ValueError: unless all groups have momentum and nesterov=True.
     """
-    if not all(group["momentum"] and group["nesterov"] for group in optimizer.param_groups):
+    if not all(group.get("momentum") and group["nesterov"] for group in optimizer.param_groups):
         raise ValueError("dist-EF-blockSGDM is Nesterov's momentum: use SGD(..., momentum=0.9, nesterov=True)")
     return SAEFState(model, optimizer, compressor=compressor, step_ahead=0.0, weight_decay_mode="outer", **settings)
 
@@ -80,7 +80,7 @@ def signsgd_majority_vote(
     Raises:
         ValueError: unless momentum is 0 in all groups.
     """
-    if any(group["momentum"] for group in optimizer.param_groups):
+    if any(group.get("momentum") for group in optimizer.param_groups):
         raise ValueError("signSGD has no momentum: use momentum=0, or the preset signum_majority_vote")
     return SAEFState(model, optimizer, compressor=compressor, step_ahead=0.0, weight_decay_mode="outer", **settings)
 
@@ -97,6 +97,6 @@ def signum_majority_vote(
     Raises:
         ValueError: unless all groups have momentum, without Nesterov.
     """
-    if any(not group["momentum"] or group["nesterov"] for group in optimizer.param_groups):
+    if any(not group.get("momentum") or group["nesterov"] for group in optimizer.param_groups):
         raise ValueError("signum needs momentum (its beta) and nesterov=False: use SGD(..., momentum=0.9)")
     return SAEFState(model, optimizer, compressor=compressor, step_ahead=0.0, weight_decay_mode="outer", **settings)

@@ -238,8 +238,10 @@ def build(group: dist.ProcessGroup, what: str) -> None:
     optimizer: torch.optim.Optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     settings: dict[str, Any] = {}
     rank = dist.get_rank(group)
-    if what == "adam":
-        optimizer = torch.optim.Adam(net.parameters())
+    if what == "rmsprop":
+        optimizer = torch.optim.RMSprop(net.parameters())
+    elif what == "amsgrad":
+        optimizer = torch.optim.AdamW(net.parameters(), amsgrad=True)
     elif what == "dampening":
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, dampening=0.1)
     elif what == "missing":
@@ -265,7 +267,8 @@ def build(group: dist.ProcessGroup, what: str) -> None:
 @pytest.mark.parametrize(
     ("what", "error", "message"),
     [
-        ("adam", TypeError, r"needs torch\.optim\.SGD"),
+        ("rmsprop", TypeError, r"needs torch\.optim\.SGD, AdamW or Adam.*got RMSprop"),
+        ("amsgrad", ValueError, "amsgrad=False"),
         ("dampening", ValueError, "dampening=0"),
         ("missing", ValueError, "not in the optimizer"),
         ("foreign", ValueError, "not in the model"),
@@ -296,13 +299,18 @@ def test_presets_check_the_optimizer() -> None:
     net = make_net()
     plain = torch.optim.SGD(net.parameters(), lr=0.1)
     momentum = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    adamw = torch.optim.AdamW(net.parameters())
     for preset, optimizer in (
+        (dist_ef_block_sgd, adamw),
+        (dist_ef_block_sgdm, adamw),
+        (signsgd_majority_vote, adamw),
+        (signum_majority_vote, adamw),
         (dist_ef_block_sgd, momentum),
         (dist_ef_block_sgdm, momentum),
         (signsgd_majority_vote, momentum),
         (signum_majority_vote, plain),
     ):
-        with pytest.raises(ValueError, match="use"):
+        with pytest.raises(ValueError, match="use|leave weight_decay_mode out"):
             preset(net, optimizer)
 
 

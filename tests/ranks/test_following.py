@@ -69,12 +69,13 @@ def test_a_change_is_followed(pool: RankPool, change: Any, view: bool) -> None:
     pool.run(follow, change, view, ranks=2)
 
 
-def owed(group: dist.ProcessGroup, change: Callable[..., None], exchange: Any, copies: bool) -> list[Any]:
+def owed(group: dist.ProcessGroup, change: Callable[..., None], exchange: Any, copies: bool, kind: str) -> list[Any]:
     """What is owed before and after a change, then x on going on, here and from a checkpoint."""
     net, rank = Images(), dist.get_rank(group)
-    optimizer = make_optimizer(net)
+    optimizer = make_optimizer(net, kind)
     model = DDP(net, process_group=group, bucket_cap_mb=0.0005, find_unused_parameters=change in GONE)
     settings = {"compressor": saef.TopK(0.3, block=5), "exchange": exchange, "averaging": saef.Rotating(4)}
+    settings["server_step_ahead"] = kind == "AdamW"
     with mock.patch("saef.step.engine.create", Copies) if copies else nullcontext():
         state = saef.SAEFState(model, optimizer, **settings)
     model.register_comm_hook(state, saef_hook)
@@ -82,7 +83,7 @@ def owed(group: dist.ProcessGroup, change: Callable[..., None], exchange: Any, c
     def look() -> dict[Tensor, list[Tensor]]:
         context = state.engine.context
         server = context.transport.call(lambda: all_server_errors(state.engine.memory, context, "checkpoint"))
-        vectors = [state.weights.cut(v) for v in (state.e, state.m, server)]
+        vectors = [state.weights.cut(v) for v in (state.e, *state.engine.memory.m, server)]
         return {p: [v.clone() for v in each] for p, *each in zip(state.weights.parameters, *vectors, strict=True)}
 
     for t in range(CHANGED_AT):
@@ -114,9 +115,14 @@ def owed(group: dist.ProcessGroup, change: Callable[..., None], exchange: Any, c
     return [weights, went_on, state.x_tilde()]
 
 
-@pytest.mark.parametrize(("exchange", "copies"), [("sharded", False), ("replicated", True), ("sharded", True)])
+@pytest.mark.parametrize(
+    ("exchange", "copies", "kind"),
+    [("sharded", False, "SGD"), ("replicated", True, "SGD"), ("sharded", True, "SGD"), ("sharded", False, "AdamW")],
+)
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_what_is_owed_goes_over_and_nothing_else(pool: RankPool, change: Any, exchange: str, copies: bool) -> None:
-    first, second, third = pool.run(owed, change, exchange, copies, ranks=3)
+def test_what_is_owed_goes_over_and_nothing_else(
+    pool: RankPool, change: Any, exchange: str, copies: bool, kind: str
+) -> None:
+    first, second, third = pool.run(owed, change, exchange, copies, kind, ranks=3)
     for other in (second, third):
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))

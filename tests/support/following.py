@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from support.training import ADAMW
+
 CHANGED_AT, THAWED_AT, STEPS = 3, 5, 7
 
 
@@ -29,13 +31,14 @@ class Images(nn.Module):
         return h
 
 
-def make_optimizer(net: Images) -> torch.optim.SGD:
+def make_optimizer(net: Images, kind: str = "SGD") -> torch.optim.Optimizer:
     groups = [
         {"params": [*net.first.parameters()]},
         {"params": [*net.second.parameters()], "lr": 0.2, "weight_decay": 0.1},
         {"params": [*net.conv.parameters(), net.frozen.weight]},
     ]
-    return torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+    options = {"lr": 0.1, "momentum": 0.9} if kind == "SGD" else {"lr": 0.01, **ADAMW}
+    return getattr(torch.optim, kind)(groups, **options)  # type: ignore[no-any-return]
 
 
 def images(rank: int, t: int, parts: int = 1) -> list[Tensor]:
