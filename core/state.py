@@ -67,6 +67,8 @@ class SAEFState:
             sharded.
         error_decay: beta; all errors are multiplied by it after each step, so that x~ moves by
             (1 - beta) (e + mean_k e_k) more.
+        v_averaging: of AdamW's and Adam's v_k, a protocol as for `averaging`: for ranks whose data differ, of which one
+            alone does not see how large the mean gradient is.
         grad_scaler: the torch.amp.GradScaler that scales the loss, for float16. saef divides by the scale
             before clipping and momentum; call scaler.step(optimizer) and scaler.update() as ever.
         process_group: the ranks that train together; None: the model's (DDP), or the default group.
@@ -101,6 +103,7 @@ class SAEFState:
         noise_correction: bool = True,
         server_step_ahead: ServerStepAhead = "auto",
         error_decay: float = 1.0,
+        v_averaging: Averaging | None = None,
         grad_scaler: GradScaler | None = None,
         process_group: torch.distributed.ProcessGroup | None = None,
         transport: Transport | None = None,
@@ -118,6 +121,7 @@ class SAEFState:
             noise_correction,
             server_step_ahead,
             error_decay,
+            v_averaging,
         )
         self.engine = Engine(model, optimizer, settings, grad_scaler, process_group, transport)
 

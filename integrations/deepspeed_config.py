@@ -71,6 +71,7 @@ OBJECTS: list[tuple[str, dict[str, type[Any]], tuple[Any, ...]]] = [
     ("compressor", COMPRESSORS, ()),
     ("server_compressor", COMPRESSORS, ("same", None)),
     ("averaging", AVERAGING, (None,)),
+    ("v_averaging", AVERAGING, (None,)),
 ]
 
 
@@ -95,6 +96,7 @@ class Params(TypedDict, total=False):
     noise_correction: bool
     server_step_ahead: ServerStepAhead
     error_decay: float
+    v_averaging: Mapping[str, Any] | None
 
 
 RULE = {"type": "sgd"}

@@ -75,6 +75,7 @@ class AdamW(Rule):
     hyper: ClassVar[type[Any]] = Hyper
     names: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
     counter: ClassVar[str | None] = "step"
+    second: ClassVar[int | None] = 1
 
     noise_correction: bool = True
 

@@ -46,6 +46,7 @@ class Rule(ABC):
         kind: the branch of the kernels that computes it.
         hyper: the NamedTuple of one group's settings; its fields are the columns that the kernels read.
         names: what torch calls the vectors that the rule keeps, in the optimizer's state.
+        second: which of the vectors is a second moment, v; None if none is.
         counter: what torch calls the number of steps there, of each parameter; None if it counts none.
     """
 
@@ -53,6 +54,7 @@ class Rule(ABC):
     hyper: ClassVar[type[Any]]
     names: ClassVar[tuple[str, ...]]
     counter: ClassVar[str | None] = None
+    second: ClassVar[int | None] = None
 
     @classmethod
     @abstractmethod

@@ -36,6 +36,7 @@ class Free(TypedDict, total=False):
     audit_every: int | None
     noise_correction: bool
     error_decay: float
+    v_averaging: Averaging | None
 
 
 class Agreed(Free, total=False):

@@ -98,6 +98,7 @@ class Engine:
         self.transport = transport or TorchTransport(self.process_group, weights.device)
         self.rule.workers = self.transport.size
         self._averaging = ErrorAveraging(settings.averaging, self.transport)
+        self._v_averaging = ErrorAveraging(settings.v_averaging, self.transport)
         self.clock = Clock()
         self._model, self._optimizer, self._settings = model, optimizer, settings
         self._agree(weights)
@@ -173,7 +174,17 @@ class Engine:
         self.leave()
         self._watch.check_kinds()
         self.weights.absorb()
-        return replace(self.memory, e=self._averaging.before(self.memory.e))
+        before = replace(self.memory, e=self._averaging.before(self.memory.e))
+        if self._settings.v_averaging is not None:
+            before.m = self.memory.m.clone()
+            before.m[self.rule.rule.second] = self._v_averaging.before(self._v)
+        return before
+
+    @property
+    def _v(self) -> Tensor:
+        """[d] the rule's second moment; empty if it has none."""
+        second = self.rule.rule.second
+        return self.memory.m[second] if second is not None else self.memory.e[:0]
 
     # -- forward: step ahead ------------------------------------------------------------------
 
@@ -197,6 +208,7 @@ class Engine:
             self._kept.follow(self._optimizer)
             self.committed = []
             averaged = self._averaging.make(memory.steps, memory.e)
+            self._v_averaging.make(memory.steps, self._v)
             if self._settings.error_decay != 1.0:
                 averaged = slice(0, memory.e.numel())  # all have changed since the commit made x_half
         weights.step_ahead(memory.e, averaged)
@@ -420,6 +432,7 @@ class Engine:
         self.committed = [(b.plan.send.table, b.message) for b in self._prepared.buckets]
         self._prepared = Prepared()
         self._averaging.commit()
+        self._v_averaging.commit()
         self._begun = False
         self.weights.committed()
         self._kept.committed(self._optimizer)
@@ -461,6 +474,7 @@ class Engine:
         self._begun = False
         self.leave()
         self._averaging.undo(self.memory.e)
+        self._v_averaging.undo(self._v)
         self.committed = []
 
 

@@ -1,4 +1,4 @@
-"""The averaging of the local errors as a part of a step (Alg. 1, lines 6-8)."""
+"""The averaging of the local errors as a part of a step (Alg. 1, lines 6-8); and of AdamW's v in the same way."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from ..protocols.averaging import Averaging
 class ErrorAveraging:
     """The averaging of one rank's errors, which belongs to a step: made once in it, and unmade if it is skipped.
 
+    What is said of e holds for any vector that is given in its place.
+
     Raises:
         ValueError: if the protocol is not for so many workers, or does not preserve the mean of the errors.
     """
@@ -28,8 +30,8 @@ class ErrorAveraging:
         if not protocol.preserves_mean(transport.size):
             raise ValueError(
                 f"{protocol} does not preserve the mean of what it averages: x~ = x - (e + mean_k e_k) would move by "
-                "itself, and what the errors owe would be lost. Use AllReduce, Rotating, Slack, Ring, AsyncRing, or a "
-                "Gossip whose columns sum to 1"
+                "itself, and what the errors owe would be lost; v would be of some workers more than of others. Use "
+                "AllReduce, Rotating, Slack, Ring, AsyncRing, or a Gossip whose columns sum to 1"
             )
 
     def make(self, step: int, e: Tensor) -> slice:

@@ -32,6 +32,7 @@ class LocalRule:
 
     Raises:
         TypeError: if no rule is that of the optimizer.
+        ValueError: if what the user chose is another rule's.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, settings: Settings, loss_scale: LossScale) -> None:
@@ -41,6 +42,11 @@ class LocalRule:
             signum=not settings.feedback,
             noise_correction=settings.noise_correction,
         )
+        if settings.v_averaging is not None and self.rule.second is None:
+            raise ValueError(
+                f"v_averaging averages second moments, which {type(optimizer).__name__} does not keep: it is for AdamW "
+                "and Adam"
+            )
         self.workers = 1
         self._optimizer, self._loss_scale = optimizer, loss_scale
         self._max_grad_norm, self._feedback = settings.max_grad_norm, settings.feedback

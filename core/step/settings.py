@@ -31,6 +31,7 @@ class Settings:
     noise_correction: bool
     server_step_ahead: ServerStepAhead
     error_decay: float
+    v_averaging: Averaging | None
 
     def __post_init__(self) -> None:
         if not isinstance(self.compressor, Compressor):
@@ -43,8 +44,9 @@ class Settings:
             )
         if not _number(self.step_ahead) or not 0.0 <= self.step_ahead <= 1.0:
             raise ValueError(f"step_ahead must be in [0, 1] (0: EF, 1: SAEF), got {self.step_ahead!r}")
-        if self.averaging is not None and not isinstance(self.averaging, Averaging):
-            raise TypeError(f"averaging must be e.g. saef.AllReduce(period=20), or None, got {self.averaging!r}")
+        for name, protocol in (("averaging", self.averaging), ("v_averaging", self.v_averaging)):
+            if protocol is not None and not isinstance(protocol, Averaging):
+                raise TypeError(f"{name} must be e.g. saef.AllReduce(period=20), or None, got {protocol!r}")
         for field, words in (("weight_decay_mode", WeightDecayMode), ("exchange", Exchange)):
             allowed, value = get_args(words), getattr(self, field)
             if value not in allowed:

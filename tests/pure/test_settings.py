@@ -53,6 +53,7 @@ DEFAULTS = {
     "noise_correction": True,
     "server_step_ahead": "auto",
     "error_decay": 1.0,
+    "v_averaging": None,
 }
 VOTE = {"compressor": MajorityVote(), "step_ahead": 0.0, "weight_decay_mode": "outer"}
 
@@ -118,6 +119,7 @@ REFUSED = [
     ("error_decay", 0.0, ValueError, r"error_decay must be in \(0, 1\] \(1: errors stay as they are\), got 0.0"),
     ("error_decay", 1.1, ValueError, r"error_decay must be in \(0, 1\] .*, got 1.1"),
     ("error_decay", True, ValueError, r"error_decay must be in \(0, 1\] .*, got True"),
+    ("v_averaging", 20, TypeError, r"v_averaging must be e.g. saef.AllReduce\(period=20\), or None, got 20"),
     ("noise_correction", 1, TypeError, "noise_correction must be True or False, got 1"),
     ("audit_every", True, ValueError, "audit_every must be an integer >= 1 .*, or None, got True"),
 ]
@@ -177,7 +179,12 @@ def test_what_ranks_agree_on_is_what_settings_hold():
 def test_deepspeeds_keys_have_types():
     assert [*Params.__annotations__] == ["rule", *HYPER, *DEFAULTS]
     ours, theirs = get_type_hints(Agreed), get_type_hints(Params)
-    for name in {*DEFAULTS} - {"compressor", "server_compressor", "averaging"}:  # which are objects in JSON
+    for name in {*DEFAULTS} - {
+        "compressor",
+        "server_compressor",
+        "averaging",
+        "v_averaging",
+    }:  # which are objects in JSON
         assert theirs[name] == ours[name], name
 
 

@@ -25,6 +25,7 @@ METHODS: list[dict[str, Any]] = [
     {"compressor": saef.Identity()},
     {"compressor": saef.MajorityVote(), "step_ahead": 0.0, "weight_decay_mode": "outer"},
     {"compressor": saef.ScaledSign(block=7), "averaging": saef.AllReduce(1), "optimizer": "AdamW"},
+    {"compressor": saef.TopK(0.3, block=10), "v_averaging": saef.Rotating(2), "optimizer": "AdamW"},
     {"compressor": saef.TopK(0.3, block=10), "server_compressor": None, "max_grad_norm": 1.0, "optimizer": "Adam"},
 ]
 

@@ -113,6 +113,21 @@ def test_full_step_ahead_and_decaying_errors_equal_the_reference(
         close(run["e"], beta * expected.e[k])
 
 
+@pytest.mark.parametrize("protocol", [saef.AllReduce(5), saef.Rotating(4)], ids=repr)
+def test_averaged_second_moments_equal_the_reference(pool: RankPool, protocol: saef.Averaging) -> None:
+    """Beside an averaging of the errors; the bytes of both are counted."""
+    case = {"rule": "adamw", "compressor": saef.ScaledSign(block=7), "step_ahead": 1.0, "averaging": saef.Rotating(4)}
+    case |= {"ranks": 3, "server": "same", "decay": "coupled", "exchange": "sharded"}
+    alone = pool.run(train, job_of(case), ranks=3)[0]["metrics"]["bytes_sent_averaging"]
+    case["v_averaging"] = protocol
+    job, expected = job_of(case), reference.AdamW(reference_settings(case), start(), 3)
+    _, x, _ = reference.drive(expected, gradient, job.lrs)
+    for k, run in enumerate(pool.run(train, job, ranks=3)):
+        close(run["x"], x)
+        close(run["m"], torch.cat([expected.m[k], expected.v[k]]))
+        assert run["metrics"]["bytes_sent_averaging"] > alone
+
+
 def lead(group: Any, exchange: str, optimizer: str, way: str) -> float:
     """The largest entry of mean_k x_half_k - x~ over 20 steps, at s = 1."""
     settings = {"compressor": saef.ScaledSign(block=7), "exchange": exchange, "server_step_ahead": True}

@@ -240,6 +240,8 @@ def build(group: dist.ProcessGroup, what: str) -> None:
     rank = dist.get_rank(group)
     if what == "rmsprop":
         optimizer = torch.optim.RMSprop(net.parameters())
+    elif what == "second moments":
+        settings["v_averaging"] = saef.AllReduce(2)
     elif what == "amsgrad":
         optimizer = torch.optim.AdamW(net.parameters(), amsgrad=True)
     elif what == "dampening":
@@ -269,6 +271,7 @@ def build(group: dist.ProcessGroup, what: str) -> None:
     [
         ("rmsprop", TypeError, r"needs torch\.optim\.SGD, AdamW or Adam.*got RMSprop"),
         ("amsgrad", ValueError, "amsgrad=False"),
+        ("second moments", ValueError, "which SGD does not keep: it is for AdamW and Adam"),
         ("dampening", ValueError, "dampening=0"),
         ("missing", ValueError, "not in the optimizer"),
         ("foreign", ValueError, "not in the model"),

@@ -28,10 +28,13 @@ def operator(compressor: saef.Compressor) -> tuple[reference.Compressor, Any]:
     return reference.identity, "layer"
 
 
+def protocol_of(averaging: saef.Averaging | None) -> tuple[str, int] | None:
+    kind = {type(None): None, saef.AllReduce: "allreduce", saef.Rotating: "rotating"}[type(averaging)]
+    return None if averaging is None or kind is None else (kind, averaging.period)
+
+
 def reference_settings(case: dict[str, Any]) -> reference.Settings:
     C, block = operator(case["compressor"])
-    averaging = case["averaging"]
-    kind = {type(None): None, saef.AllReduce: "allreduce", saef.Rotating: "rotating"}[type(averaging)]
     matrix = [True, False] * 3  # the parameters in order: weight, bias, ...
     mu, nesterov = SGD.get(case["rule"], SGD["sgd"])
     return reference.Settings(
@@ -39,7 +42,7 @@ def reference_settings(case: dict[str, Any]) -> reference.Settings:
         server=case["server"],
         block=block,
         step_ahead=case["step_ahead"],
-        averaging=None if kind is None else (kind, averaging.period),
+        averaging=protocol_of(case["averaging"]),
         momentum=mu,
         nesterov=nesterov,
         weight_decay=[1e-2 if m else 1e-3 for m in matrix],
@@ -47,6 +50,7 @@ def reference_settings(case: dict[str, Any]) -> reference.Settings:
         server_ahead=case.get("server_step_ahead", case["rule"] in ADAM and C is reference.scaled_sign),
         servers=servers_of(case) if case["exchange"] == "sharded" else None,
         error_decay=case.get("error_decay", 1.0),
+        v_averaging=protocol_of(case.get("v_averaging")),
         **ADAMW,
     )
 
@@ -76,7 +80,7 @@ def job_of(case: dict[str, Any]) -> Job:
             "averaging": case["averaging"],
             "weight_decay_mode": "coupled" if adam else case["decay"],
             "exchange": case["exchange"],
-            **{key: case[key] for key in ("server_step_ahead", "error_decay") if key in case},
+            **{key: case[key] for key in ("server_step_ahead", "error_decay", "v_averaging") if key in case},
         },
         groups=[{**common, "weight_decay": 1e-2}, {**common, "weight_decay": 1e-3}],
     )

@@ -92,7 +92,7 @@ class Settings:
     server_ahead    full step ahead, x_half = x - s (e_k + e); servers: None, every worker has e (replicated); or
                     the worker that serves each block, in order (sharded): x - s (e_k + K e where it serves)
     error_decay     beta: all errors are multiplied by it at the start of a step
-    betas, eps, noise_correction    see `AdamW`
+    betas, eps, noise_correction    see `AdamW`; v_averaging: of its v, as averaging
 
     momentum, nesterov and weight_decay may be lists with one value a parameter.
     """
@@ -113,6 +113,7 @@ class Settings:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     noise_correction: bool = True
+    v_averaging: tuple[str, int] | Protocol | None = None
 
 
 def mean(vectors: Sequence[Tensor]) -> Tensor:
@@ -240,18 +241,19 @@ class SAEF(Workers):
         """
         self.begun = True
         beta = self.settings.error_decay
-        self.e, self.e_server = [beta * e for e in self.averaged()], beta * self.e_server
+        self.e = [beta * e for e in self.averaged(self.e, self.settings.averaging)]
+        self.e_server = beta * self.e_server
 
-    def averaged(self) -> list[Tensor]:
+    def averaged(self, e: list[Tensor], averaging: tuple[str, int] | Protocol | None) -> list[Tensor]:
         """The workers' errors after the averaging of step t."""
-        if callable(self.settings.averaging):
-            return self.settings.averaging(self.t, self.e)
-        kind, p = self.settings.averaging or (None, 1)
+        if callable(averaging):
+            return averaging(self.t, e)
+        kind, p = averaging or (None, 1)
         j, d = self.t % p, self.d
         everything = (0, d) if (self.t + 1) % p == 0 else (0, 0)  # Alg. 1, line 6
         a, b = {None: (0, 0), "allreduce": everything, "rotating": (d * j // p, d * (j + 1) // p)}[kind]
-        average = mean(self.e)
-        return [torch.cat([e[:a], average[a:b], e[b:]]) for e in self.e]  # Alg. 1, line 7
+        average = mean(e)
+        return [torch.cat([own[:a], average[a:b], own[b:]]) for own in e]  # Alg. 1, line 7
 
     def x_half(self, k: int) -> list[Tensor]:
         """x_half = x - s e_k, tensors with the parameters' shapes (Alg. 1, line 9); full step ahead: also by e."""
@@ -312,6 +314,10 @@ class AdamW(SAEF):
     def __init__(self, settings: Settings, x0: Sequence[Tensor], K: int) -> None:
         super().__init__(settings, x0, K)
         self.v = [self.zeros() for _ in range(K)]
+
+    def begin_step(self) -> None:
+        super().begin_step()
+        self.v = self.averaged(self.v, self.settings.v_averaging)
 
     def decays_at_x(self, mode: str) -> bool:
         return {"coupled": False, "decoupled": True}[mode]
