@@ -21,7 +21,7 @@ export NUMBA_CACHE_DIR
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help env horovod demo lint types docs test quick reproduce table1 mixing bench soak fuzz clean
+.PHONY: help env horovod demo lint types docs test quick reproduce table1 mixing lm bench soak fuzz clean
 
 help:
 	@echo 'make env        .venv with the exact versions of constraints.txt and saef installed in it'
@@ -35,6 +35,7 @@ help:
 	@echo 'make reproduce  examples/reproduce.py on Fashion-MNIST; DATA=folder if you have it already'
 	@echo 'make table1     examples/table1.py: the SAEF paper'\''s Table 1, for one GPU and some minutes; DATA=folder'
 	@echo 'make mixing     examples/mixing.py: mixing times, and training under weak consistency, drawn'
+	@echo 'make lm         examples/lm.py: a language model by AdamW, in six ways, 4 ranks: about ten minutes'
 	@echo 'make bench      the benchmarks behind the figures in docs/performance.md'
 	@echo 'make soak       10,000 steps with NaNs and killed ranks, for two methods: about 15 minutes'
 	@echo 'make fuzz       hostile bytes for the decoders, every access checked, then coverage-guided'
@@ -135,6 +136,9 @@ $(FASHION)/.complete:
 
 mixing: env
 	OMP_NUM_THREADS=1 $(PY) examples/mixing.py $(ARGS)
+
+lm: env
+	$(PY) examples/lm.py $(ARGS)
 
 bench: env
 	$(PY) benchmarks/kernels.py $(ARGS)

@@ -63,7 +63,7 @@ class SAEFState:
         noise_correction: of AdamW and Adam: v estimates the second moment of the mean gradient (`saef.rules.adamw`);
             False: of this worker's own, which is up to K times larger.
         server_step_ahead: full step ahead, x_half = x - s (e_k + e), by the server's error too
-            (`saef.step.server_ahead`). "auto": with AdamW or Adam and a sign compressor, among at most 32 ranks if
+            (`saef.step.server_ahead`). "auto": with AdamW or Adam and a sign compressor, among at most 16 ranks if
             sharded.
         error_decay: beta; all errors are multiplied by it after each step, so that x~ moves by
             (1 - beta) (e + mean_k e_k) more.

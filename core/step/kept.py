@@ -30,7 +30,7 @@ class Kept:
     def __init__(self, context: Context, memory: Memory) -> None:
         self._rule, self._weights, self._memory, self._owes = context.rule, context.weights, memory, context.owes
         self._names, self._counter = self._rule.names, self._rule.counter
-        self._steps = torch.zeros(len(self._weights.parameters))  # as torch counts: a float32 of each parameter
+        self._steps = torch.zeros(len(self._weights.parameters), device="cpu")  # as torch has them: a float32 each
         self._saving: RemovableHandle | None = None
         self._views: list[list[Tensor]] = []
         self._of: Tensor | None = None  # the m that they are views of

@@ -18,7 +18,7 @@ from ..wire.plan import Placement, place
 from .settings import Settings
 from .weights import Weights
 
-MOST_SHARDED = 32  # ranks up to which the sharded form of full step ahead was seen to be no worse than none
+MOST_SHARDED = 16  # ranks up to which the sharded form of full step ahead was better than none; of 32 and 64 it was not
 
 
 class Context(NamedTuple):

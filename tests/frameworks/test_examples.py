@@ -55,6 +55,33 @@ def test_train_ddp_runs_under_torchrun(tmp_path: Path, flags: list[str], ratio: 
     assert records[1]["ratio"] >= ratio
 
 
+@pytest.mark.parametrize("method", ["adamw", "saef", "saef-topk"])
+def test_train_gpt_runs_under_torchrun_and_resumes(tmp_path: Path, method: str) -> None:
+    """On a text of its own; with saef then from the checkpoint at step 20, on one rank."""
+    (tmp_path / "text").write_text("to be, or not to be: that is the question. " * 200)
+    flags = ["--method", method, "--data", "text", "--batch", "8", "--context", "16", "--eval-every", "10"]
+    files = ["--out", "records.jsonl", *([] if method == "adamw" else ["--checkpoint", "saved"])]
+    found = []
+    for ranks, steps in (("2", "20"), ("1", "30"))[: 1 if method == "adamw" else 2]:
+        command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks]
+        run(*command, str(EXAMPLES / "train_gpt.py"), *flags, *files, "--steps", steps, cwd=tmp_path)
+        found.append([json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()])
+    assert [r["step"] for r in found[0]] == [10, 20]
+    assert found[0][1]["loss"] < found[0][0]["loss"] < 5.6  # log(256) is guessing
+    assert (found[0][1]["ratio"] == 1) == (method == "adamw") and found[0][1]["tokens_per_second"] > 0
+    if method != "adamw":
+        assert [r["step"] for r in found[1]] == [30] and found[1][0]["loss"] < found[0][1]["loss"]
+
+
+def test_lm_prints_a_table_and_saves_a_picture(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("to be, or not to be: that is the question. " * 200)
+    flags = ["--methods", "adamw", "saef", "--steps", "12", "--seeds", "2", "--data", "text", "--picture", "lm.png"]
+    said = run(str(EXAMPLES / "lm.py"), *flags, cwd=tmp_path, fresh=True)
+    assert re.search(r"^AdamW +\d\.\d{3} \+- \d\.\d{3} .* 1\.0x$", said, re.MULTILINE)
+    assert re.search(r"^SAEF-AdamW, sign +\d\.\d{3} \+-", said, re.MULTILINE)
+    assert (tmp_path / "lm.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_tensorboard_gets_counters_and_measurements(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
