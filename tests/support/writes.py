@@ -53,7 +53,7 @@ def taken_out_and_put_back(net: nn.Module) -> None:
 SAME_VALUES: list[Callable[[nn.Module], None]] = [clip_to_infinity, clip_far_away, times_one, times_one_at_once]
 SAME_VALUES += [there_and_back, copied, taken_out_and_put_back]
 
-# ---- of others ------------------------------------------------------------------------------
+# ---- of others: what is sent, too, becomes another -------------------------------------------
 
 
 def clip(net: nn.Module) -> None:
@@ -104,11 +104,11 @@ def clamp_data(net: nn.Module) -> None:
 
 
 def one_entry_of_data(net: nn.Module) -> None:
-    gradients(net)[0].data.view(-1)[3] += 0.5
+    gradients(net)[0].data.view(-1)[3] += 50.0
 
 
 def by_numpy(net: nn.Module) -> None:
-    gradients(net)[0].numpy()[1] = 0.0
+    gradients(net)[0].numpy()[1] = 50.0
 
 
 OTHER_VALUES: list[Callable[[nn.Module], None]] = [clip, clip_values, half_of_one, turned, another_tensor]
