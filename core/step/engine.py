@@ -29,11 +29,9 @@ from torch.futures import Future
 from ..comm.torch_transport import TorchTransport
 from ..comm.transport import Transport
 from ..wire import kernels
-from ..wire.plan import Plans
 from .algorithm import Algorithm
 from .attachment import Attachment
 from .audit import Audit, compare_settings
-from .buckets import SPARSE, Buckets, flatten_gradients, gather_gradients, group
 from .clock import Clock
 from .error_averaging import ErrorAveraging
 from .following import carry
@@ -41,11 +39,11 @@ from .kept import Kept
 from .local_rule import LocalRule
 from .loss_scale import LossScale
 from .memory import Context, Memory
-from .prepared import Bucket, Prepared
+from .sending import Sending, Since
 from .server_ahead import ServerAhead
 from .settings import Settings
 from .unwrap import innermost, unwrap_model, unwrap_optimizer
-from .watch import Watch, check_model
+from .watch import Watch, check_model, check_moment
 from .ways import create
 from .weights import Weights
 
@@ -71,7 +69,7 @@ class Engine:
         context: weights, settings, placement of the servers, transport. memory: all that evolves besides x.
         weights, transport: of the context. process_group: over which the transport goes, None for the default.
         rule: the optimizer's. loss_scale: the GradScaler's part in a step.
-        left_out: parameters that were trained and are no longer. clock: seconds by part of the work.
+        clock: seconds by part of the work.
         committed: tables and messages of the last step, until the next begins.
     """
 
@@ -105,9 +103,8 @@ class Engine:
         self._lay_out(weights)
         self._audit = Audit(settings.audit_every)
         self.committed: list[tuple[Tensor, Tensor]] = []
-        self._begun = self._committing = False
+        self._committing = False
         self._hidden: list[tuple[Tensor, Tensor | None]] = []
-        self._prepared = Prepared()
         self._attachment = Attachment(model, optimizer, given, self)
         self._kept.watch(optimizer)
 
@@ -116,12 +113,11 @@ class Engine:
         self.loss_scale.check_dtypes(p.dtype for p in weights.parameters)
         compare_settings(self._settings, weights, self.transport, self.loss_scale.used, what)
 
-    def _lay_out(self, weights: Weights, old: Context | None = None, left_out: Sequence[Tensor] = ()) -> None:
+    def _lay_out(self, weights: Weights, old: Context | None = None, since: Since = Since()) -> None:  # noqa: B008
         """All that depends on which parameters are trained, their groups, and how they lie in memory. Collective.
 
         Args:
             old: of what was trained before, whose memory goes over.
-            left_out: parameters that are trained no longer, and may still come with a bucket.
         """
         self._watch = Watch(self._model, weights, self._optimizer)
         self.weights = weights
@@ -132,11 +128,7 @@ class Engine:
         self.rule.grow(self.memory, self.rule.read(self.memory.steps))
         self._kept = Kept(self.context, self.memory)
         self._algorithm = Algorithm(self.context, self.memory, self.rule, self.clock)
-        self._plans = Plans(self.context.placement, weights.parameters, weights.dtype, left_out)
-        self._buckets = Buckets(weights.parameters, self._exchange_bucket)
-        self.left_out = [*left_out]
-        self._joined: set[int] = set()  # numbers of the parameters that came later: DDP has no buckets for them
-        self._relaid = False  # whether they lie in memory in another way than in DDP's buckets
+        self._sending = Sending(self.context, self.memory, self.rule, self.loss_scale, self._algorithm, since)
 
     def adopt(self, optimizer: torch.optim.Optimizer) -> None:
         """Take an optimizer with the same groups in the place of the one it was created with."""
@@ -192,7 +184,7 @@ class Engine:
         """Before a training forward: average the errors, once a step, and step ahead. The number of this x_half."""
         if self.weights.ahead or not self._attachment.newest:
             return self.weights.number
-        _check_moment(self.weights.device)
+        check_moment(self.weights.device)
         self._check_whole()
         if changes := self._watch.changes(self._optimizer):
             self._follow(changes)
@@ -200,7 +192,7 @@ class Engine:
         weights.check_free()
         weights.absorb()
         averaged = slice(0, 0)
-        if not self._begun:
+        if not self._sending.begun:
             if self._audit.due(memory.steps):
                 self._audit.run(
                     memory.steps, self.rule.read(memory.steps), self.loss_scale.value(), weights, self.transport
@@ -212,7 +204,7 @@ class Engine:
             if self._settings.error_decay != 1.0:
                 averaged = slice(0, memory.e.numel())  # all have changed since the commit made x_half
         weights.step_ahead(memory.e, averaged)
-        self._begun = True
+        self._sending.begun = True
         self._attachment.come_last()
         weights.enter()
         return weights.number
@@ -231,15 +223,9 @@ class Engine:
         self._agree(weights, "the trainable parameters changed")
         self._kept.follow(self._optimizer)
         self._kept.let_go(self._optimizer)
-        known, now = {id(p) for p in old.weights.parameters}, {id(p) for p in weights.parameters}
-        gone = [p for p in (*self.left_out, *old.weights.parameters) if id(p) not in now]
-        came = {id(old.weights.parameters[i]) for i in self._joined} | (now - known)
-        relaid = self._relaid or self._watch.relaid
-        self._lay_out(weights, old, gone)
+        self._lay_out(weights, old, self._sending.since.then(old.weights, weights, self._watch.relaid))
         self._kept.take(self._optimizer)
         self._kept.watch(self._optimizer)
-        self._joined = {i for i, p in enumerate(weights.parameters) if id(p) in came}
-        self._relaid = relaid
         self.recheck()
         if self.transport.rank == 0:
             logger.info("from step %d on: %s", steps, changes)
@@ -266,9 +252,14 @@ class Engine:
             )
 
     @property
+    def left_out(self) -> Sequence[Tensor]:
+        """Parameters that were trained and are no longer."""
+        return self._sending.since.left_out
+
+    @property
     def under_way(self) -> bool:
         """Whether a step has begun: there was a forward at x_half, or gradients were exchanged."""
-        return self._begun or bool(self._prepared.buckets)
+        return self._sending.under_way
 
     @property
     def ahead(self) -> bool:
@@ -297,36 +288,7 @@ class Engine:
         Returns:
             A future of `flat`, complete when the servers' replies are there.
         """
-        if flat.layout != torch.strided:
-            raise TypeError(SPARSE)
-        if not self._relaid:
-            return self._send(parameters, views, flat, last)
-        own, views = gather_gradients(parameters)
-        return self._send(parameters, views, own, last).then(lambda _: flat)
-
-    def _send(self, parameters: Sequence[Tensor], views: Sequence[Tensor], flat: Tensor, last: bool) -> Future[Tensor]:
-        """The same, of gradients in the order of `weights`."""
-        self.loss_scale.check_dtypes([flat.dtype])
-        if not self._begun:
-            raise RuntimeError(
-                "a gradient arrived that was not computed at x_half: run the forward through the wrapped model, with "
-                "gradients enabled"
-            )
-        indices, views, plan = self._plans.find(parameters, views, flat)
-        # Of a second backward before the step the gradients contain the first's, so what is prepared is made anew.
-        if not self._prepared.buckets or self._prepared.contains(indices):
-            self._prepared = Prepared(hyper=self.rule.read_scaled(self.memory.steps))
-        message = torch.zeros(plan.send.message_bytes, dtype=torch.uint8, device=self.weights.device)
-        bucket = Bucket(indices, plan, flat, views, message, self.transport.future(), [], [])
-        if indices:
-            self._prepared.add(bucket)
-        else:
-            bucket.done.set_result(flat)
-        if self._settings.max_grad_norm is None:
-            self._algorithm.send(self._prepared, [bucket] if indices else [])
-        elif last and self._joined <= self._prepared.parameters:
-            self._algorithm.send(self._prepared, self._prepared.buckets)
-        return bucket.done
+        return self._sending.exchange(parameters, views, flat, last)
 
     def gradient_ready(self, parameter: int) -> None:
         """Within a backward, for frameworks without buckets: p.grad of `weights.parameters[parameter]` is final.
@@ -334,34 +296,27 @@ class Engine:
         It is exchanged as soon as the others of its bucket, and the buckets before, are ready too. The ranks may
         call it in different orders. `exchange_gradients` must follow after the backward.
         """
-        self._buckets.ready(parameter)
+        self._sending.ready(parameter)
 
     def exchange_gradients(self) -> None:
         """Exchange every p.grad that was not before, after a backward. For frameworks without buckets; on every rank.
 
         The same steps as with DDP, bit for bit. p.grad stay this worker's own and become views of the buckets.
         """
-        self._buckets.finish()
+        self._sending.finish()
         self.backward_ended()
-
-    def _exchange_bucket(self, bucket: list[int], last: bool) -> None:
-        parameters = [self.weights.parameters[i] for i in bucket]
-        flat, views = flatten_gradients(parameters)
-        self._send(parameters, views, flat, last)
 
     def exchange_late(self) -> None:
         """At the end of a backward with buckets, before they are waited for: exchange what they do not have."""
-        late = sorted(self._joined - self._prepared.parameters)
-        for bucket in group([self.weights.parameters[i] for i in late]):
-            self._exchange_bucket([late[i] for i in bucket], last=True)
+        self._sending.send_late()
 
     def expect_change(self, parameter: int) -> None:
         """After a backward: p.grad of this parameter will be set once more, to what it is."""
-        self._prepared.expect_change(parameter)
+        self._sending.prepared.expect_change(parameter)
 
     def backward_ended(self) -> None:
         """After the last exchange, when p.grad are what was sent: from here on no change of them can count."""
-        self._prepared.backward_ended(self.weights.parameters)
+        self._sending.prepared.backward_ended(self.weights.parameters)
         self.loss_scale.claim(self._optimizer)
 
     # -- optimizer step: commit, or skip ------------------------------------------------------
@@ -379,19 +334,19 @@ class Engine:
                 loss = closure()
         self.leave()
         self.loss_scale.check(optimizer)
-        if self._prepared.buckets:
-            self._prepared.wait()
+        if self._sending.prepared.buckets:
+            self._sending.prepared.wait()
             cause = self.transport.failure
             if cause is not None:
                 raise self.transport.lost(cause) from cause
             self._watch.check_groups(optimizer)
-            self._prepared.check(self.weights, self.rule.read_scaled(self.memory.steps))
-            bad = self._prepared.not_finite(self.weights)
+            self._sending.prepared.check(self.weights, self.rule.read_scaled(self.memory.steps))
+            bad = self._sending.prepared.not_finite(self.weights)
             self.loss_scale.decide(bool(bad))
             if bad:
                 self._skip(bad)
             else:
-                self._algorithm.check_sent(self._prepared, self._prepared.rewritten(self.weights))
+                self._algorithm.check_sent(self._sending.prepared, self._sending.prepared.rewritten(self.weights))
                 with self.clock.span("apply"):
                     self._commit()
         elif any(p.grad is not None and bool(p.grad.any()) for p in self.weights.parameters):
@@ -423,17 +378,16 @@ class Engine:
         self._hidden = []
 
     def _commit(self) -> None:
-        if self.rule.reads_x_half(self._prepared.hyper):
+        if self.rule.reads_x_half(self._sending.prepared.hyper):
             self.weights.follow(self.memory.e)
         else:
             self.weights.absorb()
         self._committing = True  # until the end: an interrupt may come between any two lines
-        self._algorithm.commit(self._prepared)
-        self.committed = [(b.plan.send.table, b.message) for b in self._prepared.buckets]
-        self._prepared = Prepared()
+        self._algorithm.commit(self._sending.prepared)
+        self.committed = [(b.plan.send.table, b.message) for b in self._sending.prepared.buckets]
+        self._sending.committed()
         self._averaging.commit()
         self._v_averaging.commit()
-        self._begun = False
         self.weights.committed()
         self._kept.committed(self._optimizer)
         self._committing = False
@@ -467,28 +421,9 @@ class Engine:
 
     def abandon(self) -> None:
         """Drop the step that is under way: the parameters are x, and the errors as before it."""
-        self._prepared.wait()
-        self._prepared = Prepared()
+        self._sending.drop()
         self._committing = False
-        self._buckets.restart()
-        self._begun = False
         self.leave()
         self._averaging.undo(self.memory.e)
         self._v_averaging.undo(self._v)
         self.committed = []
-
-
-def _check_moment(device: torch.device) -> None:
-    """Raise RuntimeError where a training forward cannot step ahead."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "a training forward of the wrapped model is being captured into a CUDA graph, which would replay it "
-            "without saef's part of the step: capture parts of the model with torch.cuda.make_graphed_callables, or "
-            'use torch.compile(mode="reduce-overhead")'
-        )
-    if torch._C._current_graph_task_id() != -1:
-        raise RuntimeError(
-            "the wrapped model is run again within a backward, at x_half, while its first forward was at x without "
-            "gradients: that is reentrant activation checkpointing around it. Use torch.utils.checkpoint with "
-            "use_reentrant=False, or checkpoint parts of the model"
-        )

@@ -158,6 +158,22 @@ def check_model(model: nn.Module, process_group: Any) -> None:
             )
 
 
+def check_moment(device: torch.device) -> None:
+    """Raise RuntimeError where a training forward cannot step ahead."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a training forward of the wrapped model is being captured into a CUDA graph, which would replay it "
+            "without saef's part of the step: capture parts of the model with torch.cuda.make_graphed_callables, or "
+            'use torch.compile(mode="reduce-overhead")'
+        )
+    if torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            "the wrapped model is run again within a backward, at x_half, while its first forward was at x without "
+            "gradients: that is reentrant activation checkpointing around it. Use torch.utils.checkpoint with "
+            "use_reentrant=False, or checkpoint parts of the model"
+        )
+
+
 def _groups_of(optimizer: torch.optim.Optimizer) -> list[list[int]]:
     """Each group's parameters, by id."""
     return [[*map(id, group["params"])] for group in optimizer.param_groups]
