@@ -169,7 +169,10 @@ class SAEFState:
         return self.engine.memory.e_server
 
     def detach(self) -> None:
-        """Put x into the parameters and let go of model and optimizer, which are then as without saef."""
+        """Put x into the parameters and let go of model and optimizer, which are then as without saef.
+
+        The optimizer keeps its momentum where all ranks have the same: of a single rank, or right after `flush()`.
+        """
         self.engine.detach()
 
     def state_dict(self) -> dict[str, Any]:
@@ -226,12 +229,14 @@ class SAEFState:
     def flush(self) -> None:
         """x <- x~ = x - (e + mean_k e_k), errors <- 0: nothing is owed any more. Collective; drops a step under way.
 
-        For exporting x~, or going on without saef or with another compressor. Momentum stays.
+        For exporting x~, or going on without saef or with another compressor. What the rule keeps (momentum) becomes
+        the ranks' mean, alike on all of them: a `detach()` before the next step leaves it to the optimizer.
         """
         x_tilde = self._x_tilde("SAEFState.flush()")
         self.engine.abandon()
         self.weights.write(self.weights.cut(x_tilde))
         self.engine.memory.owe_nothing()
+        self.engine.share()
 
     def reset_errors(self) -> None:
         """Errors <- 0; momentum and the step are taken from the optimizer. Drops a step under way. On every rank.

@@ -19,6 +19,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -104,6 +105,7 @@ class Engine:
         self._audit = Audit(settings.audit_every)
         self.committed: list[tuple[Tensor, Tensor]] = []
         self._committing = False
+        self._shared_at: int | None = None  # the step of a `share`
         self._hidden: list[tuple[Tensor, Tensor | None]] = []
         self._attachment = Attachment(model, optimizer, given, self)
         self._kept.watch(optimizer)
@@ -144,17 +146,26 @@ class Engine:
         """The parameters are x; model and optimizer are as without saef."""
         if self.attached:
             self.leave()
-            self._kept.release(self._optimizer)
+            alike = self.transport.size == 1 or self._shared_at == self.memory.steps
+            self._kept.release(self._optimizer, keep=alike)
             self._attachment.remove()
+
+    def share(self) -> None:
+        """What the rule keeps <- its mean over the ranks. Collective, between steps."""
+        for vector in self.memory.m:
+            self.transport.call(partial(self.transport.mean, vector, "checkpoint"))
+        self._shared_at = self.memory.steps
 
     def loaded(self) -> None:
         """Memory and weights are a checkpoint's."""
+        self._shared_at = None
         self._kept.loaded(self._optimizer)
         self.recheck()
 
     def reset_errors(self) -> None:
         """Go on from the weights and the optimizer's state as they are, with nothing owed. Drops a step under way."""
         self.abandon()
+        self._shared_at = None
         self.memory.owe_nothing()
         self._kept.adopt(self._optimizer)
         self.weights.write(self.weights.cut(self.weights.x()))  # x_half is to be made anew

@@ -119,10 +119,16 @@ class Kept:
             )
         return every.pop()
 
-    def release(self, optimizer: torch.optim.Optimizer) -> None:
-        """Without momentum, which is another on every rank: with it, weights would drift apart."""
-        self._unwatch()
-        self._clear(optimizer)
+    def release(self, optimizer: torch.optim.Optimizer, keep: bool) -> None:
+        """For torch's own step. keep: momentum, too; where each rank has its own, weights would drift apart with it."""
+        if not keep:
+            self._unwatch()
+            self._clear(optimizer)
+            return
+        self.let_go(optimizer)
+        for p in self._weights.parameters:
+            state = _state(optimizer, p)
+            state.update({name: self._rule.saved(name, state[name]) for name in self._names if name in state})
 
     def _clear(self, optimizer: torch.optim.Optimizer) -> None:
         for p in self._weights.parameters:

@@ -59,6 +59,9 @@ class Run:
         torch.save({"model": self.net.state_dict(), "optimizer": self.optimizer.state_dict()}, file)
         return file.getvalue()
 
+    def saved_second(self) -> list[Tensor]:
+        return [state["exp_avg_sq"] for state in self.optimizer.state.values() if "exp_avg_sq" in state]
+
     def load(self, data: bytes) -> "Run":
         parts = torch.load(io.BytesIO(data), weights_only=True)
         self.net.load_state_dict(parts["model"])
@@ -235,6 +238,36 @@ def to_torch(group: dist.ProcessGroup) -> str:
 
 def test_torchs_adamw_goes_on_from_what_is_saved(pool: RankPool) -> None:
     assert pool.run(to_torch, ranks=2) == ["ok"] * 2
+
+
+def handed_back(group: dist.ProcessGroup, optimizer: str, compressor: saef.Compressor, flush: bool) -> list[Tensor]:
+    """Back to plain training, from an errand or two ago: with the momentum only where the ranks have one."""
+    late = Run(group, compressor, optimizer).train(0, 3)
+    late.state.flush()
+    late.train(3, 4).state.detach()
+    alone = dist.get_world_size(group) == 1
+    assert any(late.optimizer.state.values()) == alone
+    run = Run(group, compressor, optimizer).train(0, 4)
+    if flush:
+        run.state.flush()
+    run.state.detach()
+    assert all(saved >= 0 for saved in map(torch.min, run.saved_second()))
+    assert not any("saef_step" in state for state in run.optimizer.state.values())
+    momentum = kept(run)
+    run.train(4, 8)
+    if isinstance(compressor, saef.Identity) and (alone or optimizer == "SGD"):
+        same(flat(run.net), flat(Run(group, None, optimizer).train(0, 8).net))
+    return [momentum, flat(run.net)]
+
+
+@pytest.mark.parametrize("compressor", [saef.Identity(), ERRORS], ids=repr)
+@pytest.mark.parametrize(("optimizer", "ranks", "flush"), [("SGD", 2, True), ("AdamW", 3, True), ("AdamW", 1, False)])
+def test_flush_and_detach_hand_the_momentum_back(
+    pool: RankPool, optimizer: str, ranks: int, flush: bool, compressor: Any
+) -> None:
+    first, *others = pool.run(handed_back, optimizer, compressor, flush, ranks=ranks)
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
 def counts_differ(group: dist.ProcessGroup) -> str:
