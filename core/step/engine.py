@@ -99,9 +99,9 @@ class Engine:
         self._averaging = ErrorAveraging(settings.averaging, self.transport)
         self._v_averaging = ErrorAveraging(settings.v_averaging, self.transport)
         self.clock = Clock()
-        self._model, self._optimizer, self._settings = model, optimizer, settings
+        self._optimizer, self._settings = optimizer, settings
         self._agree(weights)
-        self._lay_out(weights)
+        self._lay_out(model, weights)
         self._audit = Audit(settings.audit_every)
         self.committed: list[tuple[Tensor, Tensor]] = []
         self._committing = False
@@ -115,13 +115,13 @@ class Engine:
         self.loss_scale.check_dtypes(p.dtype for p in weights.parameters)
         compare_settings(self._settings, weights, self.transport, self.loss_scale.used, what)
 
-    def _lay_out(self, weights: Weights, old: Context | None = None, since: Since = Since()) -> None:  # noqa: B008
+    def _lay_out(self, model: nn.Module, weights: Weights, old: Context | None = None, since: Since = Since()) -> None:  # noqa: B008
         """All that depends on which parameters are trained, their groups, and how they lie in memory. Collective.
 
         Args:
             old: of what was trained before, whose memory goes over.
         """
-        self._watch = Watch(self._model, weights, self._optimizer)
+        self._watch = Watch(model, weights, self._optimizer)
         self.weights = weights
         self.context = Context.create(weights, self._settings, self.rule.rule, self.transport)
         self.memory: Memory = Memory.create(self.context) if old is None else carry(self.memory, old, self.context)
@@ -227,14 +227,14 @@ class Engine:
                 f"within a step, that is after a forward and before the step() of its backward: {changes}. Change what "
                 "is trained after step(), before the next forward"
             )
-        old, steps = self.context, self.memory.steps
-        weights = create(self._model, self._optimizer, self._settings.step_ahead)
+        old, steps, model = self.context, self.memory.steps, self._watch.model
+        weights = create(model, self._optimizer, self._settings.step_ahead)
         old.weights.absorb()
         weights.take_over(old.weights)
         self._agree(weights, "the trainable parameters changed")
         self._kept.follow(self._optimizer)
         self._kept.let_go(self._optimizer)
-        self._lay_out(weights, old, self._sending.since.then(old.weights, weights, self._watch.relaid))
+        self._lay_out(model, weights, old, self._sending.since.then(old.weights, weights, self._watch.relaid))
         self._kept.take(self._optimizer)
         self._kept.watch(self._optimizer)
         self.recheck()

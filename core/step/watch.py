@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any, final
 
@@ -27,12 +28,21 @@ class Watch:
     """
 
     def __init__(self, model: nn.Module, weights: Weights, optimizer: torch.optim.Optimizer) -> None:
-        self._model, self._names, self._parameters = model, weights.names, weights.parameters
+        self._names, self._parameters = weights.names, weights.parameters
+        self._model = weakref.ref(model)  # which DDP's reducer keeps the state for, unseen by the garbage collector
         self._every = [*model.parameters()]
         self._insides = [inside for m in model.modules() for inside in (m._parameters, m._modules)]
         self._tree, self._kinds, self._strides = self._tree_now(), self._kinds_now(), self._strides_now()
         self._groups = _groups_of(optimizer)
         check_apart(self._names, self._parameters)
+
+    @property
+    def model(self) -> nn.Module:
+        """As given; it is there as long as it is called."""
+        found = self._model()
+        if found is None:
+            raise RuntimeError("the model that this state was made with is gone")
+        return found
 
     # Lists of numbers and words: ten thousand tuples would have Python collect its garbage.
 
@@ -64,14 +74,15 @@ class Watch:
         return ", ".join(found)
 
     def _in_and_out(self) -> list[str]:
-        trained = [p for p in self._model.parameters() if p.requires_grad]
+        model = self.model
+        trained = [p for p in model.parameters() if p.requires_grad]
         if [*map(id, trained)] == [*map(id, self._parameters)]:  # modules that train nothing
             return []
         before, after = {*map(id, self._parameters)}, {*map(id, trained)}
         gone = [n for n, p in zip(self._names, self._parameters, strict=True) if id(p) not in after]
-        new = [n for n, p in self._model.named_parameters() if p.requires_grad and id(p) not in before]
-        ddp = self._model
-        if gone and isinstance(ddp, DistributedDataParallel) and (ddp.static_graph or not ddp.find_unused_parameters):
+        new = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in before]
+        waits = isinstance(model, DistributedDataParallel) and (model.static_graph or not model.find_unused_parameters)
+        if gone and waits:
             raise RuntimeError(
                 f"parameters {_some(gone)} were frozen or replaced, but DistributedDataParallel waits for their "
                 "gradients in every backward: give it find_unused_parameters=True (without static_graph), or wrap the "

@@ -1,11 +1,15 @@
 """The two ways of keeping x agree bit for bit, and neither loses what a user does to the parameters."""
 
+import gc
+import threading
+import weakref
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import saef
 import saef.hooks
@@ -18,7 +22,7 @@ from saef.wire.codec import Block, block_ranges, lay_out
 from saef.wire.kernels import cpu
 from saef.wire.kernels.table import Update, Worker
 from support.ranks import RankPool
-from support.training import MOMENTUM, SETTINGS, Job, batch, flat, make_net, train, wild_lrs
+from support.training import MOMENTUM, SETTINGS, Job, batch, flat, make_net, train, wild_lrs, wrap
 
 COMPRESSORS = [saef.ScaledSign(block=100), saef.TopK(0.1, block=5000), saef.Identity()]
 
@@ -163,3 +167,26 @@ def test_a_compiled_model_trains_the_same(pool: RankPool) -> None:
     eager = pool.run(train, Job(state=SETTINGS, groups=[MOMENTUM], lrs=wild_lrs(20)), ranks=2)
     for x, run in zip(pool.run(compiled, ranks=2), eager, strict=True):
         torch.testing.assert_close(x, run["x"][-1], rtol=0, atol=1e-10)  # float64, as test_ddp.py derives
+
+
+def dropped(group: dist.ProcessGroup, steps: int) -> list[bool]:
+    """What is left of a state that nobody holds any more, and whether its exchange thread is among it."""
+    gc.collect()
+    threads = threading.active_count()
+    run = Job(state={"compressor": saef.ScaledSign()}, groups=[MOMENTUM], lrs=[0.1] * steps)
+    net, model, optimizer, state = wrap(group, run)
+    for t in range(steps):
+        optimizer.zero_grad()
+        x, y = batch(0, t)
+        F.mse_loss(model(x), y).backward()
+        optimizer.step()
+    left = [weakref.ref(one) for one in (state.engine, model, optimizer, net)]
+    del net, model, optimizer, state
+    gc.collect()
+    return [one() is not None for one in left] + [threading.active_count() > threads]
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_model_that_is_dropped_takes_its_state_with_it(pool: RankPool, steps: int) -> None:
+    """DDP's reducer holds the state where the garbage collector does not look: the state must not hold DDP."""
+    assert pool.run(dropped, steps, ranks=2) == [[False] * 5] * 2
