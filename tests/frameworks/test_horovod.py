@@ -90,7 +90,7 @@ def test_horovod_equals_the_reference(horovod: HorovodPool, case: Case) -> None:
     settings = {"compressor": COMPRESSORS[compressor], "server": "same", "step_ahead": 1.0, "rule": rule}
     settings |= {"decay": "coupled", "averaging": period and saef.AllReduce(period), "exchange": exchange}
     job = job_of(case, torch.float64)
-    workers = reference_of(settings)(reference_settings(settings), start(), horovod.ranks)
+    workers = reference_of(settings)(reference_settings(settings, horovod.ranks), start(), horovod.ranks)
     _, x, _ = reference.drive(workers, gradient, job.lrs)
     for k, run in enumerate(horovod.run(jobs.train, job, {})):
         close(run["x"], x)

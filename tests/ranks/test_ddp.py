@@ -67,7 +67,7 @@ def test_ddp_equals_the_reference(pool: RankPool, case: dict[str, Any]) -> None:
     """x at every step, and e, m, server error and x~ at the end."""
     job = job_of(case)
     runs = pool.run(train, job, ranks=case["ranks"])
-    expected = reference_of(case)(reference_settings(case), start(), case["ranks"])
+    expected = reference_of(case)(reference_settings(case, case["ranks"]), start(), case["ranks"])
     _, x, x_tilde = reference.drive(expected, gradient, job.lrs)
     e_server = torch.zeros(expected.d, dtype=torch.float64)
     for k, run in enumerate(runs):
@@ -106,7 +106,7 @@ def test_full_step_ahead_and_decaying_errors_equal_the_reference(
     """Coupled decay reads all of x_half; errors decay after a step here, and before the next one there."""
     case = {"ranks": 3, "server": "same", "decay": "coupled", "exchange": exchange, **case}
     case |= {"server_step_ahead": True, "error_decay": beta}
-    job, expected = job_of(case), reference_of(case)(reference_settings(case), start(), 3)
+    job, expected = job_of(case), reference_of(case)(reference_settings(case, 3), start(), 3)
     _, x, _ = reference.drive(expected, gradient, job.lrs)
     for k, run in enumerate(pool.run(train, job, ranks=3)):
         close(run["x"], x)
@@ -120,7 +120,7 @@ def test_averaged_second_moments_equal_the_reference(pool: RankPool, protocol: s
     case |= {"ranks": 3, "server": "same", "decay": "coupled", "exchange": "sharded"}
     alone = pool.run(train, job_of(case), ranks=3)[0]["metrics"]["bytes_sent_averaging"]
     case["v_averaging"] = protocol
-    job, expected = job_of(case), reference.AdamW(reference_settings(case), start(), 3)
+    job, expected = job_of(case), reference.AdamW(reference_settings(case, 3), start(), 3)
     _, x, _ = reference.drive(expected, gradient, job.lrs)
     for k, run in enumerate(pool.run(train, job, ranks=3)):
         close(run["x"], x)

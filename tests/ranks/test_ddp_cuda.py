@@ -33,7 +33,7 @@ def test_ddp_on_a_gpu_equals_the_reference(
     case |= {"averaging": saef.AllReduce(5), "exchange": exchange}
     job = job_of(case)
     job.device = "cuda"
-    expected, x, _ = reference.run(reference_settings(case), start(), gradient, job.lrs, RANKS)
+    expected, x, _ = reference.run(reference_settings(case, RANKS), start(), gradient, job.lrs, RANKS)
     for k, run in enumerate(pool.run(train, job, ranks=RANKS)):
         close(run["x"], x)
         close(run["e"], expected.e[k])

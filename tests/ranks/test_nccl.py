@@ -155,7 +155,9 @@ def test_steps_by_nccl_equal_the_reference(
     case = {"compressor": compressor, "server": "same", "step_ahead": 1.0, "rule": "nesterov", "decay": "coupled"}
     job = job_of(case | {"averaging": averaging, "exchange": exchange})
     job.lrs = job.lrs[: 12 if wait else 60]
-    expected, x, _ = reference.run(reference_settings(case | {"averaging": averaging}), start(), gradient, job.lrs, 1)
+    expected, x, _ = reference.run(
+        reference_settings(case | {"averaging": averaging}, 1), start(), gradient, job.lrs, 1
+    )
     ((got, e, waits),) = pool.run(steps, job, wait, ranks=1)
     close(got, x)
     close(e, expected.e[0])
@@ -226,7 +228,7 @@ def test_several_gpus_equal_the_reference(compressor: saef.Compressor, exchange:
         arguments = (ranks, os.path.join(folder, "store"), job, folder)
         mp.spawn(rank_of_several, arguments, nprocs=ranks)
         runs = [torch.load(f"{folder}/{r}", weights_only=False) for r in range(ranks)]
-    expected, x, _ = reference.run(reference_settings(case), start(), gradient, job.lrs, ranks)
+    expected, x, _ = reference.run(reference_settings(case, ranks), start(), gradient, job.lrs, ranks)
     for k, run in enumerate(runs):
         close(run["x"], x)
         close(run["e"], expected.e[k])

@@ -33,7 +33,7 @@ def protocol_of(averaging: saef.Averaging | None) -> tuple[str, int] | None:
     return None if averaging is None or kind is None else (kind, averaging.period)
 
 
-def reference_settings(case: dict[str, Any]) -> reference.Settings:
+def reference_settings(case: dict[str, Any], ranks: int) -> reference.Settings:
     C, block = operator(case["compressor"])
     matrix = [True, False] * 3  # the parameters in order: weight, bias, ...
     mu, nesterov = SGD.get(case["rule"], SGD["sgd"])
@@ -48,18 +48,18 @@ def reference_settings(case: dict[str, Any]) -> reference.Settings:
         weight_decay=[1e-2 if m else 1e-3 for m in matrix],
         weight_decay_mode=ADAM[case["rule"]][1] if case["rule"] in ADAM else case["decay"],
         server_ahead=case.get("server_step_ahead", case["rule"] in ADAM and C is reference.scaled_sign),
-        servers=servers_of(case) if case["exchange"] == "sharded" else None,
+        servers=servers_of(case, ranks) if case["exchange"] == "sharded" else None,
         error_decay=case.get("error_decay", 1.0),
         v_averaging=protocol_of(case.get("v_averaging")),
         **ADAMW,
     )
 
 
-def servers_of(case: dict[str, Any]) -> list[int]:
+def servers_of(case: dict[str, Any], ranks: int) -> list[int]:
     """Which rank serves each block, in order."""
     numels, up = [p.numel() for p in start()], case["compressor"]
     down = up if case["server"] == "same" else case["server"] or saef.Identity()
-    return sum(partition(numels, [0] * len(numels), up, down, case["ranks"]).owner, [])
+    return sum(partition(numels, [0] * len(numels), up, down, ranks).owner, [])
 
 
 def reference_of(case: dict[str, Any]) -> type[reference.SAEF]:
