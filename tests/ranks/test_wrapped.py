@@ -162,8 +162,8 @@ def others(group: dist.ProcessGroup, what: str) -> str:
     if what == "a wrapper that trains more":
         model = Shell(model)
         model.extra = extra
-    elif what == "a wrapped Adam":
-        optimizer = Held(torch.optim.Adam(parameters))
+    elif what == "a wrapped RMSprop":
+        optimizer = Held(torch.optim.RMSprop(parameters))
     else:
         optimizer = Held(torch.optim.SGD(extra.parameters(), lr=0.1))
     with pytest.raises((TypeError, ValueError)) as caught:
@@ -175,7 +175,7 @@ def others(group: dist.ProcessGroup, what: str) -> str:
     ("what", "message"),
     [
         ("a wrapper that trains more", "are not in the optimizer"),
-        ("a wrapped Adam", "needs torch.optim.SGD (momentum, nesterov, weight_decay, maximize as you like), got Adam"),
+        ("a wrapped RMSprop", "needs torch.optim.SGD, AdamW or Adam, whose step it knows, got RMSprop"),
         ("another's optimizer", "are not in the optimizer"),
     ],
 )
