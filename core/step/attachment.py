@@ -158,10 +158,9 @@ class Attachment:
         self._leave()
 
 
-_watching: WeakSet[Attachment] = WeakSet()  # the attachments that are there
-_watcher: list[
-    RemovableHandle
-] = []  # one hook for all, from the first on: torch keeps those of all optimizers for ever
+# The attachments that are there, and one hook for all of them, from the first on: torch keeps it for ever.
+_watching: WeakSet[Attachment] = WeakSet()
+_watcher: list[RemovableHandle] = []
 
 
 def _watch(attachment: Attachment) -> None:

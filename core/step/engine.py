@@ -108,7 +108,7 @@ class Engine:
         self._shared_at: int | None = None  # the step of a `share`
         self._hidden: list[tuple[Tensor, Tensor | None]] = []
         self._attachment = Attachment(model, optimizer, given, self)
-        self._kept.watch(optimizer)
+        self._kept.save_with(optimizer)
 
     def _agree(self, weights: Weights, what: str = "SAEFState()") -> None:
         """Raise on all ranks if they train other parameters, or in another way, or are not all here. Collective."""
@@ -136,7 +136,7 @@ class Engine:
         """Take an optimizer with the same groups in the place of the one it was created with."""
         self._optimizer = optimizer
         self.rule.adopt(optimizer)
-        self._kept.watch(optimizer)
+        self._kept.save_with(optimizer)
 
     def recheck(self) -> None:
         """The next forward looks whether all ranks have the same weights: some were loaded."""
@@ -236,7 +236,7 @@ class Engine:
         self._kept.let_go(self._optimizer)
         self._lay_out(model, weights, old, self._sending.since.then(old.weights, weights, self._watch.relaid))
         self._kept.take(self._optimizer)
-        self._kept.watch(self._optimizer)
+        self._kept.save_with(self._optimizer)
         self.recheck()
         if self.transport.rank == 0:
             logger.info("from step %d on: %s", steps, changes)

@@ -35,12 +35,12 @@ class Kept:
         self._views: list[list[Tensor]] = []
         self._of: Tensor | None = None  # the m that they are views of
 
-    def watch(self, optimizer: torch.optim.Optimizer) -> None:
+    def save_with(self, optimizer: torch.optim.Optimizer) -> None:
         """What this optimizer's state_dict() gives, torch's own optimizer can load."""
-        self._unwatch()
+        self._save_no_more()
         self._saving = optimizer.register_state_dict_post_hook(self._saved)
 
-    def _unwatch(self) -> None:
+    def _save_no_more(self) -> None:
         if self._saving is not None:
             self._saving.remove()
 
@@ -122,7 +122,7 @@ class Kept:
     def release(self, optimizer: torch.optim.Optimizer, keep: bool) -> None:
         """For torch's own step. keep: momentum, too; where each rank has its own, weights would drift apart with it."""
         if not keep:
-            self._unwatch()
+            self._save_no_more()
             self._clear(optimizer)
             return
         self.let_go(optimizer)
@@ -142,7 +142,7 @@ class Kept:
 
     def let_go(self, optimizer: torch.optim.Optimizer) -> None:
         """The optimizer's state is its own, momentum with it: another `Kept` will `take` what it finds there."""
-        self._unwatch()
+        self._save_no_more()
         has = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for p in self._weights.parameters:
             state = _state(optimizer, p)

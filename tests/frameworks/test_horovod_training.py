@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 if find_spec("horovod") is None:
@@ -40,15 +40,21 @@ def job_of(compressor: saef.Compressor = TOPK, dtype: torch.dtype = torch.float3
     return Job({"compressor": compressor, **settings}, MOMENTUM, lrs=[0.05] * 400, dtype=dtype)
 
 
+def trained(job: Job, count: int) -> tuple[nn.Module, Any, saef.SAEFState]:
+    """A network after so many steps, its DistributedOptimizer and state."""
+    net = make_model(job, hvd.rank())
+    optimizer, state = make(job, net)
+    steps(net, optimizer, job, range(count))
+    return net, optimizer, state
+
+
 # ---- x is what everyone sees --------------------------------------------------------------------------------
 
 
 def look() -> list[str]:
     """300 steps; what evaluation, state_dict and broadcasts see in the middle of one; checksums of x."""
     job = job_of()
-    net = make_model(job, hvd.rank())
-    optimizer, state = make(job, net)
-    steps(net, optimizer, job, range(300))
+    net, optimizer, state = trained(job, 300)
     weights = flat(net)
     sums = [checksum([weights])]
     x, y = batch(hvd.rank(), 300, torch.float32)
@@ -90,9 +96,7 @@ STOP, END = 31, 70
 
 def save(job: Job, folder: Path) -> tuple[list[Tensor], Tensor]:
     """(state at the end, x~ at the checkpoint)."""
-    net = make_model(job, hvd.rank())
-    optimizer, state = make(job, net)
-    steps(net, optimizer, job, range(STOP))
+    net, optimizer, state = trained(job, STOP)
     backward(net, optimizer, job, STOP)  # of a step under way, which is dropped below
     optimizer.synchronize()
     saef.save_checkpoint(folder, state, {"optimizer": optimizer.state_dict()})
@@ -140,9 +144,7 @@ def count_bytes(job: Job) -> tuple[dict[str, int], dict[str, float]]:
     handed = dict.fromkeys(("_allreduce_async", "_allgather_async", "_alltoall_async"), 0)
     patch, size = pytest.MonkeyPatch(), buckets.BUCKET_BYTES
     buckets.BUCKET_BYTES = 25 << 20  # one message a phase
-    net = make_model(job, hvd.rank())
-    optimizer, state = make(job, net)
-    steps(net, optimizer, job, range(1))
+    net, optimizer, state = trained(job, 1)
     before = state.metrics()
     for name in handed:
         call = getattr(mpi_ops, name)
@@ -184,9 +186,7 @@ def test_bytes_are_the_codecs_formula_and_a_dummy(
 
 def skip() -> None:
     job = job_of()
-    net = make_model(job, hvd.rank())
-    optimizer, state = make(job, net)
-    steps(net, optimizer, job, range(20))
+    net, optimizer, state = trained(job, 20)
     before = snapshot(state)
     optimizer.zero_grad()
     x, y = batch(hvd.rank(), 20, torch.float32)
@@ -249,9 +249,7 @@ def test_one_rank_is_ddp_with_one_rank(pool: RankPool, horovods: dict[int, Horov
 def let_go() -> tuple[Tensor, Tensor]:
     """After detach(): x is there, and Horovod averages plain gradients for SGD."""
     job = job_of()
-    net = make_model(job, hvd.rank())
-    optimizer, state = make(job, net)
-    steps(net, optimizer, job, range(10))
+    net, optimizer, state = trained(job, 10)
     backward(net, optimizer, job, 10)
     optimizer.step()
     weights = flat(net)
@@ -355,9 +353,7 @@ def test_writes_of_the_same_values_and_compilation_change_no_bit(horovods: dict[
 
 def change() -> int:
     job = job_of()
-    net = make_model(job, hvd.rank())
-    optimizer, state = make(job, net)
-    steps(net, optimizer, job, range(2))
+    net, optimizer, state = trained(job, 2)
     before = flat(net)
     for one in OTHER_VALUES:
         backward(net, optimizer, job, 2)
