@@ -29,7 +29,7 @@ from support.training import Job, batch, make_model
 
 JOB = Job({"compressor": saef.TopK(0.2)}, lrs=[0.1] * 10, dtype=torch.float32)
 # Ours, or Horovod's own where that comes first.
-LOST = "the exchange with the other ranks failed|Horovod has been shut down|Connection closed by peer"
+LOST = "the exchange with the other ranks failed|Horovod has been shut down|Horovod background loop uncaught exception"
 START_S = 60  # that starting and ending a job may take on a busy machine
 
 
@@ -97,8 +97,8 @@ def misuse() -> None:
         SAEFCompression(net, sgd, exchange="shraded")  # type: ignore[arg-type]
     transported = {*StateSettings.__annotations__} - {*Carried.__annotations__}
     assert {*CompressionSettings.__annotations__} == transported
-    with pytest.raises(TypeError, match="needs torch.optim.SGD"):
-        SAEFCompression(net, torch.optim.Adam(net.parameters()))
+    with pytest.raises(TypeError, match="needs torch.optim.SGD, AdamW"):
+        SAEFCompression(net, torch.optim.RMSprop(net.parameters()))
     with pytest.raises(ValueError, match="compressor"):
         SAEFCompression(net, torch.optim.SGD(net.parameters(), 0.1), compressor=saef.TopK(0.1 * (hvd.rank() + 1)))
     compression = SAEFCompression(net, sgd)
@@ -110,7 +110,7 @@ def misuse() -> None:
     optimizer = hvd.DistributedOptimizer(sgd, **options)
     with pytest.raises(ValueError, match="serves a DistributedOptimizer already"):
         hvd.DistributedOptimizer(sgd, **options)
-    with pytest.raises(TypeError, match="needs torch.optim.SGD"):
+    with pytest.raises(TypeError, match="needs torch.optim.SGD, AdamW"):
         saef.SAEFState(net, optimizer)
     transport: Any = compression.state.engine.transport
     transport.rank += 2
