@@ -11,7 +11,7 @@ import saef
 from saef.step import engine
 from saef.step.ways import Copies, OnCPU
 from support import reference
-from support.cases import close, job_of, reference_of, reference_settings, start
+from support.cases import close, job_of, pairwise, reference_of, reference_settings, start
 from support.ranks import RankPool
 from support.training import (
     ADAMW,
@@ -45,24 +45,7 @@ VALUES: dict[str, list[Any]] = {
 }
 
 
-def pairwise() -> list[dict[str, Any]]:
-    """Few cases in which every pair of values of any two settings occurs together (greedy, deterministic)."""
-    names = list(VALUES)
-    index = [range(len(v)) for v in VALUES.values()]
-    missing = {((a, i), (b, j)) for a, b in combinations(range(len(names)), 2) for i, j in product(index[a], index[b])}
-    cases = []
-    while missing:
-        best = max(product(*index), key=lambda case: len(missing & _pairs(case)))
-        missing -= _pairs(best)
-        cases.append({name: VALUES[name][i] for name, i in zip(names, best, strict=True)})
-    return cases
-
-
-def _pairs(case: tuple[int, ...]) -> set[Any]:
-    return set(combinations(enumerate(case), 2))
-
-
-@pytest.mark.parametrize("case", pairwise(), ids=lambda c: "-".join(str(v) for v in c.values()).replace(" ", ""))
+@pytest.mark.parametrize("case", pairwise(VALUES), ids=lambda c: "-".join(str(v) for v in c.values()).replace(" ", ""))
 def test_ddp_equals_the_reference(pool: RankPool, case: dict[str, Any]) -> None:
     """x at every step, and e, m, server error and x~ at the end."""
     job = job_of(case)
@@ -185,7 +168,7 @@ def test_when_the_servers_error_is_stepped_ahead_by(pool: RankPool) -> None:
 
 
 def test_every_named_value_and_pair_is_covered() -> None:
-    cases = pairwise()
+    cases = pairwise(VALUES)
     for (a, left), (b, right) in combinations(VALUES.items(), 2):
         for i, j in product(left, right):
             assert any(case[a] == i and case[b] == j for case in cases), (a, i, b, j)

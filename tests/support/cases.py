@@ -1,5 +1,6 @@
 """A run's settings as a case: for DDP with `saef`, and for the reference."""
 
+from itertools import combinations, product
 from typing import Any
 
 import torch
@@ -84,6 +85,23 @@ def job_of(case: dict[str, Any]) -> Job:
         },
         groups=[{**common, "weight_decay": 1e-2}, {**common, "weight_decay": 1e-3}],
     )
+
+
+def pairwise(values: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    """Few cases in which every pair of values of any two settings occurs together (greedy, deterministic)."""
+    names = list(values)
+    index = [range(len(v)) for v in values.values()]
+    missing = {((a, i), (b, j)) for a, b in combinations(range(len(names)), 2) for i, j in product(index[a], index[b])}
+    cases = []
+    while missing:
+        best = max(product(*index), key=lambda case: len(missing & _pairs(case)))
+        missing -= _pairs(best)
+        cases.append({name: values[name][i] for name, i in zip(names, best, strict=True)})
+    return cases
+
+
+def _pairs(case: tuple[int, ...]) -> set[Any]:
+    return set(combinations(enumerate(case), 2))
 
 
 def start() -> list[torch.Tensor]:

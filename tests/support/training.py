@@ -154,7 +154,7 @@ def outcome(state: SAEFState, trajectory: list[Tensor]) -> dict[str, Any]:
         "e_server": state.e_server.cpu().clone(),
         "metrics": state.metrics(),
         "strategy": state.strategy,
-        "buckets": len(state.engine._sending._plans),
+        "buckets": len(state.engine.sending._plans),
     }
 
 
