@@ -8,9 +8,9 @@ import torch
 import saef
 from saef.wire.plan import partition
 from support import reference
-from support.training import ADAMW, Job, make_net, wild_lrs
+from support.training import ADAMW, STEPS, Job, make_net, wild_lrs
 
-# float64; a run makes 60 steps of well-conditioned operations on numbers of order 1, each rounded to 1e-16 and
+# float64; a run makes 40 to 60 steps of well-conditioned operations on numbers of order 1, each rounded to 1e-16 and
 # amplified by at most 1/(1 - mu) = 10 per step: 60 * 10 * 1e-16 = 6e-14 is expected, 1e-10 is required. A wrong
 # sign or selected coordinate would show at 1e-4 or more.
 TOLERANCE = 1e-10
@@ -73,7 +73,7 @@ def job_of(case: dict[str, Any]) -> Job:
     common = ADAMW if adam else dict(zip(("momentum", "nesterov"), SGD[case["rule"]], strict=True))
     return Job(
         optimizer=ADAM[case["rule"]][0] if adam else "SGD",
-        lrs=[lr * (0.1 if adam else 1.0) for lr in wild_lrs(60)],
+        lrs=[lr * (0.1 if adam else 1.0) for lr in wild_lrs(STEPS)],
         state={
             "compressor": case["compressor"],
             "server_compressor": case["server"],
