@@ -42,7 +42,7 @@ class Rounds(Form):
     def __init__(self, host: Host, settings: Settings) -> None:
         super().__init__(host)
         self._settings = settings
-        self.done = 0
+        self.done = self._nested = 0
         self._own: set[str] = set()  # what an optimizer keeps in its groups: a schedule-free one the sum of its weights
         self._settings_before: list[dict[str, Any]] = []
         self._before: Saved | None = None  # the optimizer's state at the round's beginning
@@ -106,6 +106,9 @@ class Rounds(Form):
         Raises:
             RuntimeError: if they were computed elsewhere.
         """
+        if self.stepping:  # torch runs the hooks anew where a step calls that of the class it derives from
+            self._nested += 1
+            return closure
         begun = self._host.sending.begun
         if not begun and closure is None and self._has_gradients():
             raise RuntimeError(NOT_AHEAD)
@@ -152,6 +155,9 @@ class Rounds(Form):
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """The parameters are x; after the last local step of a round it is exchanged."""
+        if self._nested:
+            self._nested -= 1
+            return
         self._show()
         if self._host.sending.begun:
             self._stepped(optimizer)
@@ -200,7 +206,7 @@ class Rounds(Form):
             restore(optimizer, self._host.weights, self._before, self._own)
         self._show()
         self._before = self._resumed = None
-        self.done, self.stepping, self.entered = 0, False, False
+        self.done, self.stepping, self.entered, self._nested = 0, False, False, 0
         self._host.weights.restart()
 
     # -- checkpoints --------------------------------------------------------------------------

@@ -59,7 +59,9 @@ class Seen(torch.optim.Optimizer):
 
 
 def make_optimizer(kind: str, parameters: list[Tensor], **options: Any) -> Any:
-    return type(kind, (Seen, getattr(torch.optim, kind)), {})(parameters, **{"lr": 1.0, **OPTIMIZERS[kind], **options})
+    own = getattr(torch.optim, kind)
+    own([nn.Parameter(torch.zeros(1))], lr=1.0)  # from now on torch runs the hooks anew in super().step()
+    return type(kind, (Seen, own), {})(parameters, **{"lr": 1.0, **OPTIMIZERS[kind], **options})
 
 
 def rates(case: dict[str, Any]) -> list[float]:
