@@ -46,7 +46,7 @@ class Rounds(Form):
         self._own: set[str] = set()  # what an optimizer keeps in its groups: a schedule-free one the sum of its weights
         self._settings_before: list[dict[str, Any]] = []
         self._before: Saved | None = None  # the optimizer's state at the round's beginning
-        self._resumed: Saved | None = None  # the middle of a round, from a checkpoint
+        self._loaded: Saved | None = None  # what `load` got, until the next round begins
 
     # -- forward ------------------------------------------------------------------------------
 
@@ -56,13 +56,16 @@ class Rounds(Form):
 
     def begin(self, optimizer: torch.optim.Optimizer) -> None:
         """X is x_half: a round begins, or goes on where a checkpoint had it."""
-        weights, resumed = self._host.weights, self._resumed
+        weights, loaded = self._host.weights, self._loaded
+        if loaded is not None:  # again: since then, optimizer.load_state_dict() may have got another rank's
+            restore(optimizer, weights, loaded["optimizer"], self._own)
         self._before = capture(optimizer, weights) if self._settings.on_bad_round == "restore" else None
-        if resumed is not None:
-            self._resumed, self.done, self._before = None, resumed["done"], resumed.get("before")
+        self._loaded = None
+        if loaded is not None and loaded["done"]:
+            self.done, self._before = loaded["done"], loaded.get("before")
             with torch.no_grad():
                 for i, name in enumerate(weights.names):
-                    weights.local_of(i).copy_(resumed["X"][name])
+                    weights.local_of(i).copy_(loaded["X"][name])
 
     def go_on(self) -> bool:
         """Raises RuntimeError if x was changed since the last local step."""
@@ -205,7 +208,7 @@ class Rounds(Form):
         if restored and self._before is not None:
             restore(optimizer, self._host.weights, self._before, self._own)
         self._show()
-        self._before = self._resumed = None
+        self._before = self._loaded = None
         self.done, self.stepping, self.entered, self._nested = 0, False, False, 0
         self._host.weights.restart()
 
@@ -231,7 +234,7 @@ class Rounds(Form):
         """What `saved` gave; the next forward goes on from there."""
         self._own |= {*saved["own"]}
         restore(optimizer, self._host.weights, saved["optimizer"], self._own)
-        self._resumed = saved if saved["done"] else None
+        self._loaded = saved
 
 
 NOT_AHEAD = (

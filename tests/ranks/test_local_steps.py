@@ -1,5 +1,6 @@
 """Any optimizer, and several local steps between exchanges: real ranks against a list of workers."""
 
+import copy
 import io
 import math
 from typing import Any
@@ -282,8 +283,10 @@ def resumed(group: Any, at: int, case: dict[str, Any]) -> None:
     with torch.no_grad():
         for p in other_net.parameters():
             p.add_(1.0)
+    of_rank_0 = [copy.deepcopy(optimizer.state_dict())]
+    dist.broadcast_object_list(of_rank_0, group=group, group_src=0)
     other_state.load_state_dict(torch.load(buffer, weights_only=True))
-    assert other_state.local_step == state.local_step or other_state.local_step == 0
+    other_optimizer.load_state_dict(of_rank_0[0])  # as most scripts do; each rank has its own all the same
     for t in range(at, at + 9):
         spoilt = math.nan if t == at + 1 else 1.0
         for m, o in ((model, optimizer), (other, other_optimizer)):
