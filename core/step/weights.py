@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..rules import step_ahead
 from ..wire import kernels
+from ..wire.compressors import Code, Compressor
 from ..wire.kernels.table import Update, Worker
 from ..wire.plan import Plan
 from .server_ahead import ServerAhead
@@ -192,6 +193,10 @@ class Weights(ABC):
     def cut(self, flat: Tensor) -> list[Tensor]:
         """The parameters' parts of a flat vector, each in the shape and strides that its parameter had at the start."""
         return cut(flat, self.views)
+
+    def codes(self, compressor: Compressor) -> list[Code]:
+        """Of each parameter."""
+        return [compressor.for_parameter(name, p) for name, p in zip(self.names, self.parameters, strict=True)]
 
     def take_over(self, old: Weights) -> None:
         """Go on where `old`, of other parameters or another layout, left off: outside of a window, after `absorb`."""

@@ -363,6 +363,41 @@ def test_checkpoints_that_do_not_fit_are_refused(pool: RankPool) -> None:
     pool.run(refuse_checkpoints, ranks=2)
 
 
+# ---- exempt parameters ------------------------------------------------------------------------------------------
+
+
+def vectors_whole(name: str, p: Tensor) -> bool:
+    return p.ndim < 2
+
+
+def exempt(group: Any, local_steps: int) -> None:
+    """Biases travel whole: they owe nothing, and with patterns of their names it is the same, bit for bit."""
+    found = []
+    for which in (vectors_whole, ["*.bias"]):
+        case = {**CASE, "compressor": saef.Exempt(which, saef.TopK(0.2, block=10)), "local_steps": local_steps}
+        net, model, optimizer, state = make(group, case)
+        expected = float(repr(state).partition("about ")[2].partition(" bytes")[0].replace(",", ""))
+        for t in range(6):
+            step(model, optimizer, dist.get_rank(group), t, 0.01)
+        owed = dict(zip(state.weights.names, state.weights.cut(state.e), strict=True))
+        assert all(bool(e.any()) == name.endswith("weight") for name, e in owed.items())
+        assert abs(state.metrics()["bytes_per_step"] - expected) < 100
+        found.append(flat(net))
+    assert torch.equal(*found)
+    # Another choice on one rank is told on all.
+    names = ["*.bias"] if dist.get_rank(group) else ["0.bias"]
+    with pytest.raises(ValueError, match="compressor: rank 0 has Exempt"):
+        make(group, {**CASE, "compressor": saef.Exempt(names, saef.TopK(0.2, block=10))})
+    odd = dist.get_rank(group) % 2 == 1
+    with pytest.raises(ValueError, match="codes to the servers: rank 0 has"):
+        make(group, {**CASE, "compressor": saef.Exempt(lambda name, p: odd, saef.TopK(0.2, block=10))})
+
+
+@pytest.mark.parametrize("local_steps", [1, 3])
+def test_exempt_parameters_travel_whole(pool: RankPool, local_steps: int) -> None:
+    pool.run(exempt, local_steps, ranks=2)
+
+
 # ---- what users do ----------------------------------------------------------------------------------------------
 
 
