@@ -272,8 +272,8 @@ class Exempt(Compressor):
     other: Compressor | None = None
 
     def __post_init__(self) -> None:
-        patterns = not callable(self.which)
-        if patterns and (isinstance(self.which, str) or not all(isinstance(w, str) for w in self._patterns)):
+        named = isinstance(self.which, list | tuple) and all(isinstance(w, str) for w in self.which)
+        if not callable(self.which) and not named:
             raise TypeError(
                 f"Exempt needs a function of (name, parameter), or a list of patterns of names, got {self.which!r}"
             )
@@ -283,17 +283,11 @@ class Exempt(Compressor):
             if not compressor.feedback:
                 raise ValueError(f"{compressor!r} keeps no error and votes on every tensor; do not wrap it")
 
-    @property
-    def _patterns(self) -> Sequence[str]:
-        return () if callable(self.which) else self.which
-
     def __repr__(self) -> str:
         """Without an address, which would differ between ranks."""
-        which = (
-            getattr(self.which, "__qualname__", type(self.which).__name__) if callable(self.which) else [*self.which]
-        )
+        which = getattr(self.which, "__qualname__", type(self.which).__name__) if callable(self.which) else self.which
         other = "" if self.other is None else f", other={self.other!r}"
-        return f"Exempt({which if callable(self.which) else which!r}, {self.inner!r}{other})"
+        return f"Exempt({which}, {self.inner!r}{other})"
 
     def for_tensor(self, numel: int) -> Code:
         raise TypeError("Exempt goes by parameters, and here are only sizes: give it to a SAEFState")
