@@ -73,7 +73,10 @@ class Trainer:
     def memory(self) -> str:
         """Vectors of the model's size beside parameters and gradients."""
         d = sum(p.numel() for p in self.net.parameters())
-        own = sum(v.numel() for p in self.net.parameters() for v in self.optimizer.state[p].values() if v.numel() > 1)
+        kept = [
+            v for p in self.net.parameters() for v in self.optimizer.state[p].values() if isinstance(v, torch.Tensor)
+        ]
+        own = sum(v.numel() for v in kept if v.dim())
         found = {"optimizer": own / d}
         if self.state is not None:
             found = {"x_half": self.state.weights.flat.numel() / d, "errors": self.state.e.numel() / d, **found}
@@ -84,7 +87,8 @@ class Trainer:
 
 
 def on_the_interface() -> int:
-    return int(Path("/sys/class/net/lo/statistics/tx_bytes").read_text())
+    lines = Path("/proc/net/dev").read_text().splitlines()  # of this network namespace
+    return int(next(line for line in lines if line.strip().startswith("lo:")).split(":")[1].split()[8])
 
 
 def run_rank(rank: int, args: argparse.Namespace, store: str) -> None:
