@@ -59,7 +59,8 @@ class Engine:
 
         exchange, exchange_late                               in the backward, with buckets of gradients
         gradient_ready, exchange_gradients                    in the backward, without
-        backward_ended, expect_change                         after it
+        before_backward                                       before one that is within the wrapped model's forward
+        backward_ended, expect_change, gradient_norm          after it
         before_step, after_step                               around the optimizer's own step
         adopt, recheck                                        when an adapter has another optimizer, or loads weights
         attached, under_way, transport, weights, left_out     to look at
@@ -251,6 +252,20 @@ class Engine:
             )
         self.weights.enter()
 
+    def before_backward(self, loss: Tensor) -> None:
+        """Within the wrapped model's forward, before the backward of a loss: no hook on the outputs sees that.
+
+        Raises:
+            RuntimeError: if the optimizer has stepped since that forward began: there is no x_half any more.
+        """
+        if not self._sending.begun:
+            raise RuntimeError(
+                "a backward after the optimizer's step, within the same forward of the wrapped model: each step ahead "
+                "lasts from a forward of the wrapped model to one step. Make one step in each (with Lightning in each "
+                "training_step), and give the rest of the work to the next"
+            )
+        self._attachment.watch(loss)
+
     def leave(self) -> None:
         """The parameters are x. Raises RuntimeError if they were written to while they were x_half."""
         if not self._attachment.newest:
@@ -329,6 +344,19 @@ class Engine:
         """After the last exchange, when p.grad are what was sent: from here on no change of them can count."""
         self._sending.prepared.backward_ended(self.weights.parameters)
         self.loss_scale.claim(self._optimizer)
+
+    def gradient_norm(self) -> float:
+        """L2 norm of this worker's own gradient, unscaled, before any clipping: after the exchange, before the step.
+
+        Raises:
+            RuntimeError: if nothing was exchanged since the last step.
+        """
+        if not self._sending.prepared.buckets:
+            raise RuntimeError(
+                "the norm of a gradient that was not exchanged: ask for it, or clip, between the backward of a step's "
+                "last micro-batch and its step() (with Accelerate: if accelerator.sync_gradients)"
+            )
+        return self._sending.prepared.norm(self.weights.dtype) * self.loss_scale.inverse()
 
     # -- optimizer step: commit, or skip ------------------------------------------------------
 
