@@ -28,7 +28,7 @@ from typing_extensions import Unpack
 import saef
 from saef.hooks import saef_hook
 from saef.step.arguments import Agreed, check_known
-from saef.step.unwrap import unwrap_model
+from saef.step.unwrap import innermost, unwrap_model
 
 try:
     from accelerate import Accelerator
@@ -60,7 +60,7 @@ def attach(
     ddp = _check(accelerator, model, optimizer)
     state = saef.SAEFState(ddp, optimizer, grad_scaler=accelerator.scaler, **settings)
     ddp.register_comm_hook(state, saef_hook)
-    optimizer.step = functools.partial(_step, optimizer, optimizer.step, state)  # type: ignore[method-assign]
+    innermost(optimizer).register_step_post_hook(lambda *_: _stepped(optimizer, state))
     accelerator.clip_grad_norm_ = functools.partial(_clip_norm, accelerator.clip_grad_norm_, state)
     accelerator.clip_grad_value_ = functools.partial(_clip_value, accelerator.clip_grad_value_, state)
     name = _name(accelerator, state)
@@ -107,12 +107,11 @@ def _name(accelerator: Accelerator, state: saef.SAEFState) -> str:
 # ---- what Accelerate calls ------------------------------------------------------------------
 
 
-def _step(optimizer: Any, original: Callable[..., Any], state: saef.SAEFState, closure: Any = None) -> Any:
-    """AcceleratedOptimizer.step; where all ranks have skipped the step, the schedulers wait."""
-    result = original(closure)
-    if state.engine.attached and optimizer.gradient_state.sync_gradients:
-        optimizer._is_overflow = state.skipped_in_a_row > 0
-    return result
+def _stepped(optimizer: Any, state: saef.SAEFState) -> None:
+    """In AcceleratedOptimizer.step: where all ranks have skipped the step, the schedulers wait."""
+    if state.engine.attached:
+        optimizer._is_overflow = skipped = state.skipped_in_a_row > 0
+        optimizer._accelerate_step_called = not skipped  # by which it decides after a GradScaler's step
 
 
 def _clip_norm(

@@ -6,7 +6,7 @@ Lightning makes DDP and the optimizer in `trainer.fit`, so the callback creates 
     gradient_clip_val                    of the Trainer, becomes SAEFState's max_grad_norm
     precision="16-mixed"                 its scaler is given to SAEFState
     FOLDER/NAME.ckpt                     gets FOLDER/saef/NAME.ckpt/, a checkpoint of all ranks (`saef.storage`)
-    self.log                             "saef/bytes_per_step" and the like, at the Trainer's logging steps
+    self.log                             "saef/bytes_per_step" and the like, where the Trainer logs
 """
 
 from __future__ import annotations
@@ -95,8 +95,9 @@ class SAEFCallback(Callback):  # type: ignore[misc]
             self.state.engine.before_backward(loss)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        every = trainer.log_every_n_steps
-        if self._metrics and self.state is not None and every and trainer.global_step % every == 0:
+        steps, every = trainer.global_step, trainer.log_every_n_steps
+        due = trainer.is_last_batch or (every and steps % every == 0)
+        if self._metrics and self.state is not None and steps and due:
             found = self.state.metrics()
             pl_module.log_dict({f"saef/{name}": found[name] for name in self._metrics})
 

@@ -156,6 +156,7 @@ def other_checkpoints(group: dist.ProcessGroup, folder: Path) -> dict[str, str]:
 def skips(group: dist.ProcessGroup) -> Any:
     """A step with a NaN on one rank: the scheduler waits."""
     run = Run({"compressor": saef.TopK(0.2)}).train(1)
+    run.scheduler = run.accelerator.prepare(schedule(run.optimizer))  # made late, of the wrapper
     before, lr = flat(run.net), run.optimizer.param_groups[0]["lr"]
     for i, (x, y) in enumerate(run.loader):
         run.step(x * float("nan") if dist.get_rank() == 1 and i < ACCUMULATE else x, y)
