@@ -208,7 +208,7 @@ def _words(kind: type[Any]) -> list[str]:
 def _check(trainer: Any) -> None:
     """Raise ValueError on what no step under this Trainer could honour."""
     strategy = trainer.strategy
-    if not isinstance(strategy, DDPStrategy):
+    if "DDPStrategy" not in [kind.__name__ for kind in type(strategy).__mro__]:  # of either package
         raise ValueError(
             f'SAEFCallback needs Trainer(strategy="ddp"), or another DDPStrategy, got {type(strategy).__name__}: saef '
             "exchanges the gradients of whole models among several ranks (DeepSpeed's engine without Lightning has an "

@@ -1,10 +1,14 @@
 """Lightning's Trainer with saef, on two ranks: equal to its own DDP, and to DDP with saef_hook."""
 
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
+import torch
 
 import saef
+from saef.hooks import saef_hook
 from support.ranks import RankPool
 from support.trainers import TOLERANCE, assert_equal
 
@@ -83,3 +87,13 @@ def test_what_cannot_be_honoured_is_refused(trainers: RankPool) -> None:
         assert {*said} == {*expected}
         for case, words in expected.items():
             assert words in said[case], said[case]
+
+
+def test_a_state_or_a_hook_given_to_ddpstrategy_names_the_callback() -> None:
+    """Before fit() there is no process group, and on a GPU Lightning registers a hook without a state."""
+    net = torch.nn.Linear(2, 2)
+    with pytest.raises(RuntimeError, match=r"saef\.integrations\.lightning"):
+        saef.SAEFState(net, torch.optim.SGD(net.parameters(), lr=0.1))
+    nothing: Any = None
+    with pytest.raises(TypeError, match="SAEFCallback"):
+        saef_hook(nothing, mock.Mock())

@@ -64,7 +64,8 @@ class Lit(pl.LightningModule):
 
     def check_x(self) -> None:
         assert self.callback is not None and self.callback.state is not None
-        assert torch.equal(trainers.flat(self), self.callback.state.weights.x())
+        x = trainers.flat(self)
+        assert torch.equal(x, self.callback.state.weights.x().to(x.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)  # type: ignore[no-any-return]
