@@ -49,7 +49,8 @@ def attach(
 
     Args:
         accelerator: of several processes. Its save_state, load_state and clip_grad_norm_ know of the state from now on.
-        model, optimizer: as prepare() returned them.
+        model: as prepare() returned it; it wraps a DistributedDataParallel.
+        optimizer: as prepare() returned it.
         settings: keyword arguments of SAEFState, but for grad_scaler, process_group and transport: Accelerate's.
 
     Raises:
