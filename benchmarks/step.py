@@ -106,7 +106,7 @@ def held_bytes(state: saef.SAEFState) -> dict[str, int]:
     vectors = {"x or x_half": state.weights.flat, "error": state.e, "momentum": state.m, "server error": state.e_server}
     held = {name: v.numel() * v.element_size() for name, v in vectors.items()}
     held["messages of both phases"] = sum(
-        v.numel() for b in state.engine._sending.prepared.buckets for v in [b.message, *b.received, *b.replies]
+        v.numel() for b in state.engine.sending.prepared.buckets for v in [b.message, *b.received, *b.replies]
     )
     return held
 

@@ -114,7 +114,7 @@ def measure(numel: int, tensors: int, cap_mb: float, args: argparse.Namespace) -
     unit = median(seconds["plain"])
     parts = "".join(f"{median(shares[part]) / unit:9.2%}" for part in PARTS)
     together = sum(median(shares[part]) for part in PARTS) / unit
-    buckets = len(state.engine._sending._plans)
+    buckets = len(state.engine.sending._plans)
     return (
         f"{numel / 1e6:8.0f} M{tensors:9,}{buckets:9,}{unit * 1e3:10.1f} ms{median(seconds['saef']) / unit:8.2f}"
         f"{parts}{together:10.2%}"

@@ -17,6 +17,7 @@ from .protocols.mixing import MixingTime, estimate_mixing_time, mixing_time, sta
 from .protocols.model_averager import ModelAverager
 from .protocols.parameter_server import ParameterServer
 from .state import SAEFState
+from .step.outer import Nesterov
 from .storage import load_checkpoint, save_checkpoint
 from .wire.codec import Codec, message_bytes
 from .wire.compressors import Compressor, Identity, MajorityVote, MinSize, ScaledSign, TopK
@@ -36,6 +37,7 @@ __all__ = [
     "MinSize",
     "MixingTime",
     "ModelAverager",
+    "Nesterov",
     "ParameterServer",
     "Ring",
     "Rotating",

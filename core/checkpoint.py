@@ -19,6 +19,8 @@ takes equal keys for copies and writes one of them. Tensors are by parameter nam
     x                          weights, of the state's dtype (the float32 master of 16-bit parameters)
     m_decay                    m~ of the outer weight decay
     rank_K / workers           e, m (and AdamW's v) of rank K / their means
+    outer                      b of an outer optimizer
+    rank_K / workers           rounds, of an optimizer that makes its own steps: its state (`saef.step.rounds`)
     rank_K                     also e_server: flat, the blocks this rank serves (`saef.wire.plan.partition`); strides;
                                bytes: what it has sent; random: torch's random state (and "random_cuda")
     e_server                   consolidated: the servers' errors
@@ -28,7 +30,7 @@ A state is saved as it was before the step that is under way, if one is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
@@ -36,8 +38,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .rules import SGD
+from .rules import SGD, Difference
 from .step.memory import Context, Memory, all_server_errors, own_server_errors
+from .step.optimizer_state import Saved
 
 FORMAT = 1
 
@@ -58,8 +61,12 @@ LOAD_CONSOLIDATED = "load the consolidated form (SAEFState.consolidated_state_di
 
 
 @torch.no_grad()
-def rank_form(memory: Memory, context: Context) -> dict[str, Any]:
-    """What `SAEFState.state_dict` returns, of a memory as it was before the step under way."""
+def rank_form(memory: Memory, context: Context, own: Saved | None) -> dict[str, Any]:
+    """What `SAEFState.state_dict` returns, of a memory as it was before the step under way.
+
+    Args:
+        own: of an optimizer that makes its own steps: `saef.step.rounds.Rounds.saved`.
+    """
     weights, transport = context.weights, context.transport
     mine: dict[str, Any] = {
         **_workers(memory, context),
@@ -70,14 +77,20 @@ def rank_form(memory: Memory, context: Context) -> dict[str, Any]:
     }
     if memory.e_server.numel():
         mine["e_server"] = memory.e_server.clone()
+    if own is not None:
+        mine["rounds"] = own
     if weights.device.type == "cuda":
         mine["random_cuda"] = torch.cuda.get_rng_state(weights.device)
     return {**_common(memory, context, "rank"), f"rank_{transport.rank}": mine}
 
 
 @torch.no_grad()
-def consolidated_form(memory: Memory, context: Context) -> dict[str, Any]:
-    """What `SAEFState.consolidated_state_dict` returns, of the same, whose e becomes the ranks' mean. Collective."""
+def consolidated_form(memory: Memory, context: Context, own: Callable[[bool], Saved | None]) -> dict[str, Any]:
+    """What `SAEFState.consolidated_state_dict` returns, of the same, whose e becomes the ranks' mean. Collective.
+
+    Args:
+        own: gives the same as means over the ranks, collectively.
+    """
     transport = context.transport
     means = replace(memory, m=memory.m.clone())
 
@@ -90,6 +103,8 @@ def consolidated_form(memory: Memory, context: Context) -> dict[str, Any]:
     transport.meet("SAEFState.consolidated_state_dict()")
     server = transport.call(together)
     saved = {**_common(memory, context, "consolidated"), "workers": _workers(means, context)}
+    if (rounds := own(True)) is not None:
+        saved["workers"]["rounds"] = rounds
     if server.numel():
         saved["e_server"] = _by_name(context, server)
     return saved
@@ -113,6 +128,8 @@ def _common(memory: Memory, context: Context, kind: str) -> dict[str, Any]:
     }
     if memory.m_decay.numel():
         saved["m_decay"] = _by_name(context, memory.m_decay)
+    if memory.outer.numel():
+        saved["outer"] = _by_name(context, memory.outer)
     return saved
 
 
@@ -127,13 +144,21 @@ def _strides(context: Context) -> dict[str, list[int]]:
 def _settings(context: Context) -> dict[str, str]:
     """What decides the meaning of what is saved. The rest may be changed when training goes on."""
     s = context.settings
-    rule = {} if isinstance(context.rule, SGD) else {"rule": type(context.rule).__name__}
-    return rule | {
+    more = {} if isinstance(context.rule, SGD) else {"rule": _name(context)}
+    if s.outer is not None:
+        more["outer"] = repr(s.outer)
+    return more | {
         "compressor": repr(s.compressor),
         "server_compressor": repr(s.reply_compressor),
         "weight_decay_mode": s.weight_decay_mode,
         "dtype": str(context.weights.dtype),
     }
+
+
+def _name(context: Context) -> str:
+    """Of the rule; of whose difference."""
+    rule = context.rule
+    return f"Difference of {rule.optimizer}" if isinstance(rule, Difference) else type(rule).__name__
 
 
 def _workers(memory: Memory, context: Context) -> dict[str, Any]:
@@ -146,8 +171,12 @@ def _by_name(context: Context, flat: Tensor) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load(saved: Mapping[str, Any], memory: Memory, context: Context) -> None:
-    """What `SAEFState.load_state_dict` does with what `check` has let pass, when no step is under way."""
+def load(saved: Mapping[str, Any], memory: Memory, context: Context) -> Saved | None:
+    """What `SAEFState.load_state_dict` does with what `check` has let pass, when no step is under way.
+
+    Returns:
+        What the optimizer shall load, if it makes its own steps.
+    """
     weights, transport = context.weights, context.transport
     consolidated = saved["kind"] == "consolidated"
     own = saved["workers"] if consolidated else saved[f"rank_{transport.rank}"]
@@ -155,7 +184,8 @@ def load(saved: Mapping[str, Any], memory: Memory, context: Context) -> None:
     weights.write([saved["x"][name] for name in weights.names])
     memory.grow(len(_vectors(saved, context)), saved["outer_momentum"])
     kept = [(m, own.get(key)) for key, m in zip(VECTORS, memory.m, strict=False)]
-    for flat, values in ((memory.e, own.get("e")), *kept, (memory.m_decay, saved.get("m_decay"))):
+    alike = [(memory.m_decay, saved.get("m_decay")), (memory.outer, saved.get("outer"))]
+    for flat, values in ((memory.e, own.get("e")), *kept, *alike):
         flat.zero_()
         if values is not None:
             _write(context, flat, values)
@@ -174,6 +204,8 @@ def load(saved: Mapping[str, Any], memory: Memory, context: Context) -> None:
     counted_from = saved["steps"] if consolidated else own["counted_from"]
     memory.count_from(saved["steps"], saved["steps_skipped"], saved["steps_skipped_in_a_row"], counted_from)
     transport.restore_counts({} if consolidated else own["bytes"])
+    rounds: Saved | None = own.get("rounds")
+    return rounds
 
 
 def _write(context: Context, flat: Tensor, values: Mapping[str, Tensor]) -> None:
@@ -200,14 +232,30 @@ def check(saved: Mapping[str, Any], memory: Memory, context: Context) -> None:
     expected = {"x": saved.get("x"), **{key: (workers or {}).get(key) for key in _vectors(saved, context)}}
     if saved["outer_momentum"]:
         expected["m_decay"] = saved.get("m_decay")
+    if context.settings.outer is not None:
+        expected["outer"] = saved.get("outer")
     if context.settings.feedback:
         expected["e"] = (workers or {}).get("e")
     if context.serves_with_error and saved["kind"] == "consolidated":
         expected["e_server"] = saved.get("e_server")
+    if not context.rule.of_gradients:
+        _check_rounds((workers or {}).get("rounds"), context.settings.local_steps)
     for what, tensors in expected.items():
         found = {n: list(v.shape) for n, v in tensors.items()} if isinstance(tensors, Mapping) else None
         if found != shapes:
             raise ValueError(f"the checkpoint is damaged: its {what!r} is missing or not of the parameters' shapes")
+
+
+def _check_rounds(rounds: Mapping[str, Any] | None, local_steps: int) -> None:
+    if not isinstance(rounds, Mapping) or not {"done", "optimizer", "own"} <= {*rounds}:
+        raise ValueError(
+            "the checkpoint is damaged: its 'rounds', with the optimizer's state, is missing or incomplete"
+        )
+    if rounds["done"] >= local_steps:
+        raise ValueError(
+            f"the checkpoint is of a round with {rounds['done']} local steps behind it, and here local_steps is "
+            f"{local_steps}: load it with more of them, and change local_steps after a checkpoint between two rounds"
+        )
 
 
 def _vectors(saved: Mapping[str, Any], context: Context) -> Sequence[str]:

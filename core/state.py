@@ -17,9 +17,10 @@ from . import checkpoint, telemetry
 from .comm.exchange import Strategy
 from .comm.transport import Transport
 from .protocols.averaging import Averaging
-from .step.arguments import Exchange, ServerCompressor, ServerStepAhead, WeightDecayMode, check_keywords
+from .step.arguments import BadRound, Exchange, ServerCompressor, ServerStepAhead, WeightDecayMode, check_keywords
 from .step.engine import Engine, logger
 from .step.memory import all_server_errors
+from .step.outer import Nesterov
 from .step.settings import Settings
 from .step.weights import Weights
 from .wire.compressors import Compressor, ScaledSign
@@ -30,8 +31,9 @@ class SAEFState:
     """Step-ahead error feedback (SAEF Algorithm 1) for one model and one optimizer on one rank.
 
     Create it after the model is on its device and wrapped, before the first forward, on all ranks of
-    the process group (a collective call). The optimizer stays the source of lr, momentum, nesterov, betas,
-    eps, weight_decay and maximize, read at every step; its own arithmetic is replaced.
+    the process group (a collective call). SGD, AdamW and Adam stay the source of lr, momentum, nesterov, betas,
+    eps, weight_decay and maximize, read at every step; their own arithmetic is replaced. Other optimizers, and all
+    with local steps, step by themselves.
 
     Between steps the parameters are x, the same bits on every rank. From the first training forward
     of a step (module in training mode, gradients enabled) to the optimizer step they are x - s e_k, or
@@ -44,7 +46,7 @@ class SAEFState:
 
     Args:
         model: the module whose parameters are trained (a DistributedDataParallel, usually).
-        optimizer: torch.optim.SGD, AdamW or Adam over the model's trainable parameters, any number of groups.
+        optimizer: any that changes parameters in place, over the model's trainable parameters, any number of groups.
         compressor: C on the way to the servers.
         server_compressor: C on the way back: "same" (double-way), None (single-way), or a compressor.
         step_ahead: s in x_half = x - s e_k: 1 is SAEF, 0 plain error feedback (EF), between is SA-PEF.
@@ -69,13 +71,20 @@ class SAEFState:
             (1 - beta) (e + mean_k e_k) more.
         v_averaging: of AdamW's and Adam's v_k, a protocol as for `averaging`: for ranks whose data differ, of which one
             alone does not see how large the mean gradient is.
+        local_steps: H, steps of the optimizer between two exchanges. Every rank takes its own, from x_half on; then
+            how far that moved is compressed, exchanged and averaged (`saef.rules.difference`). 1: SGD, AdamW and Adam
+            are computed within saef, in the backward; any other optimizer, and H > 1, steps by itself.
+        outer: saef.Nesterov(lr, momentum): an outer optimizer on what comes back (DiLoCo); None: x <- x - R.
+        on_bad_round: what becomes of the state of an optimizer that steps by itself when a round is skipped:
+            "restore": as before the round, of which a copy is kept; "keep": as it is.
         grad_scaler: the torch.amp.GradScaler that scales the loss, for float16. saef divides by the scale
             before clipping and momentum; call scaler.step(optimizer) and scaler.update() as ever.
         process_group: the ranks that train together; None: the model's (DDP), or the default group.
         transport: what carries the bytes (a `saef.comm.transport.Transport`); None: torch.distributed.
 
     Attributes:
-        steps: steps committed so far, t. skipped, skipped_in_a_row: steps skipped, in all and just now.
+        steps: exchanges committed so far, t: steps, or rounds of `local_steps` steps. skipped, skipped_in_a_row: those
+            skipped, in all and just now. local_step: steps of the optimizer in the round so far; 0 between rounds.
         weights: parameters and kept x. e, m, e_server: flat errors and what the rule keeps (momentum; AdamW's m, then
             v), of `weights.dtype`; e_server holds the blocks that this rank serves.
         settings: what was chosen, checked. strategy: "replicated" or "sharded".
@@ -104,6 +113,9 @@ class SAEFState:
         server_step_ahead: ServerStepAhead = "auto",
         error_decay: float = 1.0,
         v_averaging: Averaging | None = None,
+        local_steps: int = 1,
+        outer: Nesterov | None = None,
+        on_bad_round: BadRound = "restore",
         grad_scaler: GradScaler | None = None,
         process_group: torch.distributed.ProcessGroup | None = None,
         transport: Transport | None = None,
@@ -122,6 +134,9 @@ class SAEFState:
             server_step_ahead,
             error_decay,
             v_averaging,
+            local_steps,
+            outer,
+            on_bad_round,
         )
         self.engine = Engine(model, optimizer, settings, grad_scaler, process_group, transport)
 
@@ -157,6 +172,10 @@ class SAEFState:
         return self.engine.memory.skipped_in_a_row
 
     @property
+    def local_step(self) -> int:
+        return self.engine.local_step
+
+    @property
     def e(self) -> Tensor:
         return self.engine.memory.e
 
@@ -182,7 +201,8 @@ class SAEFState:
         layout is in `saef.checkpoint`. Each rank saves its own, or all together to
         torch.distributed.checkpoint, where an SAEFState can stand for its state_dict.
         """
-        return checkpoint.rank_form(self.engine.snapshot(), self.engine.context)
+        engine = self.engine
+        return checkpoint.rank_form(engine.snapshot(), engine.context, engine.own_state())
 
     def consolidated_state_dict(self) -> dict[str, Any]:
         """The state of all ranks together, the same on each: errors and momenta as their means, all server errors.
@@ -190,7 +210,8 @@ class SAEFState:
         Loaded with load_state_dict by any number of ranks with any `exchange`; x~ and the mean momentum are
         kept to rounding. A collective call: two dense all-reduces and an all-gather.
         """
-        return checkpoint.consolidated_form(self.engine.snapshot(), self.engine.context)
+        engine = self.engine
+        return checkpoint.consolidated_form(engine.snapshot(), engine.context, engine.own_state)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over a state of either form: weights, errors, momenta, counters, and torch's random state (rank form).
@@ -205,8 +226,7 @@ class SAEFState:
         engine = self.engine
         checkpoint.check(state_dict, engine.memory, engine.context)
         engine.abandon()
-        checkpoint.load(state_dict, engine.memory, engine.context)
-        engine.loaded()
+        engine.loaded(checkpoint.load(state_dict, engine.memory, engine.context))
 
     def x_tilde(self) -> Tensor:
         """x~ = x - (e + mean_k e_k), flat, of the state's dtype; the same bits on every rank. Collective."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from .comm.agreement import gather_values
 from .comm.exchange import sent_bytes
 from .comm.transport import PURPOSES
-from .rules import SGD, AdamW
+from .rules import SGD, AdamW, Difference
 from .step.clock import Clock
 from .step.memory import Context, Memory, all_server_errors
 from .wire import kernels
@@ -23,7 +23,7 @@ def metrics(memory: Memory, context: Context, clock: Clock) -> dict[str, float]:
     sent, size = context.transport.sent_bytes, context.transport.size
     full = 2 * (size - 1) / size * sum(p.numel() * p.element_size() for p in context.weights.parameters)
     in_steps = sum(sent[p] for p in ("phase1", "phase2", "averaging"))
-    steps = memory.steps - memory.counted_from
+    steps = (memory.steps - memory.counted_from) * context.local_steps
     per_step = in_steps / steps if steps > 0 else 0.0
     return {
         "steps": float(memory.steps),
@@ -60,9 +60,11 @@ def describe(memory: Memory, context: Context) -> str:
     if averaging is not None:
         text = repr(averaging)  # which of a Gossip is all its weights
         parts.append(f"errors averaged by {text if len(text) <= 40 else f'{text[:37]}...'}")
-    if settings.feedback and settings.outer:
+    if settings.feedback and settings.outer_decay:
         parts.append("weight decay at x")
     ranks = context.transport.size
+    if settings.outer is not None:
+        parts.append(f"outer {settings.outer}")
     parts.append(f"{ranks} rank{'s' * (ranks > 1)}, {placement.strategy}")
     parts.append(f"{sum(weights.numels):,} parameters")
     if memory.steps > memory.counted_from:
@@ -70,7 +72,8 @@ def describe(memory: Memory, context: Context) -> str:
         parts.append(f"{measured['bytes_per_step']:,.0f} bytes a step and rank")
     else:
         sizes = [message_bytes(c, weights.numels, weights.dtype) for c in (up, down)]
-        expected = f"about {sent_bytes(placement.strategy, ranks, *sizes):,.0f} bytes a step and rank"
+        a_step = sent_bytes(placement.strategy, ranks, *sizes) / context.local_steps
+        expected = f"about {a_step:,.0f} bytes a step and rank"
         parts.append(expected + (", beside the averaging" if averaging is not None else ""))
     return "; ".join(parts)
 
@@ -91,7 +94,10 @@ def _method(memory: Memory, context: Context) -> str:
 
 
 def _rule(context: Context, momentum: str = "") -> str:
-    """SGD or AdamW, and how."""
+    """SGD or AdamW, and how; or whose own steps are taken."""
+    if isinstance(context.rule, Difference):
+        several = f", {context.local_steps} steps a round" if context.local_steps > 1 else ""
+        return f"{context.rule.optimizer}'s own steps{several}"
     if isinstance(context.rule, AdamW):
         corrected = context.rule.noise_correction and context.transport.size > 1
         return f"AdamW ({'noise-corrected' if corrected else 'plain'} v)"

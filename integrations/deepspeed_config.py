@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, TypedDict, cast, final
 import torch
 
 import saef
-from saef.step.arguments import Agreed, Exchange, ServerStepAhead, WeightDecayMode, check_known, nearest
+from saef.step.arguments import Agreed, BadRound, Exchange, ServerStepAhead, WeightDecayMode, check_known, nearest
 from saef.step.settings import Settings
 
 
@@ -66,12 +66,14 @@ AVERAGING: dict[str, type[Any]] = {
     "async_ring": saef.AsyncRing,
     "gossip": saef.Gossip,
 }
+OUTER: dict[str, type[Any]] = {"nesterov": saef.Nesterov}
 # Settings that are objects in JSON, of which types, and what else they can be.
 OBJECTS: list[tuple[str, dict[str, type[Any]], tuple[Any, ...]]] = [
     ("compressor", COMPRESSORS, ()),
     ("server_compressor", COMPRESSORS, ("same", None)),
     ("averaging", AVERAGING, (None,)),
     ("v_averaging", AVERAGING, (None,)),
+    ("outer", OUTER, (None,)),
 ]
 
 
@@ -97,6 +99,9 @@ class Params(TypedDict, total=False):
     server_step_ahead: ServerStepAhead
     error_decay: float
     v_averaging: Mapping[str, Any] | None
+    local_steps: int
+    outer: Mapping[str, Any] | None
+    on_bad_round: BadRound
 
 
 RULE = {"type": "sgd"}

@@ -131,8 +131,7 @@ class SAEFCompression:
 
     Args:
         model: the module that is trained.
-        optimizer: the torch.optim.SGD, AdamW or Adam that DistributedOptimizer is given too. Its class becomes a
-            subclass of what it was.
+        optimizer: the one that DistributedOptimizer is given too. Its class becomes a subclass of what it was.
         settings: keyword arguments of SAEFState, but for process_group and transport.
 
     Attributes:

@@ -5,44 +5,49 @@ from __future__ import annotations
 import torch
 
 from .adamw import AdamW
+from .difference import Difference
 from .rule import AnyHyper, Rule, correct, step_ahead
 from .sgd import SGD
 
 RULES: dict[int, type[Rule]] = {rule.kind: rule for rule in (SGD, AdamW)}  # by their kind
 
-__all__ = ["RULES", "SGD", "AdamW", "AnyHyper", "Rule", "correct", "rule_for", "step_ahead"]
+__all__ = ["RULES", "SGD", "AdamW", "AnyHyper", "Difference", "Rule", "correct", "rule_for", "step_ahead"]
 
 
-def rule_for(optimizer: torch.optim.Optimizer, *, outer: bool, signum: bool, noise_correction: bool = True) -> Rule:
-    """The rule with the arithmetic of the optimizer's own `step`.
+def rule_for(
+    optimizer: torch.optim.Optimizer,
+    *,
+    outer: bool,
+    signum: bool,
+    noise_correction: bool = True,
+    local_steps: int = 1,
+) -> Rule:
+    """The rule with the arithmetic of the optimizer's own `step`, or the difference form, which leaves that to it.
 
     Args:
         outer: weight decay is applied outside the compressor, with SGD's momentum.
         signum: there is no error feedback; momentum is an average.
         noise_correction: of AdamW's second moment.
+        local_steps: H, steps of the optimizer between two exchanges. More than one take the difference form.
 
     Raises:
-        TypeError: if there is none.
         ValueError: if the method is momentum SGD's alone.
     """
-    if SGD.reads(optimizer):
+    name = type(optimizer).__name__
+    if local_steps == 1 and SGD.reads(optimizer):
         return SGD(outer, signum)
-    if AdamW.reads(optimizer):
-        if signum:
-            raise ValueError("MajorityVote is of signSGD and signum: use torch.optim.SGD, or another compressor")
-        if outer:
-            raise ValueError(
-                'weight_decay_mode="outer" is dist-EF\'s, for momentum SGD: torch.optim.AdamW decays at x by itself, '
-                "uncompressed, and torch.optim.Adam in the gradient; leave weight_decay_mode out"
-            )
+    own = f"local_steps={local_steps}" if local_steps > 1 else f"torch.optim.{name}"
+    if signum:
+        raise ValueError(
+            f"MajorityVote is of signSGD and signum: use torch.optim.SGD with local_steps=1 instead of {own}, or "
+            "another compressor"
+        )
+    if outer:
+        raise ValueError(
+            'weight_decay_mode="outer" is for momentum SGD with local_steps=1 (dist-EF): torch.optim.AdamW decays at '
+            "x by itself, uncompressed, torch.optim.Adam in the gradient, and with local steps every optimizer in its "
+            "own way; leave weight_decay_mode out"
+        )
+    if local_steps == 1 and AdamW.reads(optimizer):
         return AdamW(noise_correction)
-    raise TypeError(
-        f"SAEFState needs torch.optim.SGD, AdamW or Adam, whose step it knows, got {type(optimizer).__name__}"
-        f"{_own_step(optimizer)}; other update rules are not supported yet"
-    )
-
-
-def _own_step(optimizer: torch.optim.Optimizer) -> str:
-    """What to add if it derives from a known one."""
-    known = [k.__name__ for k in (torch.optim.SGD, torch.optim.AdamW, torch.optim.Adam) if isinstance(optimizer, k)]
-    return f", which derives from {known[0]} but has a step of its own" if known else ""
+    return Difference(name, local_steps)

@@ -48,6 +48,7 @@ class Rule(ABC):
         names: what torch calls the vectors that the rule keeps, in the optimizer's state.
         second: which of the vectors is a second moment, v; None if none is.
         counter: what torch calls the number of steps there, of each parameter; None if it counts none.
+        of_gradients: whether u is made of gradients, as they arrive in the backward; else of what weights have moved.
     """
 
     kind: ClassVar[int]
@@ -55,6 +56,7 @@ class Rule(ABC):
     names: ClassVar[tuple[str, ...]]
     counter: ClassVar[str | None] = None
     second: ClassVar[int | None] = None
+    of_gradients: ClassVar[bool] = True
 
     @classmethod
     @abstractmethod

@@ -15,6 +15,7 @@ from ..wire.kernels.table import Update, Worker
 from .clock import Clock
 from .local_rule import LocalRule
 from .memory import Context, Memory
+from .outer import Nesterov
 from .prepared import Bucket, Prepared, changed
 
 
@@ -32,7 +33,7 @@ class Algorithm:
         self._weights, self._transport, self._placement = context.weights, context.transport, context.placement
         self._memory, self._rule, self._clock = memory, rule, clock
         self._error_decay = context.settings.error_decay
-        self._clips = context.settings.max_grad_norm is not None
+        self._clips, self._outer = context.clips, context.settings.outer
         self._kernels = kernels.select(context.weights.device)
 
     @torch.no_grad()
@@ -107,6 +108,8 @@ class Algorithm:
         kernels.check(self._weights.device)
         self._rule.decay(prepared.hyper, self._weights, memory)
         rates = self._rule.rates(update)
+        if self._outer is not None:
+            rates = self._step_outer(self._outer, prepared, rates)
         for b in prepared.buckets:
             plan, replies = b.plan, b.replies[0]
             if memory.e_server.numel() and plan.reply.message_bytes:
@@ -114,3 +117,12 @@ class Algorithm:
                 self._kernels.settle(plan.receive.table, plan.reply.table, b.received[0], memory.e_server, own)
             self._weights.commit(plan, update, rates, self._worker(b), b.message, replies)
         memory.commit(self._error_decay)
+
+    def _step_outer(self, outer: Nesterov, prepared: Prepared, rates: Tensor) -> Tensor:
+        """b <- mu b + R, x <- x - eta mu b; what R is multiplied with, that x moves by it too (`Nesterov`)."""
+        b = self._memory.outer.mul_(outer.momentum)
+        for bucket in prepared.buckets:
+            self._kernels.subtract(bucket.plan.apply.table, -rates, bucket.replies[0], b)
+        for x, part in zip(self._weights.parts(), b.split(self._weights.numels), strict=True):
+            x.sub_(part * (outer.lr * outer.momentum))
+        return rates * outer.lr

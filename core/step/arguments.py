@@ -15,11 +15,13 @@ from ..comm.exchange import Strategy
 from ..comm.transport import Transport
 from ..protocols.averaging import Averaging
 from ..wire.compressors import Compressor
+from .outer import Nesterov
 
 ServerCompressor = Compressor | Literal["same"] | None
 WeightDecayMode = Literal["coupled", "outer"]
 Exchange = Literal["auto", Strategy]
 ServerStepAhead = bool | Literal["auto"]
+BadRound = Literal["restore", "keep"]
 
 
 # -- types: `**settings: Unpack[StateSettings]`, or of those parts that a function takes -------------------------------
@@ -37,6 +39,9 @@ class Free(TypedDict, total=False):
     noise_correction: bool
     error_decay: float
     v_averaging: Averaging | None
+    local_steps: int
+    outer: Nesterov | None
+    on_bad_round: BadRound
 
 
 class Agreed(Free, total=False):

@@ -29,7 +29,8 @@ class Steps(Protocol):
 
     begin: before a forward with gradients enabled.
     enter: before the backward of such a forward; its argument is what `begin` returned.
-    leave: after that backward, before any other forward, before state_dict(), load_state_dict() and zero_grad().
+    leave: after that backward, before any other forward, before state_dict() and load_state_dict().
+    zeroing: before zero_grad().
     before_step, after_step: around `optimizer.step()`.
     before_other_step: before the step of any other optimizer.
     ahead: whether the parameters are x_half.
@@ -40,6 +41,7 @@ class Steps(Protocol):
     def begin(self) -> int: ...
     def enter(self, number: int) -> None: ...
     def leave(self) -> None: ...
+    def zeroing(self) -> None: ...
     def before_step(
         self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None: ...
@@ -178,10 +180,10 @@ def _before_any_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -
 
 
 def _left_before(steps: Steps, original: Callable[..., None]) -> Callable[..., None]:
-    """`original` after `steps.leave()`."""
+    """`original` after `steps.zeroing()`."""
 
     def zero_grad(*args: Any, **kwargs: Any) -> None:
-        steps.leave()
+        steps.zeroing()
         original(*args, **kwargs)
 
     return zero_grad

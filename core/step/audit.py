@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from importlib.metadata import version
-from typing import final
+from typing import Any, final
 
 from ..comm.agreement import checksum, compare
 from ..comm.transport import Transport
-from ..rules import AnyHyper
 from .settings import Settings
 from .weights import Weights
 
@@ -52,12 +51,11 @@ class Audit:
             return True
         return self._every is not None and step % self._every == 0 and self._compared_at != step
 
-    def run(self, step: int, hyper: Sequence[AnyHyper], scale: float, weights: Weights, transport: Transport) -> None:
-        """Compare step, optimizer settings, loss scale and weights. Collective; raises ValueError on every rank."""
+    def run(self, step: int, settings: Mapping[str, Any], weights: Weights, transport: Transport) -> None:
+        """Compare step, the optimizer's settings, and weights. Collective; raises ValueError on every rank."""
         fields = {
             "steps": step,
-            "optimizer": hyper,
-            "loss scale": scale,
+            **settings,
             "checksum of the weights x": checksum(weights.parts()),
         }
         heading = (

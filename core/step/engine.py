@@ -36,15 +36,18 @@ from .audit import Audit, compare_settings
 from .clock import Clock
 from .error_averaging import ErrorAveraging
 from .following import carry
+from .form import Form, GradientForm
 from .kept import Kept
 from .local_rule import LocalRule
 from .loss_scale import LossScale
 from .memory import Context, Memory
+from .optimizer_state import Saved
+from .rounds import Rounds
 from .sending import Sending, Since
 from .server_ahead import ServerAhead
 from .settings import Settings
 from .unwrap import innermost, unwrap_model, unwrap_optimizer
-from .watch import Watch, check_model, check_moment
+from .watch import Watch, check_model, check_moment, check_optimizer
 from .ways import create
 from .weights import Weights
 
@@ -85,9 +88,11 @@ class Engine:
         transport: Transport | None,
     ) -> None:
         given, model, optimizer = optimizer, unwrap_model(model), unwrap_optimizer(optimizer)
+        check_optimizer(optimizer)
         self.loss_scale = LossScale(grad_scaler)
         self.rule = LocalRule(optimizer, settings, self.loss_scale)
         self.rule.read(step=0)
+        self.form: Form = GradientForm(self) if self.rule.rule.of_gradients else Rounds(self, settings)
         check_model(model, process_group)
         self.weights = weights = create(model, optimizer, settings.step_ahead)
         self.loss_scale.check_dtypes(p.dtype for p in weights.parameters)  # before any rank waits for another
@@ -102,12 +107,12 @@ class Engine:
         self.clock = Clock()
         self._optimizer, self._settings = optimizer, settings
         self._agree(weights)
+        self._kept: Kept
         self._lay_out(model, weights)
         self._audit = Audit(settings.audit_every)
         self.committed: list[tuple[Tensor, Tensor]] = []
         self._committing = False
         self._shared_at: int | None = None  # the step of a `share`
-        self._hidden: list[tuple[Tensor, Tensor | None]] = []
         self._attachment = Attachment(model, optimizer, given, self)
         self._kept.save_with(optimizer)
 
@@ -124,14 +129,15 @@ class Engine:
         """
         self._watch = Watch(model, weights, self._optimizer)
         self.weights = weights
+        weights.local = not self.rule.rule.of_gradients
         self.context = Context.create(weights, self._settings, self.rule.rule, self.transport)
         self.memory: Memory = Memory.create(self.context) if old is None else carry(self.memory, old, self.context)
         if rate := self.context.server_ahead:
             weights.server = ServerAhead(self.context.placement, self.memory.e_server, rate)
         self.rule.grow(self.memory, self.rule.read(self.memory.steps))
         self._kept = Kept(self.context, self.memory)
-        self._algorithm = Algorithm(self.context, self.memory, self.rule, self.clock)
-        self._sending = Sending(self.context, self.memory, self.rule, self.loss_scale, self._algorithm, since)
+        self.algorithm = Algorithm(self.context, self.memory, self.rule, self.clock)
+        self.sending = Sending(self.context, self.memory, self.rule, self.loss_scale, self.algorithm, since)
 
     def adopt(self, optimizer: torch.optim.Optimizer) -> None:
         """Take an optimizer with the same groups in the place of the one it was created with."""
@@ -157,15 +163,34 @@ class Engine:
             self.transport.call(partial(self.transport.mean, vector, "checkpoint"))
         self._shared_at = self.memory.steps
 
-    def loaded(self) -> None:
-        """Memory and weights are a checkpoint's."""
+    def own_state(self, consolidated: bool = False) -> Saved | None:
+        """What an optimizer that makes its own steps keeps, and where in a round it is (`Rounds.saved`); else None.
+
+        Args:
+            consolidated: as means over the ranks. Collective.
+        """
+        if not isinstance(self.form, Rounds):
+            return None
+        if consolidated:
+            return self.form.consolidated(self._optimizer, self.transport)
+        return self.form.saved(self._optimizer)
+
+    def loaded(self, own: Saved | None) -> None:
+        """Memory and weights are a checkpoint's, which has `own_state` too where there is one."""
         self._shared_at = None
         self._kept.loaded(self._optimizer)
+        if isinstance(self.form, Rounds) and own is not None:
+            self.form.load(self._optimizer, own)
         self.recheck()
+
+    @property
+    def local_step(self) -> int:
+        """Local steps of the round so far."""
+        return self.form.done if isinstance(self.form, Rounds) else 0
 
     def reset_errors(self) -> None:
         """Go on from the weights and the optimizer's state as they are, with nothing owed. Drops a step under way."""
-        self.abandon()
+        self.abandon(restored=False)
         self._shared_at = None
         self.memory.owe_nothing()
         self._kept.adopt(self._optimizer)
@@ -197,18 +222,20 @@ class Engine:
         if self.weights.ahead or not self._attachment.newest:
             return self.weights.number
         check_moment(self.weights.device)
-        self._check_whole()
+        if not self.form.entered:
+            self._check_whole()
         if changes := self._watch.changes(self._optimizer):
             self._follow(changes)
         weights, memory = self.weights, self.memory
         weights.check_free()
+        if self.form.go_on():
+            weights.enter()
+            return weights.number
         weights.absorb()
         averaged = slice(0, 0)
-        if not self._sending.begun:
+        if not self.sending.begun:
             if self._audit.due(memory.steps):
-                self._audit.run(
-                    memory.steps, self.rule.read(memory.steps), self.loss_scale.value(), weights, self.transport
-                )
+                self._audit.run(memory.steps, self.form.settings(self._optimizer), weights, self.transport)
             self._kept.follow(self._optimizer)
             self.committed = []
             averaged = self._averaging.make(memory.steps, memory.e)
@@ -216,7 +243,9 @@ class Engine:
             if self._settings.error_decay != 1.0:
                 averaged = slice(0, memory.e.numel())  # all have changed since the commit made x_half
         weights.step_ahead(memory.e, averaged)
-        self._sending.begun = True
+        if not self.sending.begun:
+            self.form.begin(self._optimizer)
+        self.sending.begun = True
         self._attachment.come_last()
         weights.enter()
         return weights.number
@@ -235,7 +264,7 @@ class Engine:
         self._agree(weights, "the trainable parameters changed")
         self._kept.follow(self._optimizer)
         self._kept.let_go(self._optimizer)
-        self._lay_out(model, weights, old, self._sending.since.then(old.weights, weights, self._watch.relaid))
+        self._lay_out(model, weights, old, self.sending.since.then(old.weights, weights, self._watch.relaid))
         self._kept.take(self._optimizer)
         self._kept.save_with(self._optimizer)
         self.recheck()
@@ -268,7 +297,7 @@ class Engine:
 
     def leave(self) -> None:
         """The parameters are x. Raises RuntimeError if they were written to while they were x_half."""
-        if not self._attachment.newest:
+        if self.form.entered or not self._attachment.newest:
             return
         if written := self.weights.leave():
             raise RuntimeError(
@@ -277,15 +306,20 @@ class Engine:
                 "backward, or after step()"
             )
 
+    def zeroing(self) -> None:
+        """Before gradients are zeroed: by the user, or within its step by the optimizer."""
+        if not self.form.stepping:
+            self.leave()
+
     @property
     def left_out(self) -> Sequence[Tensor]:
         """Parameters that were trained and are no longer."""
-        return self._sending.since.left_out
+        return self.sending.since.left_out
 
     @property
     def under_way(self) -> bool:
         """Whether a step has begun: there was a forward at x_half, or gradients were exchanged."""
-        return self._sending.under_way
+        return self.sending.under_way
 
     @property
     def ahead(self) -> bool:
@@ -314,7 +348,7 @@ class Engine:
         Returns:
             A future of `flat`, complete when the servers' replies are there.
         """
-        return self._sending.exchange(parameters, views, flat, last)
+        return self.form.exchange(parameters, views, flat, last)
 
     def gradient_ready(self, parameter: int) -> None:
         """Within a backward, for frameworks without buckets: p.grad of `weights.parameters[parameter]` is final.
@@ -322,28 +356,27 @@ class Engine:
         It is exchanged as soon as the others of its bucket, and the buckets before, are ready too. The ranks may
         call it in different orders. `exchange_gradients` must follow after the backward.
         """
-        self._sending.ready(parameter)
+        self.form.gradient_ready(parameter)
 
     def exchange_gradients(self) -> None:
         """Exchange every p.grad that was not before, after a backward. For frameworks without buckets; on every rank.
 
         The same steps as with DDP, bit for bit. p.grad stay this worker's own and become views of the buckets.
         """
-        self._sending.finish()
+        self.form.exchange_gradients()
         self.backward_ended()
 
     def exchange_late(self) -> None:
         """At the end of a backward with buckets, before they are waited for: exchange what they do not have."""
-        self._sending.send_late()
+        self.form.exchange_late()
 
     def expect_change(self, parameter: int) -> None:
         """After a backward: p.grad of this parameter will be set once more, to what it is."""
-        self._sending.prepared.expect_change(parameter)
+        self.form.expect_change(parameter)
 
     def backward_ended(self) -> None:
         """After the last exchange, when p.grad are what was sent: from here on no change of them can count."""
-        self._sending.prepared.backward_ended(self.weights.parameters)
-        self.loss_scale.claim(self._optimizer)
+        self.form.backward_ended(self._optimizer)
 
     def gradient_norm(self) -> float:
         """L2 norm of this worker's own gradient, unscaled, before any clipping: after the exchange, before the step.
@@ -363,46 +396,33 @@ class Engine:
     def before_step(
         self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Commit or skip, and hide the gradients, so that the optimizer's own arithmetic finds nothing to do.
-
-        A closure is run first; its loss is what step() returns.
-        """
+        """Before the optimizer's own arithmetic, which finds what the form leaves it."""
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self.leave()
-        self.loss_scale.check(optimizer)
-        if self._sending.prepared.buckets:
-            self._sending.prepared.wait()
-            cause = self.transport.failure
-            if cause is not None:
-                raise self.transport.lost(cause) from cause
-            self._watch.check_groups(optimizer)
-            self._sending.prepared.check(self.weights, self.rule.read_scaled(self.memory.steps))
-            bad = self._sending.prepared.not_finite(self.weights)
-            self.loss_scale.decide(bool(bad))
-            if bad:
-                self._skip(bad)
-            else:
-                self._algorithm.check_sent(self._sending.prepared, self._sending.prepared.rewritten(self.weights))
-                with self.clock.span("apply"):
-                    self._commit()
-        elif any(p.grad is not None and bool(p.grad.any()) for p in self.weights.parameters):
-            raise RuntimeError(
-                "optimizer.step() found gradients that were never exchanged: run the last micro-batch outside "
-                "no_sync() and, with DDP, register the hook (model.register_comm_hook(state, saef_hook)). "
-                "DDP with static_graph=True skips its hooks after no_sync(): leave one of the two out"
-            )
-        self.loss_scale.hide(optimizer)
-        self._hidden = [(p, p.grad) for p in (*self.weights.parameters, *self.left_out)]
-        for p, _ in self._hidden:
-            p.grad = None
-        return None if closure is None else ((args[0], lambda: loss), {})
+        given = self.form.before_step(optimizer, closure)
+        return None if closure is None else ((args[0], given), {})
+
+    def settle(self, optimizer: torch.optim.Optimizer) -> None:
+        """Commit what was sent, or skip it: on all ranks alike, by what they all have got."""
+        prepared = self.sending.prepared
+        prepared.wait()
+        cause = self.transport.failure
+        if cause is not None:
+            raise self.transport.lost(cause) from cause
+        self._watch.check_groups(optimizer)
+        self.form.check(prepared)
+        bad = prepared.not_finite(self.weights)
+        self.loss_scale.decide(bool(bad))
+        if bad:
+            self._skip(bad)
+        else:
+            self.form.check_sent(prepared)
+            with self.clock.span("apply"):
+                self._commit()
 
     def before_other_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Raise RuntimeError if an optimizer that is not this state's is about to move its parameters."""
-        if not self._attachment.newest or innermost(optimizer) is self._optimizer:
+        ours = self.form.stepping or innermost(optimizer) is self._optimizer  # or one that ours is made of
+        if ours or not self._attachment.newest:
             return
         if self._watch.is_moved_by(optimizer):
             raise RuntimeError(
@@ -412,28 +432,28 @@ class Engine:
             )
 
     def after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        for p, g in self._hidden:
-            p.grad = g
-        self._hidden = []
+        """After it."""
+        self.form.after_step(optimizer)
 
     def _commit(self) -> None:
-        if self.rule.reads_x_half(self._sending.prepared.hyper):
+        if self.rule.reads_x_half(self.sending.prepared.hyper):
             self.weights.follow(self.memory.e)
         else:
             self.weights.absorb()
         self._committing = True  # until the end: an interrupt may come between any two lines
-        self._algorithm.commit(self._sending.prepared)
-        self.committed = [(b.plan.send.table, b.message) for b in self._sending.prepared.buckets]
-        self._sending.committed()
+        self.algorithm.commit(self.sending.prepared)
+        self.committed = [(b.plan.send.table, b.message) for b in self.sending.prepared.buckets]
+        self.sending.committed()
         self._averaging.commit()
         self._v_averaging.commit()
         self.weights.committed()
         self._kept.committed(self._optimizer)
+        self.form.committed()
         self._committing = False
 
     def _check_whole(self) -> None:
-        """Raise RuntimeError if a commit has not come to its end."""
-        if self._committing:
+        """Raise RuntimeError if a commit, or an optimizer's own step, has not come to its end."""
+        if self._committing or self.form.stepping:
             raise RuntimeError(
                 "the last optimizer.step() was interrupted while it changed x, errors and momentum: they are of two "
                 "steps now, and other ranks may be elsewhere. Load a checkpoint on all ranks (load_state_dict, "
@@ -458,10 +478,15 @@ class Engine:
         if self.transport.rank == 0:
             logger.warning("%s (%d in a row)", what, in_a_row)
 
-    def abandon(self) -> None:
-        """Drop the step that is under way: the parameters are x, and the errors as before it."""
-        self._sending.drop()
+    def abandon(self, restored: bool = True) -> None:
+        """Drop the step that is under way: the parameters are x, and the errors as before it.
+
+        Args:
+            restored: so is the state of an optimizer that makes its own steps.
+        """
+        self.sending.drop()
         self._committing = False
+        self.form.drop(self._optimizer, restored)
         self.leave()
         self._averaging.undo(self.memory.e)
         self._v_averaging.undo(self._v)

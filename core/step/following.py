@@ -22,7 +22,7 @@ def carry(memory: Memory, old: Context, new: Context) -> Memory:
     """
     carried = replace(Memory.create(new), **{name: getattr(memory, name) for name in COUNTERS})
     carried.grow(len(memory.m), decay=bool(memory.m_decay.numel()))
-    pairs = [(memory.e, carried.e), (memory.m_decay, carried.m_decay)]
+    pairs = [(memory.e, carried.e), (memory.m_decay, carried.m_decay), (memory.outer, carried.outer)]
     if old.serves_with_error:
         before = old.transport.call(lambda: all_server_errors(memory, old, "settings"))
         server = torch.zeros_like(new.weights.flat)

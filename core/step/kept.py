@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .memory import Context, Memory
 
-STEP = "saef_step"  # in the state of the first parameter: the steps committed
+STEP = "saef_step"  # in the state of the first parameter, or in the first group: the steps committed
 
 
 @final
@@ -131,8 +131,9 @@ class Kept:
             state.update({name: self._rule.saved(name, state[name]) for name in self._names if name in state})
 
     def _clear(self, optimizer: torch.optim.Optimizer) -> None:
+        self._marked(optimizer).pop(STEP, None)
         for p in self._weights.parameters:
-            for name in (*self._names, self._counter or STEP, STEP):
+            for name in (*self._names, self._counter or STEP):
                 _state(optimizer, p).pop(name, None)
 
     def loaded(self, optimizer: torch.optim.Optimizer) -> None:
@@ -144,10 +145,10 @@ class Kept:
         """The optimizer's state is its own, momentum with it: another `Kept` will `take` what it finds there."""
         self._save_no_more()
         has = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        self._marked(optimizer).pop(STEP, None)
         for p in self._weights.parameters:
             state = _state(optimizer, p)
             state.update({name: state[name].clone() for name in (*self._names, self._counter) if name in state})
-            state.pop(STEP, None)
             if id(p) not in has:
                 optimizer.state.pop(p, None)  # or optimizer.state_dict() would fail
 
@@ -167,15 +168,24 @@ class Kept:
 
     def _set_mark(self, optimizer: torch.optim.Optimizer) -> None:
         self._steps.fill_(self._memory.steps)
-        optimizer.state[self._weights.parameters[0]][STEP] = self._memory.steps
+        if self._names:
+            optimizer.state[self._weights.parameters[0]][STEP] = self._memory.steps
+        else:
+            optimizer.param_groups[0][STEP] = self._memory.steps
 
     def _mark(self, optimizer: torch.optim.Optimizer) -> int | None:
-        mark: Any = _state(optimizer, self._weights.parameters[0]).get(STEP)
+        mark: Any = self._marked(optimizer).get(STEP)
         return None if mark is None else int(mark)
+
+    def _marked(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """Where the mark is: beside the rule's vectors, or in the first group, where an optimizer keeps its own."""
+        group: dict[str, Any] = optimizer.param_groups[0]
+        return _state(optimizer, self._weights.parameters[0]) if self._names else group
 
     def _is_plain(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether there is momentum of another optimizer; else the state was cleared, or there has never been one."""
-        return any(n in _state(optimizer, p) for p in self._weights.parameters for n in self._names)
+        own = not self._names
+        return own or any(n in _state(optimizer, p) for p in self._weights.parameters for n in self._names)
 
     def _errors(self) -> bool:
         return bool(self._memory.e.any()) or bool(self._memory.e_server.any())

@@ -38,18 +38,21 @@ class LocalRule:
     def __init__(self, optimizer: torch.optim.Optimizer, settings: Settings, loss_scale: LossScale) -> None:
         self.rule = rule_for(
             optimizer,
-            outer=settings.outer,
+            outer=settings.outer_decay,
             signum=not settings.feedback,
             noise_correction=settings.noise_correction,
+            local_steps=settings.local_steps,
         )
         if settings.v_averaging is not None and self.rule.second is None:
             raise ValueError(
-                f"v_averaging averages second moments, which {type(optimizer).__name__} does not keep: it is for AdamW "
-                "and Adam"
+                f"v_averaging averages second moments, which saef does not keep of {type(optimizer).__name__} with "
+                f"local_steps={settings.local_steps}: it is for AdamW and Adam with local_steps=1"
             )
         self.workers = 1
-        self._optimizer, self._loss_scale = optimizer, loss_scale
-        self._max_grad_norm, self._feedback = settings.max_grad_norm, settings.feedback
+        self._optimizer = optimizer
+        self._loss_scale = loss_scale if self.rule.of_gradients else LossScale(None)
+        self._max_grad_norm = settings.max_grad_norm if self.rule.of_gradients else None
+        self._feedback = settings.feedback
 
     def adopt(self, optimizer: torch.optim.Optimizer) -> None:
         """From now on read this optimizer, which has the same groups."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..comm.exchange import choose
 from ..comm.transport import Purpose, Transport
-from ..rules import AdamW, Rule
+from ..rules import AdamW, Difference, Rule
 from ..wire.codec import message_bytes
 from ..wire.compressors import DENSE, SIGN, Compressor
 from ..wire.plan import Placement, place
@@ -67,10 +67,21 @@ class Context(NamedTuple):
         if chosen == "auto":
             kinds = {self.settings.compressor.for_tensor(n).kind for n in self.weights.numels}
             signs = SIGN in kinds and kinds <= {SIGN, DENSE}
-            chosen = isinstance(self.rule, AdamW) and signs and (not sharded or ranks <= MOST_SHARDED)
+            single = isinstance(self.rule, Difference) and self.local_steps == 1
+            chosen = (isinstance(self.rule, AdamW) or single) and signs and (not sharded or ranks <= MOST_SHARDED)
         if not chosen or not self.serves_with_error:
             return 0.0
         return self.settings.step_ahead * (ranks if sharded else 1)
+
+    @property
+    def local_steps(self) -> int:
+        """H, steps of the optimizer between two exchanges."""
+        return self.settings.local_steps
+
+    @property
+    def clips(self) -> bool:
+        """Whether what is sent is clipped: all of it must be there first. Before local steps gradients are, alone."""
+        return self.settings.max_grad_norm is not None and self.rule.of_gradients
 
     def _dense(self, compressor: Compressor) -> bool:
         return all(compressor.for_tensor(n).kind == DENSE for n in self.weights.numels)
@@ -93,8 +104,11 @@ class Memory:
     m: Tensor  # [S, d] what the rule keeps of this worker's gradients: a momentum; AdamW's m and v
     m_decay: Tensor  # [d] m~, the momentum of a decay at x; the same on every rank
 
+    # The outer optimizer, in parameter units.
+    outer: Tensor  # [d] b, its momentum; the same on every rank
+
     # Counters.
-    steps: int = 0  # t, steps committed
+    steps: int = 0  # t, exchanges committed
     skipped: int = 0  # steps skipped
     skipped_in_a_row: int = 0  # those since the last commit
     counted_from: int = 0  # the step since when bytes are counted
@@ -110,6 +124,7 @@ class Memory:
             e_server=like.new_zeros(served),
             m=like.new_empty(0, like.numel()),
             m_decay=like.new_empty(0),
+            outer=like.new_empty(0) if context.settings.outer is None else torch.zeros_like(like),
         )
 
     def grow(self, vectors: int, decay: bool) -> None:

@@ -63,7 +63,7 @@ class Sending:
     ) -> None:
         self._weights, self._transport, self._memory = context.weights, context.transport, memory
         self._rule, self._loss_scale, self._algorithm = rule, loss_scale, algorithm
-        self._clips = context.settings.max_grad_norm is not None
+        self._clips = context.clips
         self._plans = Plans(context.placement, self._weights.parameters, self._weights.dtype, since.left_out)
         self._buckets = Buckets(self._weights.parameters, self._send_own)
         self._joined = {i for i, p in enumerate(self._weights.parameters) if id(p) in since.joined}
@@ -88,6 +88,10 @@ class Sending:
     def finish(self) -> None:
         """The backward has ended: send every p.grad that was not sent, in buckets of our own."""
         self._buckets.finish()
+
+    def send(self, parameters: Sequence[int], views: Sequence[Tensor], flat: Tensor, last: bool) -> None:
+        """Something else in the gradients' place; parameters by number."""
+        self._send([self._weights.parameters[i] for i in parameters], views, flat, last)
 
     def send_late(self) -> None:
         """The same after a backward with a framework's buckets: what these do not have."""

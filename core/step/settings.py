@@ -8,7 +8,8 @@ from typing import final, get_args
 
 from ..protocols.averaging import Averaging
 from ..wire.compressors import Compressor, Identity
-from .arguments import Exchange, ServerCompressor, ServerStepAhead, WeightDecayMode, nearest
+from .arguments import BadRound, Exchange, ServerCompressor, ServerStepAhead, WeightDecayMode, nearest
+from .outer import Nesterov
 
 
 @final
@@ -32,6 +33,9 @@ class Settings:
     server_step_ahead: ServerStepAhead
     error_decay: float
     v_averaging: Averaging | None
+    local_steps: int
+    outer: Nesterov | None
+    on_bad_round: BadRound
 
     def __post_init__(self) -> None:
         if not isinstance(self.compressor, Compressor):
@@ -47,7 +51,8 @@ class Settings:
         for name, protocol in (("averaging", self.averaging), ("v_averaging", self.v_averaging)):
             if protocol is not None and not isinstance(protocol, Averaging):
                 raise TypeError(f"{name} must be e.g. saef.AllReduce(period=20), or None, got {protocol!r}")
-        for field, words in (("weight_decay_mode", WeightDecayMode), ("exchange", Exchange)):
+        words_of = {"weight_decay_mode": WeightDecayMode, "exchange": Exchange, "on_bad_round": BadRound}
+        for field, words in words_of.items():
             allowed, value = get_args(words), getattr(self, field)
             if value not in allowed:
                 raise ValueError(f"{field} must be one of {allowed}, got {value!r}{nearest(value, allowed)}")
@@ -62,8 +67,15 @@ class Settings:
             ("audit_every", 1, "steps between two audits"),
         ):
             count = getattr(self, field)
-            if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < least):
+            if count is not None and not _count(count, least):
                 raise ValueError(f"{field} must be an integer >= {least} ({meaning}), or None, got {count!r}")
+        if not _count(self.local_steps, 1):
+            raise ValueError(
+                f"local_steps must be an integer >= 1 (steps of the optimizer between two exchanges), got "
+                f"{self.local_steps!r}"
+            )
+        if self.outer is not None and not isinstance(self.outer, Nesterov):
+            raise TypeError(f"outer must be saef.Nesterov(lr=..., momentum=...), or None, got {self.outer!r}")
         self._check_feedback()
 
     def _check_ahead(self) -> None:
@@ -85,7 +97,7 @@ class Settings:
                 'use MajorityVote() with server_compressor="same"'
             )
         decays = self.error_decay != 1.0
-        if not self.feedback and (self.step_ahead or self.averaging is not None or not self.outer or decays):
+        if not self.feedback and (self.step_ahead or self.averaging is not None or not self.outer_decay or decays):
             raise ValueError(
                 "MajorityVote keeps no error, so there is nothing to step ahead, to average or to decay, and its "
                 "weight decay is outside the vote: use step_ahead=0, averaging=None, error_decay=1, "
@@ -106,9 +118,13 @@ class Settings:
         return self.compressor.feedback
 
     @property
-    def outer(self) -> bool:
+    def outer_decay(self) -> bool:
         """Whether weight decay is applied outside the compressor (dist-EF appendix A)."""
         return self.weight_decay_mode == "outer"
+
+
+def _count(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _number(value: object) -> bool:

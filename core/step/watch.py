@@ -169,6 +169,21 @@ def check_model(model: nn.Module, process_group: Any) -> None:
             )
 
 
+def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Raise TypeError if the optimizer makes the ranks alike by itself: saef would have nothing to exchange."""
+    names = {kind.__name__ for kind in type(optimizer).__mro__}
+    if hasattr(optimizer, "skip_synchronize"):
+        raise TypeError(
+            "Horovod's DistributedOptimizer averages gradients itself: give SAEFCompression the optimizer inside, and "
+            "hvd.DistributedOptimizer that compression (saef.integrations.horovod)"
+        )
+    if found := names & {"ZeroRedundancyOptimizer", "PostLocalSGDOptimizer"}:
+        raise TypeError(
+            f"{found.pop()} makes the ranks' parameters alike itself, as saef does: give SAEFState the optimizer that "
+            "it is made of"
+        )
+
+
 def check_moment(device: torch.device) -> None:
     """Raise RuntimeError where a training forward cannot step ahead."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():

@@ -40,6 +40,7 @@ class Copies(Weights):
             for p, x in zip(self.parameters, self.views, strict=True):
                 x.copy_(p)
         self._half = self.flat  # x_half, where it takes more than x and e: with `server`
+        self._locals: list[Tensor] = []  # X, where an optimizer steps on it
 
     @torch.no_grad()
     def take_over(self, old: Weights) -> None:
@@ -73,9 +74,18 @@ class Copies(Weights):
         if self.server is not None:  # or here, in a vector of its own
             self._half = step_ahead(self.flat, e, self.s)
             self.server.step(self._half)
+        if self.local:
+            if not self._locals:
+                self._locals = [torch.empty_like(p) for p in self.parameters]
+            halves = self.cut(self._half) if self.server is not None or not self._errors else None
+            for i, mine in enumerate(self._locals):
+                mine.copy_(halves[i] if halves else step_ahead(self.views[i], self._errors[i], self.s))
 
     @torch.no_grad()
     def _show_half(self) -> None:
+        if self.local:
+            torch._foreach_copy_(self.parameters, self._locals)
+            return
         if self.server is not None:
             torch._foreach_copy_(self.parameters, self.cut(self._half))
             return
@@ -85,6 +95,16 @@ class Copies(Weights):
     @torch.no_grad()
     def _show_x(self) -> None:
         torch._foreach_copy_(self.parameters, self.views)
+
+    @torch.no_grad()
+    def _keep_local(self) -> None:
+        torch._foreach_copy_(self._locals, self.parameters)
+
+    def local_of(self, i: int) -> Tensor:
+        return self._locals[i]
+
+    def _x_of(self, i: int) -> Tensor:
+        return self.views[i]
 
     def committed(self) -> None:
         self._show_x()
@@ -160,6 +180,15 @@ class Swaps(Weights):
         for p, x in zip(self.parameters, self._x, strict=True):
             p.data = x
 
+    def _keep_local(self) -> None:
+        """The optimizer has stepped on `flat` itself."""
+
+    def local_of(self, i: int) -> Tensor:
+        return self.views[i]
+
+    def _x_of(self, i: int) -> Tensor:
+        return self._x[i]
+
     def parts(self) -> list[Tensor]:
         return [_line(x) for x in self._x]
 
@@ -207,6 +236,14 @@ class OnCPU(Swaps):
     def follow(self, e: Tensor) -> None:
         self.absorb()
         self.step_ahead(e, slice(0, 0))  # which looks at fingerprints, too
+
+    def restart(self) -> None:
+        super().restart()
+        self._made_from = None
+
+    def untouched(self) -> bool:
+        found = self._cpu.fingerprints(self._addresses, self._sizes)
+        return super().untouched() and self._made_from is not None and torch.equal(found, self._made_from)
 
     def committed(self) -> None:
         super().committed()

@@ -18,6 +18,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
+from ..rules import step_ahead
 from ..wire import kernels
 from ..wire.kernels.table import Update, Worker
 from ..wire.plan import Plan
@@ -38,7 +39,8 @@ class Weights(ABC):
         names, parameters, groups: of each trainable parameter: name (without what DDP and torch.compile put
             before it), tensor, index of its param group.
         server: steps x_half ahead by the server's error too, if it is to.
-        ahead: whether the parameters are x_half. number: of that x_half; another after every change of it.
+        local: whether an optimizer steps on x_half, which then becomes X; kept from one window to the next.
+        ahead: whether the parameters are x_half, or X. number: of that; another after every change of it.
         numels, offsets: size, and where it begins in a flat vector. Entries lie there in the parameter's
             memory order, as in DDP's buckets. flat, views: such a vector, and as it is cut.
         dtype: float64 for a float64 model, else float32: of x, errors, momentum and scalars on the wire.
@@ -57,6 +59,7 @@ class Weights(ABC):
         self.views = cut(self.flat, self.parameters)
         self.s = s
         self.server: ServerAhead | None = None
+        self.local = False
         self.ahead = False
         self.number = 0
         self._kernels = kernels.select(self.device)
@@ -104,8 +107,8 @@ class Weights(ABC):
             )
 
     def enter(self) -> None:
-        """parameters <- x_half: the window opens. Where that is x (s = 0) nothing happens."""
-        if self.ahead or self.s == 0.0:
+        """parameters <- x_half: the window opens. Where that is x for good (s = 0) nothing happens."""
+        if self.ahead or (self.s == 0.0 and not self.local):
             return
         self._versions = [p._version for p in self.parameters]
         self._show_half()
@@ -123,6 +126,37 @@ class Weights(ABC):
         self.ahead = False
         _set_versions(self.parameters, self._versions)
         return written
+
+    def moved(self) -> list[str]:
+        """In a window, whose optimizer has made X of x_half: it counts. Names of parameters that lie elsewhere now."""
+        every = zip(self.names, self.parameters, self._places, strict=True)
+        elsewhere = [n for n, p, place in every if p.data_ptr() != place]
+        self._places = [p.data_ptr() for p in self.parameters]
+        self._keep_local()
+        self.number += 1
+        _set_versions(self.parameters, [self._half_version] * len(self.parameters))
+        return elsewhere
+
+    def untouched(self) -> bool:
+        """Whether x is what x_half was made from."""
+        return self._marks_now() == self._marks
+
+    @torch.no_grad()
+    def difference(self, i: int, e: Tensor, out: Tensor, part: Tensor) -> None:
+        """x_half - X of one parameter, outside of a window.
+
+        Args:
+            e: as x_half was made with. out: [d], of which `part` is the parameter's, in its shape, and written.
+        """
+        errors, X = self._cut_errors(e), self.local_of(i)
+        part.copy_(step_ahead(self._x_of(i), errors[i], self.s) if errors else self._x_of(i))
+        if self.server is not None:
+            self.server.step(out, i)
+        part.copy_(part.to(X.dtype) - X.to(self.dtype))  # x_half as the parameter could hold it
+
+    def restart(self) -> None:
+        """x_half is to be made anew: it has become X."""
+        self._marks = []
 
     def committed(self) -> None:
         """x has moved, by kernels that autograd does not see."""
@@ -163,7 +197,19 @@ class Weights(ABC):
 
     @abstractmethod
     def _show_half(self) -> None:
-        """parameters <- x_half."""
+        """parameters <- x_half, or X."""
+
+    @abstractmethod
+    def _keep_local(self) -> None:
+        """X <- parameters."""
+
+    @abstractmethod
+    def local_of(self, i: int) -> Tensor:
+        """X of one parameter, in its shape and dtype; writing to it changes X."""
+
+    @abstractmethod
+    def _x_of(self, i: int) -> Tensor:
+        """x of one parameter, in its shape."""
 
     @abstractmethod
     def _show_x(self) -> None:

@@ -13,7 +13,7 @@ from support.deepspeed_ranks import Net, Setup, everything, resume, save, start,
 from support.equal import assert_equal
 from support.ranks import RankPool
 
-STOP, END = 25, 60
+STOP, END = 25, 40
 GROUPS = [{"weight_decay": 1e-3}, {"nesterov": True}]
 SCHEDULER = {"type": "WarmupLR", "params": {"warmup_max_lr": 0.1, "warmup_num_steps": 40}}
 SIGN = {"compressor": {"type": "sign", "block": 20}}

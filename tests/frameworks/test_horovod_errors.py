@@ -97,8 +97,6 @@ def misuse() -> None:
         SAEFCompression(net, sgd, exchange="shraded")  # type: ignore[arg-type]
     transported = {*StateSettings.__annotations__} - {*Carried.__annotations__}
     assert {*CompressionSettings.__annotations__} == transported
-    with pytest.raises(TypeError, match="needs torch.optim.SGD, AdamW"):
-        SAEFCompression(net, torch.optim.RMSprop(net.parameters()))
     with pytest.raises(ValueError, match="compressor"):
         SAEFCompression(net, torch.optim.SGD(net.parameters(), 0.1), compressor=saef.TopK(0.1 * (hvd.rank() + 1)))
     compression = SAEFCompression(net, sgd)
@@ -110,7 +108,7 @@ def misuse() -> None:
     optimizer = hvd.DistributedOptimizer(sgd, **options)
     with pytest.raises(ValueError, match="serves a DistributedOptimizer already"):
         hvd.DistributedOptimizer(sgd, **options)
-    with pytest.raises(TypeError, match="needs torch.optim.SGD, AdamW"):
+    with pytest.raises(TypeError, match="give SAEFCompression the optimizer inside"):
         saef.SAEFState(net, optimizer)
     transport: Any = compression.state.engine.transport
     transport.rank += 2

@@ -32,6 +32,7 @@ from support.training import train as train_ddp
 from support.writes import OTHER_VALUES, SAME_VALUES
 
 TOPK, SIGN = saef.TopK(0.2, block=30), saef.ScaledSign(block=20)
+MANY = 100
 MOMENTUM: list[dict[str, Any]] = [{"momentum": 0.9, "weight_decay": 1e-3}]
 
 
@@ -52,12 +53,12 @@ def trained(job: Job, count: int) -> tuple[nn.Module, Any, saef.SAEFState]:
 
 
 def look() -> list[str]:
-    """300 steps; what evaluation, state_dict and broadcasts see in the middle of one; checksums of x."""
+    """Many steps; what evaluation, state_dict and broadcasts see in the middle of one; checksums of x."""
     job = job_of()
-    net, optimizer, state = trained(job, 300)
+    net, optimizer, state = trained(job, MANY)
     weights = flat(net)
     sums = [checksum([weights])]
-    x, y = batch(hvd.rank(), 300, torch.float32)
+    x, y = batch(hvd.rank(), MANY, torch.float32)
 
     def begin() -> None:
         F.mse_loss(net(x), y)
@@ -78,13 +79,13 @@ def look() -> list[str]:
         for p in net.parameters():
             p.add_(0.125 * (hvd.rank() + 1))
     hvd.broadcast_parameters(net.state_dict(), root_rank=0)
-    steps(net, optimizer, job, range(300, 310))
+    steps(net, optimizer, job, range(MANY, MANY + 10))
     assert float((flat(net) - weights).mean()) > 0.05
     assert state.steps == 310
     return [*sums, checksum([flat(net)])]
 
 
-def test_ranks_are_bit_identical_after_300_steps_and_everyone_sees_x(horovods: dict[int, HorovodPool]) -> None:
+def test_ranks_are_bit_identical_after_many_steps_and_everyone_sees_x(horovods: dict[int, HorovodPool]) -> None:
     first, *others = horovods[3].run(look)
     assert all(other == first for other in others)
 

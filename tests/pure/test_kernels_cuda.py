@@ -58,11 +58,15 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
         yield torch.device(request.param)
 
 
-@pytest.mark.skipif(not TOO_LATE, reason="the other tests run in this process")
-def test_in_a_process_of_its_own() -> None:
+@pytest.mark.ahead
+@pytest.mark.parametrize("which", ["block or misleads", "not (block or misleads)"])
+def test_in_a_process_of_its_own(which: str) -> None:
+    if not TOO_LATE:
+        pytest.skip("the other tests run in this process")
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", __file__]
-    assert subprocess.run(command, env=environment, check=False).returncode == 0
+    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", which]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
 
 
 # ---- scenes -------------------------------------------------------------------------------------------------

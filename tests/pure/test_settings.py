@@ -18,6 +18,7 @@ from saef import (
     Identity,
     MajorityVote,
     MinSize,
+    Nesterov,
     Rotating,
     SAEFState,
     ScaledSign,
@@ -29,7 +30,7 @@ from saef.comm.agreement import compare
 from saef.comm.exchange import LATENCY_BYTES, choose
 from saef.hooks.presets import Rest
 from saef.integrations.deepspeed_config import HYPER, Params, parse
-from saef.rules import SGD, rule_for
+from saef.rules import SGD, Difference, rule_for
 from saef.rules.sgd import Hyper
 from saef.step.arguments import Agreed, StateSettings, nearest
 from saef.step.settings import Settings
@@ -54,6 +55,9 @@ DEFAULTS = {
     "server_step_ahead": "auto",
     "error_decay": 1.0,
     "v_averaging": None,
+    "local_steps": 1,
+    "outer": None,
+    "on_bad_round": "restore",
 }
 VOTE = {"compressor": MajorityVote(), "step_ahead": 0.0, "weight_decay_mode": "outer"}
 
@@ -71,7 +75,8 @@ def test_the_state_has_these_defaults():
      {"exchange": "sharded"}, {"exchange": "replicated"}, {"max_grad_norm": 1e-3}, {"max_grad_norm": 1},
      {"compressor": MinSize(4096, TopK(0.01))}, {**VOTE, "server_compressor": MajorityVote()},
      {"compressor": Identity(), "server_compressor": Identity()}, {"noise_correction": False},
-     {"server_step_ahead": True}, {"server_step_ahead": False, "step_ahead": 0}, {"error_decay": 0.95}],
+     {"server_step_ahead": True}, {"server_step_ahead": False, "step_ahead": 0}, {"error_decay": 0.95},
+     {"local_steps": 16}, {"outer": Nesterov(lr=1.0, momentum=0.0)}, {"on_bad_round": "keep"}],
 )  # fmt: skip
 def test_what_can_be_honoured_is_accepted(changed):
     assert Settings(**{**DEFAULTS, **changed})
@@ -82,7 +87,7 @@ def test_what_follows_from_the_settings():
     assert made().reply_compressor == ScaledSign() and made(server_compressor=None).reply_compressor == Identity()
     assert made(server_compressor=TopK()).reply_compressor == TopK()
     assert made().feedback and not made(**VOTE).feedback and made(compressor=MinSize(3, TopK())).feedback
-    assert made(weight_decay_mode="outer").outer and not made().outer
+    assert made(weight_decay_mode="outer").outer_decay and not made().outer_decay
 
 
 NO_COMPRESSOR = r"compressor must be e\.g\. saef\.ScaledSign\(\) or saef\.TopK\(0\.01\), got "
@@ -119,6 +124,10 @@ REFUSED = [
     ("error_decay", 0.0, ValueError, r"error_decay must be in \(0, 1\] \(1: errors stay as they are\), got 0.0"),
     ("error_decay", 1.1, ValueError, r"error_decay must be in \(0, 1\] .*, got 1.1"),
     ("error_decay", True, ValueError, r"error_decay must be in \(0, 1\] .*, got True"),
+    ("local_steps", 0, ValueError, r"local_steps must be an integer >= 1 \(steps of the optimizer .*\), got 0"),
+    ("local_steps", 2.0, ValueError, r"local_steps must be an integer >= 1 .*, got 2.0"),
+    ("outer", 0.7, TypeError, r"outer must be saef.Nesterov\(lr=..., momentum=...\), or None, got 0.7"),
+    ("on_bad_round", "kep", ValueError, r"on_bad_round must be one of .*, got 'kep' \(did you mean 'keep'\?\)"),
     ("v_averaging", 20, TypeError, r"v_averaging must be e.g. saef.AllReduce\(period=20\), or None, got 20"),
     ("noise_correction", 1, TypeError, "noise_correction must be True or False, got 1"),
     ("audit_every", True, ValueError, "audit_every must be an integer >= 1 .*, or None, got True"),
@@ -184,6 +193,7 @@ def test_deepspeeds_keys_have_types():
         "server_compressor",
         "averaging",
         "v_averaging",
+        "outer",
     }:  # which are objects in JSON
         assert theirs[name] == ours[name], name
 
@@ -355,11 +365,16 @@ def test_a_subclass_that_keeps_sgds_step_is_sgd():
 
 
 @pytest.mark.parametrize("make", [torch.optim.RMSprop, torch.optim.ASGD, MySGD])
-def test_other_optimizers_are_refused(make):
+def test_other_optimizers_take_their_own_steps(make):
     optimizer = make([torch.nn.Parameter(torch.ones(2))], lr=0.1)
-    own = ", which derives from SGD but has a step of its own" if make is MySGD else ""
-    with pytest.raises(TypeError, match=rf"needs torch\.optim\.SGD, .*, got {make.__name__}{own}; other update rules"):
-        rule_for(optimizer, outer=False, signum=False)
+    assert rule_for(optimizer, outer=False, signum=False) == Difference(make.__name__, 1)
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Adam])
+def test_with_local_steps_all_do(make):
+    optimizer = make([torch.nn.Parameter(torch.ones(2))], lr=0.1)
+    assert rule_for(optimizer, outer=False, signum=False, local_steps=2) == Difference(make.__name__, 2)
+    assert rule_for(optimizer, outer=False, signum=False).of_gradients
 
 
 def test_hyper_is_what_the_groups_say():

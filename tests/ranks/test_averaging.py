@@ -158,7 +158,7 @@ def test_equal_rows_give_equal_bits_in_float32(pool: RankPool) -> None:
 def test_saef_with_it_equals_the_reference(
     pool: RankPool, protocol: saef.Averaging, oracle: Any, exchange: str
 ) -> None:
-    """60 steps of DDP with top-k; also the invariant: x~ moves by -eta mean_k u_k whatever averages the errors."""
+    """DDP with top-k, or with sign; also the invariant: x~ moves by -eta mean_k u_k whatever averages the errors."""
     compressor = saef.TopK(0.1, block="layer") if exchange == "replicated" else saef.ScaledSign(block=7)
     C, block = (reference.top_k(0.1), "layer") if exchange == "replicated" else (reference.scaled_sign, 7)
     settings = reference.Settings(C, block=block, averaging=oracle, momentum=0.9)

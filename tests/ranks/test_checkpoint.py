@@ -23,7 +23,7 @@ from support.ranks import RankPool
 from support.slopes import setup, slope
 from support.training import batch
 
-STOP = 37
+STOP = 17
 
 
 def through_a_file(saved: Any) -> Any:
@@ -109,7 +109,7 @@ def resumed(group: dist.ProcessGroup, cases: list[dict[str, Any]], folder: str) 
 def test_resuming_in_fresh_processes_is_bit_for_bit(
     pool: RankPool, fresh: RankPool, tmp_path: Path, ranks: int
 ) -> None:
-    """Step 37 of 100: parameters, x, e, m, server error, buffers, counters and random state at the end."""
+    """Step 17 of 40: parameters, x, e, m, server error, buffers, counters and random state at the end."""
     cases = CASES if ranks == 4 else CASES[::5] + CASES[-3:]
     expected = pool.run(uninterrupted, cases, str(tmp_path), ranks=ranks)
     found = fresh.run(resumed, cases, str(tmp_path), ranks=ranks)

@@ -124,7 +124,7 @@ def failing_exchange(group: dist.ProcessGroup) -> None:
     def serve(*_: Any) -> None:
         raise ValueError("malformed message: as if its bytes had been damaged")
 
-    algorithm: Any = state.engine._algorithm
+    algorithm: Any = state.engine.algorithm
     algorithm._kernels = SimpleNamespace(compress=algorithm._kernels.compress, serve=serve)
     backward(group, model)
     optimizer.step()

@@ -20,6 +20,7 @@ from support.ranks import RankPool
 from support.training import (
     MOMENTUM,
     SETTINGS,
+    STEPS,
     Job,
     batch,
     flat,
@@ -413,7 +414,7 @@ def change_weights(group: dist.ProcessGroup, dtype: torch.dtype) -> str:
 def test_a_sub_group_trains_while_the_others_do_something_else(pool: RankPool) -> None:
     """Two of four ranks; the process group is DDP's. (All two-rank tests run in a sub-group, too.)"""
     first, second = pool.run(train, Job(state=SETTINGS, groups=[MOMENTUM]), ranks=2)
-    close(first["x"], reference_x(wild_lrs(60), ranks=2))
+    close(first["x"], reference_x(wild_lrs(STEPS), ranks=2))
     assert torch.equal(first["x"], second["x"])
 
 

@@ -104,7 +104,7 @@ class WaitInBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        buckets = WaitInBackward.state.engine._sending.prepared.buckets
+        buckets = WaitInBackward.state.engine.sending.prepared.buckets
         assert buckets, "the last layer's bucket has gone out before the first layer's backward"
         deadline = time.monotonic() + 60
         while not buckets[0].done.done():

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -162,8 +163,8 @@ def others(group: dist.ProcessGroup, what: str) -> str:
     if what == "a wrapper that trains more":
         model = Shell(model)
         model.extra = extra
-    elif what == "a wrapped RMSprop":
-        optimizer = Held(torch.optim.RMSprop(parameters))
+    elif what == "a wrapped ZeroRedundancyOptimizer":
+        optimizer = Held(ZeroRedundancyOptimizer(parameters, torch.optim.SGD, process_group=group, lr=0.1))
     else:
         optimizer = Held(torch.optim.SGD(extra.parameters(), lr=0.1))
     with pytest.raises((TypeError, ValueError)) as caught:
@@ -175,7 +176,7 @@ def others(group: dist.ProcessGroup, what: str) -> str:
     ("what", "message"),
     [
         ("a wrapper that trains more", "are not in the optimizer"),
-        ("a wrapped RMSprop", "needs torch.optim.SGD, AdamW or Adam, whose step it knows, got RMSprop"),
+        ("a wrapped ZeroRedundancyOptimizer", "makes the ranks' parameters alike itself"),
         ("another's optimizer", "are not in the optimizer"),
     ],
 )

@@ -1,5 +1,6 @@
 """A run's settings as a case: for DDP with `saef`, and for the reference."""
 
+from itertools import combinations, product
 from typing import Any
 
 import torch
@@ -7,9 +8,9 @@ import torch
 import saef
 from saef.wire.plan import partition
 from support import reference
-from support.training import ADAMW, Job, make_net, wild_lrs
+from support.training import ADAMW, STEPS, Job, make_net, wild_lrs
 
-# float64; a run makes 60 steps of well-conditioned operations on numbers of order 1, each rounded to 1e-16 and
+# float64; a run makes 40 to 60 steps of well-conditioned operations on numbers of order 1, each rounded to 1e-16 and
 # amplified by at most 1/(1 - mu) = 10 per step: 60 * 10 * 1e-16 = 6e-14 is expected, 1e-10 is required. A wrong
 # sign or selected coordinate would show at 1e-4 or more.
 TOLERANCE = 1e-10
@@ -72,7 +73,7 @@ def job_of(case: dict[str, Any]) -> Job:
     common = ADAMW if adam else dict(zip(("momentum", "nesterov"), SGD[case["rule"]], strict=True))
     return Job(
         optimizer=ADAM[case["rule"]][0] if adam else "SGD",
-        lrs=[lr * (0.1 if adam else 1.0) for lr in wild_lrs(60)],
+        lrs=[lr * (0.1 if adam else 1.0) for lr in wild_lrs(STEPS)],
         state={
             "compressor": case["compressor"],
             "server_compressor": case["server"],
@@ -84,6 +85,23 @@ def job_of(case: dict[str, Any]) -> Job:
         },
         groups=[{**common, "weight_decay": 1e-2}, {**common, "weight_decay": 1e-3}],
     )
+
+
+def pairwise(values: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    """Few cases in which every pair of values of any two settings occurs together (greedy, deterministic)."""
+    names = list(values)
+    index = [range(len(v)) for v in values.values()]
+    missing = {((a, i), (b, j)) for a, b in combinations(range(len(names)), 2) for i, j in product(index[a], index[b])}
+    cases = []
+    while missing:
+        best = max(product(*index), key=lambda case: len(missing & _pairs(case)))
+        missing -= _pairs(best)
+        cases.append({name: values[name][i] for name, i in zip(names, best, strict=True)})
+    return cases
+
+
+def _pairs(case: tuple[int, ...]) -> set[Any]:
+    return set(combinations(enumerate(case), 2))
 
 
 def start() -> list[torch.Tensor]:

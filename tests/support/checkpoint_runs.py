@@ -12,7 +12,7 @@ import saef
 from saef.hooks import saef_hook
 from support.training import ADAMW, batch
 
-END = 100  # steps
+END = 40  # steps
 # Seconds, and the ranks' comparing each other once more after loading.
 NOT_COMPARED = {"bytes_sent", "bytes_sent_settings", "seconds_compress", "seconds_exchange", "seconds_apply"}
 SIGN, TOPK = saef.ScaledSign(block=20), saef.TopK(0.1, block=30)
@@ -47,7 +47,7 @@ class Run:
         ]
         of_rule = {"momentum": 0.9} if kind == "SGD" else ADAMW
         self.optimizer = getattr(torch.optim, kind)(groups, lr=0.1, **of_rule)
-        self.scheduler = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, 0.1, END, cycle_momentum=True)
+        self.scheduler = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, 0.1, 100, cycle_momentum=True)
         self.state = saef.SAEFState(self.model, self.optimizer, **settings)
         self.model.register_comm_hook(self.state, saef_hook)
         torch.manual_seed(100 + self.rank)

@@ -338,6 +338,69 @@ class AdamW(SAEF):
         return u.clamp(-1, 1) if K > 1 else u
 
 
+class LocalSteps(SAEF):
+    """The difference form: H steps of each worker's own optimizer, of torch.optim, on X = x_half.
+
+    X = x_half = x - s e_k; H steps on X;  D_k = e_k + (x_half - X);  then Algorithm 1 from line 18 on.
+    outer: (lr, mu) of Nesterov's momentum on R, b = mu b + R, x <- x - lr (R + mu b); None: x <- x - R.
+    Settings: momentum and weight_decay are the optimizer's own, so not here.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        x0: Sequence[Tensor],
+        K: int,
+        make: Callable[[list[Tensor]], torch.optim.Optimizer],
+        outer: tuple[float, float] | None = None,
+    ) -> None:
+        super().__init__(settings, x0, K)
+        self.X = [self.tensors(self.x) for _ in range(K)]
+        self.optimizers = [make(X) for X in self.X]
+        self.outer_rate, self.b = outer, self.zeros()
+
+    def begin_step(self) -> None:
+        super().begin_step()
+        for k in range(self.K):
+            for X, half in zip(self.X[k], self.x_half(k), strict=True):
+                X.copy_(half)
+
+    def local_step(self, k: int, grads: Sequence[Tensor], lr: float) -> None:
+        """Worker k's gradients at X[k]."""
+        for X, g in zip(self.X[k], grads, strict=True):
+            X.grad = g
+        for group in self.optimizers[k].param_groups:
+            group["lr"] = lr
+        self.optimizers[k].step()
+
+    def direction(self, k: int, grad: Gradient) -> Tensor:
+        return self.flat(self.x_half(k)) - self.flat(self.X[k])
+
+    def end_round(self) -> None:
+        """After the last local step of each."""
+        x = self.x
+        super().step(self.X, 1.0)
+        if self.outer_rate is not None:
+            lr, mu = self.outer_rate
+            self.b = mu * self.b + self.R
+            self.x = x - lr * (self.R + mu * self.b)
+
+
+def drive_rounds(workers: LocalSteps, grad_fn: GradFn, lrs: Sequence[float], local_steps: int) -> tuple[Tensor, Tensor]:
+    """One local step for each of lrs; (x, x_tilde) after each round, from the start."""
+    x, x_tilde = [workers.x], [workers.x_tilde()]
+    for t, lr in enumerate(lrs):
+        if t % local_steps == 0:
+            workers.begin_step()
+        for k in range(workers.K):
+            workers.local_step(k, grad_fn(k, t, workers.X[k]), lr)
+        if (t + 1) % local_steps == 0:
+            workers.end_round()
+            x.append(workers.x)
+            x_tilde.append(workers.x_tilde())
+    return torch.stack(x), torch.stack(x_tilde)
+
+
 class DistEF(Workers):
     """dist-EF Algorithms 2 and 3 (momentum 0) and 4 (Nesterov) as printed: errors in gradient units.
 

@@ -14,6 +14,7 @@ from saef.hooks import saef_hook
 
 SIZES = (6, 9, 7, 1)
 SETTINGS = {"compressor": ScaledSign(block=7), "exchange": "sharded"}
+STEPS = 40  # enough for every period, a jump of the rate by 10, and a step in which it is 0
 MOMENTUM = {"momentum": 0.9}
 ADAMW = {"betas": (0.8, 0.95), "eps": 1e-3}  # an eps at which u does not amplify rounding by more than 1000
 
@@ -68,7 +69,7 @@ class Job:
     groups: list[dict[str, Any]] = field(default_factory=lambda: [{}])
     optimizer: str = "SGD"
     ddp: dict[str, Any] = field(default_factory=dict)
-    lrs: list[float] = field(default_factory=lambda: wild_lrs(60))
+    lrs: list[float] = field(default_factory=lambda: wild_lrs(STEPS))
     dtype: torch.dtype = torch.float64
     micro_batches: int = 1
     preset: str | None = None
@@ -154,7 +155,7 @@ def outcome(state: SAEFState, trajectory: list[Tensor]) -> dict[str, Any]:
         "e_server": state.e_server.cpu().clone(),
         "metrics": state.metrics(),
         "strategy": state.strategy,
-        "buckets": len(state.engine._sending._plans),
+        "buckets": len(state.engine.sending._plans),
     }
 
 

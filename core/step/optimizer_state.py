@@ -1,0 +1,109 @@
+"""An optimizer's state as plain tensors and numbers, whatever the optimizer, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..comm.agreement import compare
+from ..comm.transport import Transport
+from .weights import Weights
+
+Saved = dict[str, Any]
+
+
+@torch.no_grad()
+def capture(optimizer: torch.optim.Optimizer, weights: Weights) -> Saved:
+    """{"state": {parameter's name: {entry: value}}, "groups": [{setting: value}]}: copies."""
+    every = zip(weights.names, weights.parameters, strict=True)
+    state = {name: _copied(optimizer.state[p]) for name, p in every if optimizer.state.get(p)}
+    return {"state": state, "groups": settings_of(optimizer)}
+
+
+@torch.no_grad()
+def restore(optimizer: torch.optim.Optimizer, weights: Weights, saved: Saved, own: Collection[str]) -> None:
+    """Make an optimizer's state what `capture` found. In place where it can be: others may hold on to the tensors.
+
+    Args:
+        own: those of the groups' settings that the optimizer itself changes, as `changed` finds them. The others are
+            the user's, or a scheduler's, and stay.
+    """
+    for name, p in zip(weights.names, weights.parameters, strict=True):
+        if name in saved["state"]:
+            optimizer.state[p] = _put_back(optimizer.state.get(p, {}), saved["state"][name])
+        else:
+            optimizer.state.pop(p, None)
+    for group, before in zip(optimizer.param_groups, saved["groups"], strict=True):
+        group.update(_copied({k: v for k, v in before.items() if k in own}))
+
+
+def settings_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """The groups' settings: copies."""
+    return [_copied({k: v for k, v in group.items() if k != "params"}) for group in optimizer.param_groups]
+
+
+def changed(before: Sequence[Mapping[str, Any]], optimizer: torch.optim.Optimizer) -> set[str]:
+    """The names of settings that are others than `settings_of` found before."""
+    pairs = zip(before, settings_of(optimizer), strict=True)
+    return {k for old, new in pairs for k in {*old, *new} if not _same(old.get(k), new.get(k))}
+
+
+@torch.no_grad()
+def mean_of_ranks(saved: Saved, transport: Transport, device: torch.device) -> Saved:
+    """A copy with each tensor of floating point as its mean over the ranks; the rest as on this one. Collective.
+
+    Raises:
+        ValueError: on all ranks, if they do not keep the same tensors.
+    """
+    found: Saved = _copied(saved)
+    named = _floats(found)
+    heading = "the optimizers of the ranks keep different tensors, which have no mean: save the rank form (state_dict)"
+    compare({"optimizer": [(name, list(t.shape)) for name, t in named]}, transport, device, heading)
+    for dtype in (torch.float32, torch.float64):  # 16-bit ones with the former
+        some = [t for _, t in named if (t.dtype == torch.float64) == (dtype == torch.float64)]
+        if some:
+            v = torch.cat([t.reshape(-1).to(device=device, dtype=dtype) for t in some])
+            transport.call(partial(transport.mean, v, "checkpoint"))
+            for t, part in zip(some, v.split([t.numel() for t in some]), strict=True):
+                t.copy_(part.view(t.shape))
+    return found
+
+
+def _floats(saved: Saved) -> Sequence[tuple[str, Tensor]]:
+    return [
+        (f"{name}: {entry}", value)
+        for name, entries in sorted(saved["state"].items())
+        for entry, value in sorted(entries.items(), key=lambda pair: str(pair[0]))
+        if isinstance(value, Tensor) and value.is_floating_point() and value.numel()
+    ]
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.equal(a, b)
+    return type(a) is type(b) and bool(a == b)
+
+
+def _copied(value: Any) -> Any:
+    """A deep copy of tensors and collections of them."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, Mapping):
+        return {k: _copied(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_copied(v) for v in value)
+    return value
+
+
+def _put_back(now: Mapping[Any, Any], before: Mapping[Any, Any]) -> dict[Any, Any]:
+    found: dict[Any, Any] = {}
+    for k, v in before.items():
+        there = now.get(k)
+        both = isinstance(there, Tensor) and isinstance(v, Tensor)
+        fits = both and all(getattr(there, of) == getattr(v, of) for of in ("shape", "dtype", "device"))
+        found[k] = there.copy_(v) if fits and there is not None else _copied(v)
+    return found

@@ -1,0 +1,234 @@
+"""Rounds: several steps of the user's own optimizer between two exchanges, in the difference form.
+
+    forward          the first of a round: X <- x_half = x - s e; parameters <- X       Engine.begin
+    backward         nothing is sent; p.grad are this worker's own
+    its end          parameters <- x
+    optimizer step   parameters <- X; the optimizer's own step; parameters <- x         before_step, after_step
+                     after the H-th: u = x_half - X is exchanged, e and x move; or the round is dropped, on all ranks
+
+A round is a transaction as a step is: until its end x, the errors and the counters are as before it, and the
+optimizer's own state can be put back, of which a copy is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.futures import Future
+
+from ..comm.transport import Transport
+from .buckets import group
+from .form import Closure, Form, Host
+from .kept import STEP
+from .optimizer_state import Saved, capture, changed, mean_of_ranks, restore, settings_of
+from .prepared import Prepared
+from .settings import Settings
+
+
+@final
+class Rounds(Form):
+    """The difference form: D = e + u, u = x_half - X.
+
+    Args:
+        settings: `local_steps`, `max_grad_norm` (before each local step), `on_bad_round`.
+
+    Attributes:
+        done: local steps of this round.
+    """
+
+    def __init__(self, host: Host, settings: Settings) -> None:
+        super().__init__(host)
+        self._settings = settings
+        self.done = 0
+        self._own: set[str] = set()  # what an optimizer keeps in its groups: a schedule-free one the sum of its weights
+        self._settings_before: list[dict[str, Any]] = []
+        self._before: Saved | None = None  # the optimizer's state at the round's beginning
+        self._resumed: Saved | None = None  # the middle of a round, from a checkpoint
+
+    # -- forward ------------------------------------------------------------------------------
+
+    def settings(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        own = {*self._own, STEP}
+        return {"optimizer": [{k: v for k, v in s.items() if k not in own} for s in settings_of(optimizer)]}
+
+    def begin(self, optimizer: torch.optim.Optimizer) -> None:
+        """X is x_half: a round begins, or goes on where a checkpoint had it."""
+        weights, resumed = self._host.weights, self._resumed
+        self._before = capture(optimizer, weights) if self._settings.on_bad_round == "restore" else None
+        if resumed is not None:
+            self._resumed, self.done, self._before = None, resumed["done"], resumed.get("before")
+            with torch.no_grad():
+                for i, name in enumerate(weights.names):
+                    weights.local_of(i).copy_(resumed["X"][name])
+
+    def go_on(self) -> bool:
+        """Raises RuntimeError if x was changed since the last local step."""
+        if self.done and not self._host.weights.untouched():
+            raise RuntimeError(
+                f"parameters were changed within a round of local steps, after {self.done} of "
+                f"{self._settings.local_steps}: the change would be lost, since the round goes on from weights of its "
+                "own. Change them (load, clamp, average) when a round has ended, that is when state.local_step is 0"
+            )
+        return self.done > 0
+
+    # -- backward: nothing is sent ------------------------------------------------------------
+
+    def exchange(
+        self, parameters: Sequence[Tensor], views: Sequence[Tensor], flat: Tensor, last: bool
+    ) -> Future[Tensor]:
+        done: Future[Tensor] = Future()
+        done.set_result(flat)
+        return done
+
+    def gradient_ready(self, parameter: int) -> None:
+        pass
+
+    def exchange_gradients(self) -> None:
+        pass
+
+    def exchange_late(self) -> None:
+        pass
+
+    def expect_change(self, parameter: int) -> None:
+        pass
+
+    def backward_ended(self, optimizer: torch.optim.Optimizer) -> None:
+        pass
+
+    # -- the optimizer's step -----------------------------------------------------------------
+
+    def before_step(self, optimizer: torch.optim.Optimizer, closure: Closure) -> Closure:
+        """The parameters are X, and the gradients what the optimizer may take.
+
+        Raises:
+            RuntimeError: if they were computed elsewhere.
+        """
+        begun = self._host.sending.begun
+        if not begun and closure is None and self._has_gradients():
+            raise RuntimeError(NOT_AHEAD)
+        self.stepping, self._settings_before = True, settings_of(optimizer)
+        if begun:
+            self._host.weights.enter()
+            self._prepare(optimizer)
+        elif closure is None:
+            self._hide()
+        return None if closure is None else self._at_local(closure)
+
+    def _prepare(self, optimizer: Any) -> None:
+        """Do a GradScaler's work, which leaves it to optimizers that claim to; and clip."""
+        found, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
+        if found is not None:
+            optimizer.grad_scale = optimizer.found_inf = None
+            if bool(found):  # this worker alone takes one local step less, as its scaler knows
+                self._hide()
+            elif scale is not None:
+                torch._foreach_div_([p.grad for p in self._host.weights.parameters if p.grad is not None], float(scale))
+        self._clip()
+
+    def _clip(self) -> None:
+        if self._settings.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self._host.weights.parameters, self._settings.max_grad_norm)
+
+    def _at_local(self, closure: Callable[[], Any]) -> Closure:
+        """The closure, for an optimizer that calls it as often as it likes, having moved X meanwhile."""
+
+        def call() -> Any:
+            self.entered = True
+            try:
+                with torch.enable_grad():
+                    loss = closure()
+            finally:
+                self.entered = False
+            if not self._host.sending.begun:
+                raise RuntimeError(NOT_AHEAD)
+            self._host.weights.enter()
+            self._clip()
+            return loss
+
+        return call
+
+    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """The parameters are x; after the last local step of a round it is exchanged."""
+        self._show()
+        if self._host.sending.begun:
+            self._stepped(optimizer)
+        self.stepping = False
+
+    def _stepped(self, optimizer: torch.optim.Optimizer) -> None:
+        self._own |= changed(self._settings_before, optimizer)
+        elsewhere = self._host.weights.moved()
+        self._host.leave()
+        if elsewhere:
+            raise RuntimeError(
+                f"the optimizer put parameters {elsewhere[:5]} elsewhere in memory (p.data = ...) instead of changing "
+                "them in place: saef cannot tell how far they moved. Use an optimizer that steps in place"
+            )
+        self.done += 1
+        if self.done >= self._settings.local_steps:
+            self._send()
+            self._host.settle(optimizer)
+
+    @torch.no_grad()
+    def _send(self) -> None:
+        """u in buckets: while one is on its way, the next is compressed."""
+        weights, e = self._host.weights, self._host.memory.e
+        u = torch.empty_like(weights.flat)
+        views = weights.cut(u)
+        buckets = group(views)
+        for number, bucket in enumerate(buckets):
+            mine = sorted(bucket)  # of one dtype, so neighbours in u
+            for i in mine:
+                weights.difference(i, e, u, views[i])
+            flat = u[weights.offsets[mine[0]] : weights.offsets[mine[-1]] + weights.numels[mine[-1]]]
+            last = number + 1 == len(buckets)
+            self._host.sending.send(mine, [views[i] for i in mine], flat, last)
+
+    def check(self, prepared: Prepared) -> None:
+        pass
+
+    def check_sent(self, prepared: Prepared) -> None:
+        pass
+
+    def committed(self) -> None:
+        self.done, self._before = 0, None
+
+    def drop(self, optimizer: torch.optim.Optimizer, restored: bool) -> None:
+        if restored and self._before is not None:
+            restore(optimizer, self._host.weights, self._before, self._own)
+        self._show()
+        self._before = self._resumed = None
+        self.done, self.stepping, self.entered = 0, False, False
+        self._host.weights.restart()
+
+    # -- checkpoints --------------------------------------------------------------------------
+
+    def saved(self, optimizer: torch.optim.Optimizer) -> Saved:
+        """{"done", "optimizer": its state now, "own"; within a round also "X", and "before": at its beginning}."""
+        weights = self._host.weights
+        found: Saved = {"done": self.done, "optimizer": capture(optimizer, weights), "own": sorted(self._own)}
+        if self.done:
+            found["X"] = {name: weights.local_of(i).clone() for i, name in enumerate(weights.names)}
+            if self._before is not None:
+                found["before"] = self._before
+        return found
+
+    def consolidated(self, optimizer: torch.optim.Optimizer, transport: Transport) -> Saved:
+        """The same as means over the ranks, at the round's beginning, where there is a copy, or now. Collective."""
+        weights = self._host.weights
+        mine = self._before if self.done and self._before is not None else capture(optimizer, weights)
+        return {"done": 0, "optimizer": mean_of_ranks(mine, transport, weights.device), "own": sorted(self._own)}
+
+    def load(self, optimizer: torch.optim.Optimizer, saved: Saved) -> None:
+        """What `saved` gave; the next forward goes on from there."""
+        self._own |= {*saved["own"]}
+        restore(optimizer, self._host.weights, saved["optimizer"], self._own)
+        self._resumed = saved if saved["done"] else None
+
+
+NOT_AHEAD = (
+    "optimizer.step() found gradients that were not computed at x_half: run the forward through the wrapped model (the "
+    "module that SAEFState was given), with gradients enabled"
+)

@@ -1,0 +1,600 @@
+"""Any optimizer, and several local steps between exchanges: real ranks against a list of workers."""
+
+import io
+import math
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+import saef
+from saef import SAEFState
+from saef.hooks import saef_hook
+from saef.step import engine
+from saef.step.ways import Copies, OnCPU
+from support import reference
+from support.cases import close, operator, pairwise, servers_of, start
+from support.ranks import RankPool
+from support.training import batch, flat, gradient, make_net, wild_lrs
+
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "SGD": {"momentum": 0.9, "weight_decay": 1e-2},
+    "AdamW": {"betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 1e-2},
+    "RMSprop": {"alpha": 0.9, "eps": 1e-2, "centered": True},
+}
+VALUES: dict[str, list[Any]] = {
+    "optimizer": [*OPTIMIZERS],
+    "local_steps": [1, 4],
+    "compressor": [saef.ScaledSign(block=7), saef.TopK(0.3, block=10)],
+    "exchange": ["replicated", "sharded"],
+    "step_ahead": [0.0, 0.25, 1.0],
+    "error_decay": [1.0, 0.95],
+    "outer": [None, saef.Nesterov(lr=0.7, momentum=0.8)],
+    "server": ["same", None],
+    "averaging": [None, saef.Rotating(4)],
+    "ranks": [2, 3],
+}
+STEPS = 40
+
+
+class Seen(torch.optim.Optimizer):
+    """One of torch's with a step of its own, so that saef leaves it to itself; it notes what it is given and makes."""
+
+    before: Tensor
+    after: Tensor
+
+    def step(self, closure: Any = None) -> Any:
+        self.before = self.where()
+        loss = super().step(closure)  # type: ignore[safe-super]
+        self.after = self.where()
+        return loss
+
+    def where(self) -> Tensor:
+        return torch.cat([p.detach().reshape(-1) for group in self.param_groups for p in group["params"]])
+
+
+def make_optimizer(kind: str, parameters: list[Tensor], **options: Any) -> Any:
+    return type(kind, (Seen, getattr(torch.optim, kind)), {})(parameters, **{"lr": 1.0, **OPTIMIZERS[kind], **options})
+
+
+def rates(case: dict[str, Any]) -> list[float]:
+    return [lr * (1.0 if case["optimizer"] == "SGD" else 0.1) for lr in wild_lrs(STEPS)]
+
+
+def settings_of(case: dict[str, Any]) -> dict[str, Any]:
+    given = {k: case[k] for k in ("local_steps", "compressor", "exchange", "step_ahead", "error_decay", "outer")}
+    full = case.get("server_step_ahead", False)
+    return given | {"server_compressor": case["server"], "averaging": case["averaging"], "server_step_ahead": full}
+
+
+def make(group: Any, case: dict[str, Any], **more: Any) -> tuple[nn.Module, nn.Module, Any, SAEFState]:
+    net = make_net()
+    model = DDP(net, process_group=group, bucket_cap_mb=0.0005) if case.get("ddp", True) else net
+    optimizer = make_optimizer(case["optimizer"], list(net.parameters()))
+    if isinstance(model, DDP):
+        state = SAEFState(model, optimizer, **settings_of(case) | more)
+        model.register_comm_hook(state, saef_hook)
+    else:
+        state = SAEFState(model, optimizer, process_group=group, **settings_of(case) | more)
+    return net, model, optimizer, state
+
+
+def step(model: nn.Module, optimizer: Any, k: int, t: int, lr: float) -> None:
+    for g in optimizer.param_groups:
+        g["lr"] = lr
+    optimizer.zero_grad()
+    x, y = batch(k, t)
+    mse_loss(model(x), y).backward()
+    optimizer.step()
+
+
+def train(group: Any, case: dict[str, Any]) -> dict[str, Any]:
+    """x and x~ after each round; between, the parameters are x."""
+    net, model, optimizer, state = make(group, case)
+    x, x_tilde = [flat(net)], [state.x_tilde()]
+    for t, lr in enumerate(rates(case)):
+        step(model, optimizer, dist.get_rank(group), t, lr)
+        assert state.local_step == (t + 1) % case["local_steps"]
+        if state.local_step == 0:
+            x.append(flat(net))
+            x_tilde.append(state.x_tilde())
+        else:
+            assert torch.equal(flat(net), x[-1])
+    assert state.steps == STEPS // case["local_steps"]
+    return {"x": torch.stack(x), "x_tilde": torch.stack(x_tilde), "e": state.e, "text": repr(state)}
+
+
+def expected(case: dict[str, Any]) -> reference.LocalSteps:
+    C, block = operator(case["compressor"])
+    settings = reference.Settings(
+        C,
+        server=case["server"],
+        block=block,
+        step_ahead=case["step_ahead"],
+        averaging=None if case["averaging"] is None else ("rotating", 4),
+        servers=servers_of(case, case["ranks"]) if case["exchange"] == "sharded" else None,
+        error_decay=case["error_decay"],
+    )
+    outer = case["outer"] and (case["outer"].lr, case["outer"].momentum)
+    return reference.LocalSteps(
+        settings, start(), case["ranks"], lambda X: make_optimizer(case["optimizer"], X), outer=outer
+    )
+
+
+@pytest.mark.parametrize("case", pairwise(VALUES), ids=lambda c: "-".join(map(str, c.values())).replace(" ", ""))
+def test_rounds_equal_the_reference(pool: RankPool, case: dict[str, Any]) -> None:
+    """x after each round, e, and x~ where errors do not decay (after a step here, before the next one there)."""
+    runs, oracle = pool.run(train, case, ranks=case["ranks"]), expected(case)
+    x, x_tilde = reference.drive_rounds(oracle, gradient, rates(case), case["local_steps"])
+    for k, run in enumerate(runs):
+        close(run["x"], x)
+        if case["error_decay"] == 1.0:
+            close(run["x_tilde"], x_tilde)
+        close(run["e"], case["error_decay"] * oracle.e[k])
+        assert f"{case['optimizer']}'s own steps" in run["text"]
+
+
+# ---- what must hold whatever the reference ----------------------------------------------------------------------
+
+CASE: dict[str, Any] = {
+    "optimizer": "AdamW",
+    "local_steps": 3,
+    "compressor": saef.ScaledSign(block=7),
+    "exchange": "sharded",
+    "step_ahead": 1.0,
+    "error_decay": 1.0,
+    "outer": None,
+    "server": "same",
+    "averaging": None,
+    "ranks": 2,
+}
+
+
+def moved(group: Any, way: str, server_step_ahead: bool) -> None:
+    """Over ten rounds: x~' = x~ - mean_k (x_half - X); full step ahead starts at x~ in the mean."""
+    with mock.patch.object(engine, "create", {"copies": Copies, "swaps": OnCPU}[way]):
+        net, model, optimizer, state = make(group, CASE, server_step_ahead=server_step_ahead)
+    for t in range(30):
+        begins, x_tilde = state.local_step == 0, state.x_tilde()
+        before = flat(net)
+        step(model, optimizer, dist.get_rank(group), t, 0.01)
+        if begins:
+            half, start_of = optimizer.before.clone(), x_tilde
+            if server_step_ahead:
+                torch.testing.assert_close(mean(half, group), start_of, rtol=0, atol=1e-12)
+        if state.local_step == 0:
+            moved_by = mean(half - optimizer.after, group)
+            torch.testing.assert_close(state.x_tilde(), start_of - moved_by, rtol=0, atol=1e-12)
+            assert float(moved_by.abs().max()) > 1e-3
+        else:
+            assert torch.equal(flat(net), before)
+    assert float(state.e.abs().max()) > 1e-3
+
+
+def mean(v: Tensor, group: Any) -> Tensor:
+    v = v.clone()
+    dist.all_reduce(v, group=group)
+    return v / dist.get_world_size(group)
+
+
+@pytest.mark.parametrize("server_step_ahead", [False, True])
+@pytest.mark.parametrize("way", ["copies", "swaps"])
+def test_x_tilde_moves_by_the_mean_difference(pool: RankPool, way: str, server_step_ahead: bool) -> None:
+    pool.run(moved, way, server_step_ahead, ranks=2)
+
+
+def both_forms(group: Any, optimizer: str) -> float:
+    """The largest difference of x between the difference form with H = 1 and the rule that saef computes itself."""
+    found = []
+    for kind in (lambda p: make_optimizer(optimizer, p), lambda p: plain(optimizer, p)):
+        net = make_net()
+        model = DDP(net, process_group=group)
+        chosen = kind(list(net.parameters()))
+        state = SAEFState(model, chosen, compressor=saef.ScaledSign(block=7), server_step_ahead=False)
+        model.register_comm_hook(state, saef_hook)
+        for t in range(30):
+            step(model, chosen, dist.get_rank(group), t, 0.01)
+        assert ("own steps" in repr(state)) == (not found)
+        found.append(flat(net))
+    return float((found[0] - found[1]).abs().max())
+
+
+def plain(kind: str, parameters: list[Tensor]) -> torch.optim.Optimizer:
+    return getattr(torch.optim, kind)(parameters, lr=1.0, **OPTIMIZERS[kind])  # type: ignore[no-any-return]
+
+
+def test_one_local_step_of_sgd_is_the_rule(pool: RankPool) -> None:
+    """Coupled decay, at x_half in both. AdamW's is another: its decay is at X here, there at x; and u is clamped."""
+    assert max(pool.run(both_forms, "SGD", ranks=2)) < 1e-12
+
+
+# ---- rounds that do not happen ----------------------------------------------------------------------------------
+
+
+def bad_round(group: Any, on_bad_round: str, local_steps: int) -> None:
+    """A NaN on rank 0 alone, in the middle of a round: all drop it, and go on as if it had not been."""
+    case = {**CASE, "local_steps": local_steps, "averaging": saef.Rotating(4)}
+    rank = dist.get_rank(group)
+    net, model, optimizer, state = make(group, case, on_bad_round=on_bad_round)
+    for t in range(2 * local_steps):
+        step(model, optimizer, rank, t, 0.01)
+    before = everything(net, optimizer, state)
+    for t in range(local_steps):
+        optimizer.zero_grad()
+        x, y = batch(rank, t)
+        mse_loss(model(x), y * (math.nan if rank == 0 and t == local_steps // 2 else 1.0)).backward()
+        optimizer.step()
+    after = everything(net, optimizer, state)
+    same = {name for name in before if equal(before[name], after[name])}
+    assert state.skipped == 1 and state.local_step == 0
+    assert {"x", "e", "e_server", "steps"} <= same
+    assert ("optimizer" in same) == (on_bad_round == "restore")
+    if on_bad_round == "restore":  # and to the bit as if it had not been
+        twin_net, twin, twin_optimizer, twin_state = make(group, case, on_bad_round=on_bad_round)
+        for t in range(4 * local_steps):
+            if t >= 2 * local_steps:
+                step(model, optimizer, rank, t, 0.01)
+            step(twin, twin_optimizer, rank, t, 0.01)
+        assert equal(everything(net, optimizer, state), everything(twin_net, twin_optimizer, twin_state))
+
+
+def everything(net: nn.Module, optimizer: Any, state: SAEFState) -> dict[str, Any]:
+    kept = [{k: torch.as_tensor(v).clone() for k, v in optimizer.state[p].items()} for p in net.parameters()]
+    found = {"x": flat(net), "e": state.e.clone(), "e_server": state.e_server.clone()}
+    return {**found, "steps": state.steps, "optimizer": kept}
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Bit for bit, NaN or not."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return bool(torch.equal(a, b)) if isinstance(a, Tensor) else a == b
+
+
+@pytest.mark.parametrize("local_steps", [1, 4])
+@pytest.mark.parametrize("on_bad_round", ["restore", "keep"])
+def test_a_bad_round_is_dropped_by_all(pool: RankPool, on_bad_round: str, local_steps: int) -> None:
+    pool.run(bad_round, on_bad_round, local_steps, ranks=2)
+
+
+# ---- checkpoints ------------------------------------------------------------------------------------------------
+
+
+def resumed(group: Any, at: int, case: dict[str, Any]) -> None:
+    """Saved after `at` steps and loaded by new objects: the rest is the same bits, and so is a later bad round."""
+    rank = dist.get_rank(group)
+    net, model, optimizer, state = make(group, case)
+    for t in range(at):
+        step(model, optimizer, rank, t, 0.01)
+    buffer = io.BytesIO()
+    torch.save(state.state_dict(), buffer)
+    buffer.seek(0)
+    other_net, other, other_optimizer, other_state = make(group, case)
+    with torch.no_grad():
+        for p in other_net.parameters():
+            p.add_(1.0)
+    other_state.load_state_dict(torch.load(buffer, weights_only=True))
+    assert other_state.local_step == state.local_step or other_state.local_step == 0
+    for t in range(at, at + 9):
+        spoilt = math.nan if t == at + 1 else 1.0
+        for m, o in ((model, optimizer), (other, other_optimizer)):
+            o.param_groups[0]["lr"] = 0.01
+            o.zero_grad()
+            x, y = batch(rank, t)
+            mse_loss(m(x), y * spoilt).backward()
+            o.step()
+        assert state.local_step == other_state.local_step
+    assert state.skipped == other_state.skipped == 1
+    assert equal(everything(net, optimizer, state), everything(other_net, other_optimizer, other_state))
+
+
+@pytest.mark.parametrize("at", [6, 7, 8])
+def test_a_round_is_resumed_in_its_middle(pool: RankPool, at: int) -> None:
+    """With averaged errors, which were averaged at the round's beginning, and an outer optimizer."""
+    case = {**CASE, "averaging": saef.Rotating(4), "outer": saef.Nesterov(0.7, 0.8), "server_step_ahead": True}
+    pool.run(resumed, at, case, ranks=2)
+
+
+def consolidate(group: Any) -> dict[str, Any]:
+    net, model, optimizer, state = make(group, CASE)
+    for t in range(9):
+        step(model, optimizer, dist.get_rank(group), t, 0.01)
+    averages = [mean(optimizer.state[p]["exp_avg_sq"], group) for p in net.parameters()]
+    return {"saved": state.consolidated_state_dict(), "x_tilde": state.x_tilde(), "v": averages}
+
+
+def take_over(group: Any, saved: dict[str, Any], x_tilde: Tensor, v: list[Tensor]) -> None:
+    net, model, optimizer, state = make(group, CASE)
+    state.load_state_dict(saved)
+    torch.testing.assert_close(state.x_tilde(), x_tilde, rtol=0, atol=1e-12)
+    for p, second in zip(net.parameters(), v, strict=True):
+        torch.testing.assert_close(optimizer.state[p]["exp_avg_sq"], second, rtol=0, atol=1e-12)
+    for t in range(6):
+        step(model, optimizer, dist.get_rank(group), t, 0.01)
+    assert state.steps == 5
+
+
+def test_another_number_of_ranks_goes_on(pool: RankPool) -> None:
+    """x~ is kept, and the optimizer's moments become their means."""
+    runs = pool.run(consolidate, ranks=2)
+    assert equal(runs[0]["saved"], runs[1]["saved"])
+    pool.run(take_over, runs[0]["saved"], runs[0]["x_tilde"], runs[0]["v"], ranks=3)
+
+
+def refuse_checkpoints(group: Any) -> None:
+    net, model, optimizer, state = make(group, CASE)
+    for t in range(5):
+        step(model, optimizer, dist.get_rank(group), t, 0.01)
+    saved = state.state_dict()
+    _, _, _, fewer = make(group, {**CASE, "local_steps": 2})
+    with pytest.raises(ValueError, match="2 local steps behind it, and here local_steps is 2"):
+        fewer.load_state_dict(saved)
+    _, _, _, other = make(group, {**CASE, "optimizer": "RMSprop"})
+    with pytest.raises(ValueError, match="rule is Difference of AdamW in the checkpoint, Difference of RMSprop here"):
+        other.load_state_dict(saved)
+    _, _, _, outer = make(group, {**CASE, "outer": saef.Nesterov()})
+    with pytest.raises(ValueError, match="outer is missing in the checkpoint"):
+        outer.load_state_dict(saved)
+    # A model and an optimizer that are loaded alone: the errors are of another step.
+    plain = optimizer.state_dict()
+    for t in range(5, 9):
+        step(model, optimizer, dist.get_rank(group), t, 0.01)
+    optimizer.load_state_dict(plain)
+    with pytest.raises(RuntimeError, match="loaded the state of step 1, but this state's errors are of step 3"):
+        step(model, optimizer, dist.get_rank(group), 9, 0.01)
+    state.reset_errors()
+    step(model, optimizer, dist.get_rank(group), 9, 0.01)
+    assert state.steps == 1 and not state.e.any()
+
+
+def test_checkpoints_that_do_not_fit_are_refused(pool: RankPool) -> None:
+    pool.run(refuse_checkpoints, ranks=2)
+
+
+# ---- what users do ----------------------------------------------------------------------------------------------
+
+
+def idioms(group: Any) -> None:
+    """Closures, clipping, frozen layers, evaluation, no DDP: what is done between local steps."""
+    rank = dist.get_rank(group)
+    # No DDP at all: optimizer.step() exchanges by itself.
+    net, model, optimizer, state = make(group, {**CASE, "ddp": False})
+    twin_net, twin, twin_optimizer, _ = make(group, CASE)
+    for t in range(9):
+        step(model, optimizer, rank, t, 0.01)
+        step(twin, twin_optimizer, rank, t, 0.01)
+    assert torch.equal(flat(net), flat(twin_net))
+    # A closure is run at X, by the optimizer, and clipping is local.
+    net, model, optimizer, state = make(group, CASE, max_grad_norm=0.05)
+    twin_net, twin, twin_optimizer, _ = make(group, CASE)
+    for t in range(9):
+        x, y = batch(rank, t)
+
+        def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
+            optimizer.zero_grad()
+            loss = mse_loss(model(x), y)
+            loss.backward()
+            return loss
+
+        for o in (optimizer, twin_optimizer):
+            o.param_groups[0]["lr"] = 0.01
+        loss = optimizer.step(closure)
+        twin_optimizer.zero_grad()
+        expected = mse_loss(twin(x), y)
+        expected.backward()
+        nn.utils.clip_grad_norm_(twin.parameters(), 0.05)
+        twin_optimizer.step()
+        assert torch.equal(loss, expected) and torch.equal(flat(net), flat(twin_net))
+    # In a round the model is x for whoever looks, and what is written to it is refused.
+    x0 = flat(net)
+    step(model, optimizer, rank, 9, 0.01)
+    assert state.local_step == 1 and torch.equal(flat(net), x0)
+    with torch.no_grad():
+        model(x)
+    assert torch.equal(torch.cat([v.reshape(-1) for v in net.state_dict().values()]), x0)
+    net[0].weight.data.mul_(1.01)
+    with pytest.raises(RuntimeError, match="changed within a round of local steps, after 1 of 3"):
+        model(x)
+    state.reset_errors()
+    for t in range(3):
+        step(model, optimizer, rank, t, 0.01)
+    assert state.local_step == 0
+    # Between rounds what is trained may change.
+    net[0].weight.requires_grad_(False)
+    frozen = net[0].weight.detach().clone()
+    net, model, optimizer, state = make(group, {**CASE, "ddp": False})
+    net[0].bias.requires_grad_(False)
+    frozen = net[0].bias.detach().clone()
+    for t in range(3):
+        step(model, optimizer, rank, t, 0.01)
+    assert torch.equal(net[0].bias, frozen) and state.steps == 1
+    net[0].bias.requires_grad_(True)
+    for t in range(3):
+        step(model, optimizer, rank, t, 0.01)
+    assert not torch.equal(net[0].bias, frozen) and state.steps == 2
+
+
+def test_common_idioms_work(pool: RankPool) -> None:
+    pool.run(idioms, ranks=2)
+
+
+def odd_optimizers(group: Any) -> None:
+    """One that runs its closure many times; one made of two; Muon; one that keeps its sums in its groups."""
+    rank = dist.get_rank(group)
+    net = make_net()
+    model = DDP(net, process_group=group)
+    lbfgs = torch.optim.LBFGS(net.parameters(), lr=0.1, max_iter=4, line_search_fn="strong_wolfe")
+    state = SAEFState(model, lbfgs, local_steps=2, compressor=saef.ScaledSign(block=7))
+    model.register_comm_hook(state, saef_hook)
+    x, y = batch(rank, 0)
+
+    def closure() -> Tensor:
+        lbfgs.zero_grad()
+        loss = mse_loss(model(x), y)
+        loss.backward()
+        return loss
+
+    losses = [lbfgs.step(closure).item() for _ in range(12)]
+    assert state.steps == 6 and losses[-1] < 0.5 * losses[0]
+
+    net = make_net()
+    model = DDP(net, process_group=group)
+    both = Chained(
+        torch.optim.Muon([p for p in net.parameters() if p.ndim == 2], lr=0.02),
+        torch.optim.AdamW([p for p in net.parameters() if p.ndim != 2], lr=0.01),
+    )
+    state = SAEFState(model, both, compressor=saef.ScaledSign(block=7))
+    model.register_comm_hook(state, saef_hook)
+    losses = []
+    for t in range(40):
+        both.zero_grad()
+        x, y = batch(rank, t % 4)
+        loss = mse_loss(model(x), y)
+        loss.backward()
+        both.step()
+        losses.append(loss.item())
+    assert state.steps == 40 and sum(losses[-4:]) < 0.7 * sum(losses[:4])
+    assert "full step ahead" in repr(state)
+
+
+class Chained(torch.optim.Optimizer):
+    """Several optimizers as one."""
+
+    def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
+        self.optimizers = optimizers
+        super().__init__([group for o in optimizers for group in o.param_groups], {})
+        self.param_groups = [group for o in optimizers for group in o.param_groups]
+        for o in optimizers:
+            o.state = self.state
+
+    def step(self, closure: Any = None) -> None:
+        for o in self.optimizers:
+            o.step()
+
+
+def test_optimizers_of_other_kinds(pool: RankPool) -> None:
+    pool.run(odd_optimizers, ranks=2)
+
+
+def overflow(group: Any) -> None:
+    """float16's scaler: a worker whose gradient overflows takes one local step less, and the round goes on."""
+    rank = dist.get_rank(group)
+    net, model, optimizer, state = make(group, CASE)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=1000)
+    twin_net, twin, twin_optimizer, _ = make(group, CASE)
+    for t in range(9):
+        x, y = batch(rank, t)
+        lost = t == 4 and rank == 0
+        for o in (optimizer, twin_optimizer):
+            o.param_groups[0]["lr"] = 0.01
+            o.zero_grad()
+        scaler.scale(mse_loss(model(x), y * (math.inf if lost else 1.0))).backward()
+        if t % 2:
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        mse_loss(twin(x), y).backward()
+        if lost:
+            twin_optimizer.zero_grad()
+        twin_optimizer.step()
+        assert state.local_step == (t + 1) % 3
+    assert state.steps == 3 and state.skipped == 0
+    assert scaler.get_scale() == (2.0**7 if rank == 0 else 2.0**8)
+    torch.testing.assert_close(flat(net), flat(twin_net), rtol=0, atol=1e-12)
+
+
+def test_an_overflow_costs_one_local_step(pool: RankPool) -> None:
+    pool.run(overflow, ranks=2)
+
+
+class Casting(nn.Sequential):
+    """Layers of any dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self:
+            x = layer(x.to(layer.weight.dtype)) if isinstance(layer, nn.Linear) else layer(x)
+        return x
+
+
+def sixteen_bit(group: Any, mixed: bool) -> None:
+    """x is a float32 master; X is of the parameters' dtype, as the optimizer has it, and so is x_half."""
+    net = Casting(*make_net()).to(torch.bfloat16)
+    if mixed:
+        net[0].float()
+    model = DDP(net, process_group=group)
+    optimizer = make_optimizer("AdamW", list(net.parameters()), lr=0.01)
+    state = SAEFState(model, optimizer, local_steps=3, compressor=saef.TopK(0.3))
+    model.register_comm_hook(state, saef_hook)
+    half = torch.empty(0)
+    for t in range(9):
+        begins, x_tilde = state.local_step == 0, state.x_tilde()
+        x, y = batch(dist.get_rank(group), t, torch.float32)
+        optimizer.zero_grad()
+        mse_loss(model(x).float(), y).backward()
+        optimizer.step()
+        if begins:
+            half, start_of = optimizer.before.float(), x_tilde
+        if state.local_step == 0:
+            moved_by = mean(half - optimizer.after.float(), group)
+            torch.testing.assert_close(state.x_tilde(), start_of - moved_by, rtol=0, atol=1e-6)
+            assert float(moved_by.abs().max()) > 1e-3
+    for p, x_of in zip(net.parameters(), state.weights.cut(state.weights.x()), strict=True):
+        assert torch.equal(p, x_of.to(p.dtype))
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_sixteen_bit_parameters(pool: RankPool, mixed: bool) -> None:
+    pool.run(sixteen_bit, mixed, ranks=2)
+
+
+def refusals(group: Any) -> None:
+    net = make_net()
+    model = DDP(net, process_group=group)
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+    for settings, error, message in (
+        ({"local_steps": 0}, ValueError, "local_steps must be an integer >= 1"),
+        ({"local_steps": True}, ValueError, "local_steps must be an integer >= 1"),
+        ({"outer": 0.7}, TypeError, r"outer must be saef.Nesterov\(lr=..., momentum=...\)"),
+        ({"on_bad_round": "kep"}, ValueError, r"on_bad_round must be one of .*did you mean 'keep'\?"),
+        ({"local_steps": 2, "weight_decay_mode": "outer"}, ValueError, "leave weight_decay_mode out"),
+        ({"local_steps": 2, "v_averaging": saef.Rotating(4)}, ValueError, "with local_steps=2: it is for AdamW and"),
+        ({"local_steps": 2, "compressor": saef.MajorityVote(), "step_ahead": 0.0, "weight_decay_mode": "outer"},
+         ValueError, "use torch.optim.SGD with local_steps=1 instead of local_steps=2"),
+    ):  # fmt: skip
+        with pytest.raises(error, match=message):
+            SAEFState(model, sgd, **settings)
+    for bad in ({"lr": 0.0}, {"lr": math.inf}, {"momentum": 1.0}, {"momentum": -0.1}):
+        with pytest.raises(ValueError, match="Nesterov: "):
+            saef.Nesterov(**bad)
+    other = make_net()
+    state = SAEFState(model, make_optimizer("SGD", list(net.parameters())), local_steps=2)
+    for p in net.parameters():
+        p.grad = torch.ones_like(p)
+    with pytest.raises(RuntimeError, match="not computed at x_half"):
+        state.engine._optimizer.step()
+    state.detach()
+    # An optimizer that replaces the parameters' memory.
+    replacing = type("Replacing", (torch.optim.SGD,), {"step": replace_memory})(other.parameters(), lr=0.1)
+    model = DDP(other, process_group=group)
+    state = SAEFState(model, replacing, local_steps=2)
+    model.register_comm_hook(state, saef_hook)
+    with pytest.raises(RuntimeError, match="elsewhere in memory"):
+        step(model, replacing, 0, 0, 0.1)
+    with pytest.raises(RuntimeError, match="was interrupted while it changed"):
+        step(model, replacing, 0, 0, 0.1)
+
+
+def replace_memory(optimizer: Any, closure: Any = None) -> None:
+    for p in optimizer.param_groups[0]["params"]:
+        p.data = p.data - 0.1 * p.grad
+
+
+def test_what_cannot_be_is_refused(pool: RankPool) -> None:
+    pool.run(refusals, ranks=2)
