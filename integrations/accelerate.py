@@ -61,12 +61,12 @@ def attach(
     ddp = _check(accelerator, model, optimizer)
     state = saef.SAEFState(ddp, optimizer, grad_scaler=accelerator.scaler, **settings)
     ddp.register_comm_hook(state, saef_hook)
-    innermost(optimizer).register_step_post_hook(lambda *_: _stepped(optimizer, state))
+    _tell_schedulers(optimizer, state)
     accelerator.clip_grad_norm_ = functools.partial(_clip_norm, accelerator.clip_grad_norm_, state)
     accelerator.clip_grad_value_ = functools.partial(_clip_value, accelerator.clip_grad_value_, state)
     name = _name(accelerator, state)
     accelerator.register_save_state_pre_hook(lambda models, weights, folder: _save(Path(folder) / name, state))
-    accelerator.register_load_state_pre_hook(lambda models, folder: load(Path(folder) / name, state))
+    _load_with(accelerator, name, state)
     return state
 
 
@@ -108,11 +108,20 @@ def _name(accelerator: Accelerator, state: saef.SAEFState) -> str:
 # ---- what Accelerate calls ------------------------------------------------------------------
 
 
-def _stepped(optimizer: Any, state: saef.SAEFState) -> None:
-    """In AcceleratedOptimizer.step: where all ranks have skipped the step, the schedulers wait."""
-    if state.engine.attached:
-        optimizer._is_overflow = skipped = state.skipped_in_a_row > 0
-        optimizer._accelerate_step_called = not skipped  # by which it decides after a GradScaler's step
+def _tell_schedulers(optimizer: Any, state: saef.SAEFState) -> None:
+    """Where all ranks skip a step, AcceleratedOptimizer counts it as skipped, and the schedulers wait."""
+    inner, before = innermost(optimizer), [0]
+
+    def started(*_: Any) -> None:
+        before[0] = state.skipped
+
+    def ended(*_: Any) -> None:
+        if state.engine.attached:
+            optimizer._is_overflow = skipped = state.skipped > before[0]
+            optimizer._accelerate_step_called = not skipped  # by which it decides after a GradScaler's step
+
+    inner.register_step_pre_hook(started)
+    inner.register_step_post_hook(ended)
 
 
 def _clip_norm(
@@ -123,11 +132,11 @@ def _clip_norm(
     norm_type: float = 2,
 ) -> Any:
     """Accelerator.clip_grad_norm_: the norm of this rank's own gradient, which SAEFState clips at `max_norm`."""
-    every = _listed(parameters)
-    if not _is_of(state, every, "clip_grad_norm_"):
+    every, found = _listed(parameters), state.settings.max_grad_norm
+    differs = norm_type != 2 or float(max_norm) not in (found, float("inf"))
+    if (differs and not _sends(state)) or not _is_of(state, every, "clip_grad_norm_"):
         return original(every, max_norm, norm_type=norm_type)
-    found = state.settings.max_grad_norm
-    if norm_type != 2 or float(max_norm) not in (found, float("inf")):
+    if differs:
         raise ValueError(
             f"accelerator.clip_grad_norm_(..., {float(max_norm)}, norm_type={norm_type}) comes when gradients have "
             f"been sent; attach() was given max_grad_norm={found}. Pass attach(..., max_grad_norm={float(max_norm)}), "
@@ -140,7 +149,7 @@ def _clip_value(
     original: Callable[..., Any], state: saef.SAEFState, parameters: Iterable[Tensor] | Tensor, clip_value: float
 ) -> Any:
     every = _listed(parameters)
-    if not _is_of(state, every, "clip_grad_value_"):
+    if not _sends(state) or not _is_of(state, every, "clip_grad_value_"):
         return original(every, clip_value)
     raise ValueError(
         "accelerator.clip_grad_value_ comes when gradients have been sent, and saef clips by the norm only: pass "
@@ -150,6 +159,11 @@ def _clip_value(
 
 def _listed(parameters: Iterable[Tensor] | Tensor) -> list[Tensor]:
     return [parameters] if isinstance(parameters, Tensor) else list(parameters)
+
+
+def _sends(state: saef.SAEFState) -> bool:
+    """Whether gradients are sent; with local steps they are this rank's to change."""
+    return state.engine.context.rule.of_gradients
 
 
 def _is_of(state: saef.SAEFState, parameters: list[Tensor], method: str) -> bool:
@@ -170,8 +184,21 @@ def _save(folder: Path, state: saef.SAEFState) -> None:
         saef.save_checkpoint(folder, state, keep=1)
 
 
+def _load_with(accelerator: Accelerator, name: str, state: saef.SAEFState) -> None:
+    """Have accelerator.load_state load ours, after its own: the optimizer's state that Accelerate has is rank 0's."""
+    folders: list[str] = []
+    accelerator.register_load_state_pre_hook(lambda models, folder: folders.append(folder))
+    original = accelerator.load_state
+
+    def load_state(*args: Any, **kwargs: Any) -> None:
+        original(*args, **kwargs)
+        load(Path(folders.pop()) / name, state)
+
+    accelerator.load_state = load_state
+
+
 def load(folder: Path, state: saef.SAEFState) -> None:
-    """What the framework itself loads (weights, rank 0's momentum, random states) is of the same step.
+    """After what the framework loads itself: weights, rank 0's optimizer state, random states.
 
     Without a checkpoint of ours, that may be of a run without saef, whose momentum the state takes over. If it was of
     one with errors, the next forward raises.

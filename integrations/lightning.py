@@ -79,9 +79,8 @@ class SAEFCallback(Callback):  # type: ignore[misc]
         strategy.model.register_comm_hook(self.state, saef_hook)
         strategy.save_checkpoint = functools.partial(self._save, strategy)
         strategy.remove_checkpoint = functools.partial(self._remove, strategy)
+        strategy.load_optimizer_state_dict = functools.partial(self._load, trainer)
         self._clip, trainer.gradient_clip_val = trainer.gradient_clip_val, None
-        if trainer.ckpt_path is not None:
-            self._load(_beside(Path(trainer.ckpt_path).resolve()), self.state)  # `last.ckpt` may be a link
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """In the middle of an epoch: to resume there, Lightning made an iterator, which has drawn a random number."""
@@ -147,7 +146,7 @@ class SAEFCallback(Callback):  # type: ignore[misc]
                     "fit() has ended, and Lightning has moved the model away from where SAEFState's errors are: save "
                     "in fit(), by ModelCheckpoint(save_last=True), or trainer.save_checkpoint(..., weights_only=True)"
                 )
-            saef.save_checkpoint(_beside(filepath), state, keep=1)
+            saef.save_checkpoint(_beside(filepath), state, {"global_step": checkpoint["global_step"]}, keep=1)
         type(strategy).save_checkpoint(strategy, checkpoint, filepath, storage_options=storage_options)
 
     def _remove(self, strategy: Any, filepath: Any) -> None:
@@ -156,17 +155,26 @@ class SAEFCallback(Callback):  # type: ignore[misc]
         if strategy.is_global_zero:
             shutil.rmtree(_beside(filepath), ignore_errors=True)
 
-    def _load(self, folder: Path, state: saef.SAEFState) -> None:
-        """Lightning loads this optimizer's state, rank 0's, afterwards; it is of the same step.
+    def _load(self, trainer: Any, checkpoint: Any) -> None:
+        """`strategy.load_optimizer_state_dict`: ours afterwards, since Lightning has this optimizer's state of rank 0.
 
         Without a checkpoint of ours, that may be of a run without saef, whose momentum the state takes over. If it was
         of one with errors, the next forward raises.
         """
-        if saef.load_checkpoint(folder, state) is None:
+        type(trainer.strategy).load_optimizer_state_dict(trainer.strategy, checkpoint)
+        state, folder = self.state, _beside(Path(trainer.ckpt_path).resolve())  # `last.ckpt` may be a link
+        if state is None or not state.engine.attached:
+            return
+        extra = saef.load_checkpoint(folder, state)
+        if extra is None:
             logger.info("%s holds no checkpoint of saef: weights and momentum alone are loaded", folder)
-            state.engine.recheck()
-        else:
-            self._random = _get_random(state)
+            return state.engine.recheck()
+        if extra["global_step"] != checkpoint["global_step"]:
+            raise RuntimeError(
+                f"{trainer.ckpt_path} is of step {checkpoint['global_step']}, and {folder} of step "
+                f"{extra['global_step']}: saving over a file was interrupted. Load another checkpoint"
+            )
+        self._random = _get_random(state)
 
 
 @final

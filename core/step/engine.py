@@ -112,6 +112,7 @@ class Engine:
         self._audit = Audit(settings.audit_every)
         self.committed: list[tuple[Tensor, Tensor]] = []
         self._committing = False
+        self._fresh = False  # whether there was a forward of the wrapped model since the optimizer's last step
         self._shared_at: int | None = None  # the step of a `share`
         self._attachment = Attachment(model, optimizer, given, self)
         self._kept.save_with(optimizer)
@@ -219,6 +220,7 @@ class Engine:
 
     def begin(self) -> int:
         """Before a training forward: average the errors, once a step, and step ahead. The number of this x_half."""
+        self._fresh = True
         if self.weights.ahead or not self._attachment.newest:
             return self.weights.number
         check_moment(self.weights.device)
@@ -287,7 +289,7 @@ class Engine:
         Raises:
             RuntimeError: if the optimizer has stepped since that forward began: there is no x_half any more.
         """
-        if not self._sending.begun:
+        if not self._fresh:
             raise RuntimeError(
                 "a backward after the optimizer's step, within the same forward of the wrapped model: each step ahead "
                 "lasts from a forward of the wrapped model to one step. Make one step in each (with Lightning in each "
@@ -384,12 +386,16 @@ class Engine:
         Raises:
             RuntimeError: if nothing was exchanged since the last step.
         """
-        if not self._sending.prepared.buckets:
+        inverse = self.loss_scale.inverse()
+        if not self.rule.rule.of_gradients:
+            own = [p.grad for p in self.weights.parameters if p.grad is not None]
+            return float(nn.utils.get_total_norm(own)) * inverse
+        if not self.sending.prepared.buckets:
             raise RuntimeError(
                 "the norm of a gradient that was not exchanged: ask for it, or clip, between the backward of a step's "
                 "last micro-batch and its step() (with Accelerate: if accelerator.sync_gradients)"
             )
-        return self._sending.prepared.norm(self.weights.dtype) * self.loss_scale.inverse()
+        return self.sending.prepared.norm(self.weights.dtype) * inverse
 
     # -- optimizer step: commit, or skip ------------------------------------------------------
 
@@ -433,6 +439,7 @@ class Engine:
 
     def after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """After it."""
+        self._fresh = False
         self.form.after_step(optimizer)
 
     def _commit(self) -> None:

@@ -25,14 +25,14 @@ def test_identity_equals_accelerates_own_ddp(
         assert x < TOLERANCE and norms < TOLERANCE
 
 
-@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
+@pytest.mark.parametrize("kind", ["SGD", "AdamW", "RMSprop"])
 @pytest.mark.parametrize("compressor", COMPRESSORS)
 def test_equals_ddp_with_the_hook(trainers: RankPool, compressor: str, kind: str) -> None:
     for expected, run in trainers.run(jobs.equals_the_hook, COMPRESSORS[compressor], kind, ranks=2):
-        assert_equal(run, expected, ("x", "e", "m", "e_server", "steps"))
+        assert_equal(run, expected, ("x", "e", "m", "e_server", "own", "steps"))
 
 
-@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
+@pytest.mark.parametrize("kind", ["SGD", "AdamW", "RMSprop"])
 def test_load_state_resumes_bit_for_bit_on_every_rank(trainers: RankPool, tmp_path: Path, kind: str) -> None:
     ranks = trainers.run(jobs.resumes, tmp_path, kind, ranks=2)
     for straight, resumed in ranks:

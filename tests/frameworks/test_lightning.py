@@ -30,15 +30,15 @@ def test_identity_equals_lightnings_own_ddp(
         assert difference < TOLERANCE
 
 
-@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
+@pytest.mark.parametrize("kind", ["SGD", "AdamW", "RMSprop"])
 @pytest.mark.parametrize("compressor", COMPRESSORS)
 def test_equals_ddp_with_the_hook(trainers: RankPool, compressor: str, kind: str) -> None:
     for expected, runs in trainers.run(jobs.equals_the_hook, COMPRESSORS[compressor], kind, ranks=2):
         for run in runs:
-            assert_equal(run, expected, ("x", "e", "m", "e_server", "steps"))
+            assert_equal(run, expected, ("x", "e", "m", "e_server", "own", "steps"))
 
 
-@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
+@pytest.mark.parametrize("kind", ["SGD", "AdamW", "RMSprop"])
 @pytest.mark.parametrize("in_the_middle", [False, True])
 def test_a_checkpoint_resumes_bit_for_bit_on_every_rank(
     trainers: RankPool, tmp_path: Path, kind: str, in_the_middle: bool
@@ -53,7 +53,7 @@ def test_a_checkpoint_resumes_bit_for_bit_on_every_rank(
 def test_mixed_precision_equals_ddps(trainers: RankPool, kind: str) -> None:
     for runs in trainers.run(jobs.precision, kind, ranks=2):
         for expected, run in runs:
-            assert_equal(run, expected, ("x", "e", "m", "e_server", "steps", "skipped"))
+            assert_equal(run, expected, ("x", "e", "m", "e_server", "own", "steps", "skipped"))
         assert runs[0][1]["skipped"] == 0 < runs[1][1]["skipped"]
 
 

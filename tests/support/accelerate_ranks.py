@@ -24,6 +24,7 @@ from support.trainers import (
     as_torchrun,
     error_of,
     flat,
+    local,
     make_net,
     make_optimizer,
     record,
@@ -105,7 +106,7 @@ def equals_plain(group: dist.ProcessGroup, folder: Path, kind: str, alike: bool,
 
 def equals_the_hook(group: dist.ProcessGroup, compressor: saef.Compressor, kind: str) -> Any:
     """(DDP's own loop, the run)."""
-    settings = {"compressor": compressor, "max_grad_norm": 0.5}
+    settings = {"compressor": compressor, "max_grad_norm": 0.5, **local(kind)}
     run = Run(settings, kind, clip=0.5)
     batches = [(x, y) for x, y in run.loader]
     expected = trainers.train_by_hand(
@@ -116,7 +117,7 @@ def equals_the_hook(group: dist.ProcessGroup, compressor: saef.Compressor, kind:
 
 def resumes(group: dist.ProcessGroup, folder: Path, kind: str) -> Any:
     """(all at the end of a straight run, and of one resumed by load_state), with dropout; a model beside it, too."""
-    ours = {"compressor": saef.TopK(0.2), "averaging": saef.AllReduce(2)}
+    ours = {"compressor": saef.TopK(0.2), "averaging": saef.AllReduce(2), **local(kind)}
     straight = Run(ours, kind, dropout=0.3).train(1)
     straight.accelerator.save_state(folder)
     found = [record(straight.train(2).state)]  # type: ignore[arg-type]

@@ -23,7 +23,18 @@ import saef
 from saef.hooks import saef_hook
 from saef.integrations.lightning import SAEFCallback, SAEFStrategy
 from support import trainers
-from support.trainers import ACCUMULATE, BATCH, BATCHES, EPOCHS, Samples, error_of, make_net, make_optimizer, record
+from support.trainers import (
+    ACCUMULATE,
+    BATCH,
+    BATCHES,
+    EPOCHS,
+    Samples,
+    error_of,
+    local,
+    make_net,
+    make_optimizer,
+    record,
+)
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", module="lightning")
@@ -170,9 +181,9 @@ def equals_plain(group: dist.ProcessGroup, folder: Path, kind: str, alike: bool,
 
 def equals_the_hook(group: dist.ProcessGroup, compressor: saef.Compressor, kind: str) -> Any:
     """Automatic and manual optimization, the callback and the strategy: (DDP's own loop, the runs)."""
-    settings: Any = {"compressor": compressor, "max_grad_norm": 0.5}
+    settings: Any = {"compressor": compressor, "max_grad_norm": 0.5, **local(kind)}
     expected = trainers.train_by_hand(partial(make_optimizer, kind), epochs(Samples(), EPOCHS), settings, schedule)
-    runs = [record(fit({"compressor": compressor}, Lit(kind), gradient_clip_val=0.5)[0].state)]
+    runs = [record(fit({"compressor": compressor, **local(kind)}, Lit(kind), gradient_clip_val=0.5)[0].state)]
     runs.append(record(fit(settings, Lit(kind, manual=True), accumulate_grad_batches=1)[0].state))
     strategy = SAEFStrategy(process_group_backend="gloo", find_unused_parameters=True, **settings)
     fit(None, Lit(kind), strategy=strategy)
@@ -182,7 +193,7 @@ def equals_the_hook(group: dist.ProcessGroup, compressor: saef.Compressor, kind:
 
 def resumes(group: dist.ProcessGroup, folder: Path, kind: str, in_the_middle: bool) -> Any:
     """(all at the end of a straight run, and of one resumed from the Trainer's checkpoint), with dropout."""
-    ours = {"compressor": saef.TopK(0.2), "averaging": saef.AllReduce(2)}
+    ours = {"compressor": saef.TopK(0.2), "averaging": saef.AllReduce(2), **local(kind)}
     every = {"every_n_train_steps": 4} if in_the_middle else {"every_n_epochs": 1}
     found = []
     for path in (None, folder / ("epoch=1-step=4.ckpt" if in_the_middle else "epoch=0-step=3.ckpt")):

@@ -25,7 +25,7 @@ TOLERANCE = 1e-12
 BATCH, BATCHES = 8, 6  # samples in a batch; batches of an epoch on each rank
 EPOCHS, ACCUMULATE = 3, 2
 STEPS = EPOCHS * BATCHES // ACCUMULATE
-LR = {"SGD": 0.2, "AdamW": 0.01}
+LR = {"SGD": 0.2, "AdamW": 0.01, "RMSprop": 0.01}
 BETAS = (0.9, 0.9)  # alike: |u| cannot be larger than 1, to which saef clamps it among several ranks
 
 Batch = tuple[Tensor, Tensor]
@@ -73,20 +73,39 @@ class Samples(Dataset[Batch]):
 def make_optimizer(kind: str, net: nn.Module) -> torch.optim.Optimizer:
     if kind == "SGD":
         return torch.optim.SGD(net.parameters(), lr=LR[kind], momentum=0.9, weight_decay=1e-3)
+    if kind == "RMSprop":
+        return torch.optim.RMSprop(net.parameters(), lr=LR[kind])
     return torch.optim.AdamW(net.parameters(), lr=LR[kind], betas=BETAS)
+
+
+def local(kind: str) -> dict[str, Any]:
+    """Settings besides: an optimizer without a rule makes its own steps, here two to an exchange."""
+    return {"local_steps": 2} if kind == "RMSprop" else {}
 
 
 def record(state: saef.SAEFState) -> dict[str, Any]:
     """All that a step of saef depends on, but for the optimizer's settings."""
+    own = state.state_dict()[f"rank_{state.engine.transport.rank}"].get("rounds", {})
+    kept = [v.flatten() for _, v in sorted(tensors(own))]
     return {
+        "own": torch.cat(kept) if kept else torch.empty(0),
         "x": state.weights.x().clone(),
         "e": state.e.clone(),
         "m": state.m.clone(),
         "e_server": state.e_server.clone(),
         "steps": state.steps,
+        "local_step": state.local_step,
         "skipped": state.skipped,
         "random": torch.get_rng_state(),
     }
+
+
+def tensors(saved: Any, where: str = "") -> list[tuple[str, Tensor]]:
+    """All in nested dicts and lists, by where they are."""
+    if isinstance(saved, Tensor):
+        return [(where, saved.double())]
+    parts = saved.items() if isinstance(saved, dict) else enumerate(saved) if isinstance(saved, list) else ()
+    return [found for key, part in parts for found in tensors(part, f"{where}/{key}")]
 
 
 def assert_equal(found: dict[str, Any], expected: dict[str, Any], names: Sequence[str] = ()) -> None:
