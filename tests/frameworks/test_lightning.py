@@ -96,4 +96,4 @@ def test_a_state_or_a_hook_given_to_ddpstrategy_names_the_callback() -> None:
         saef.SAEFState(net, torch.optim.SGD(net.parameters(), lr=0.1))
     nothing: Any = None
     with pytest.raises(TypeError, match="SAEFCallback"):
-        saef_hook(nothing, mock.Mock())
+        saef_hook(nothing, mock.Mock(spec=torch.distributed.GradBucket))
