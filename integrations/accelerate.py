@@ -190,6 +190,7 @@ def _load_with(accelerator: Accelerator, name: str, state: saef.SAEFState) -> No
     accelerator.register_load_state_pre_hook(lambda models, folder: folders.append(folder))
     original = accelerator.load_state
 
+    @functools.wraps(original)
     def load_state(*args: Any, **kwargs: Any) -> None:
         original(*args, **kwargs)
         load(Path(folders.pop()) / name, state)

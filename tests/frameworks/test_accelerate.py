@@ -1,16 +1,17 @@
 """Accelerate with attach(), on two ranks: equal to its own DDP, and to DDP with saef_hook."""
 
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 import saef
 from support.ranks import RankPool
-from support.trainers import TOLERANCE, assert_equal
+from support.trainers import TOLERANCE, Job, assert_equal
 
-pytest.importorskip("accelerate")
-from support import accelerate_ranks as jobs  # noqa: E402
-
+pytestmark = pytest.mark.skipif(find_spec("accelerate") is None, reason="needs accelerate")
+job = partial(Job, "support.accelerate_ranks")
 COMPRESSORS = {"sign": saef.ScaledSign(), "topk": saef.TopK(0.2)}
 
 
@@ -21,33 +22,33 @@ def test_identity_equals_accelerates_own_ddp(
     trainers: RankPool, tmp_path: Path, kind: str, alike: bool, clip: float | None
 ) -> None:
     """Resumed after the first epoch. Clipping and AdamW's v are of each rank's own gradient: there, data are alike."""
-    for x, norms in trainers.run(jobs.equals_plain, tmp_path, kind, alike, clip, ranks=2):
+    for x, norms in trainers.run(job("equals_plain"), tmp_path, kind, alike, clip, ranks=2):
         assert x < TOLERANCE and norms < TOLERANCE
 
 
 @pytest.mark.parametrize("kind", ["SGD", "AdamW", "RMSprop"])
 @pytest.mark.parametrize("compressor", COMPRESSORS)
 def test_equals_ddp_with_the_hook(trainers: RankPool, compressor: str, kind: str) -> None:
-    for expected, run in trainers.run(jobs.equals_the_hook, COMPRESSORS[compressor], kind, ranks=2):
+    for expected, run in trainers.run(job("equals_the_hook"), COMPRESSORS[compressor], kind, ranks=2):
         assert_equal(run, expected, ("x", "e", "m", "e_server", "own", "steps"))
 
 
 @pytest.mark.parametrize("kind", ["SGD", "AdamW", "RMSprop"])
 def test_load_state_resumes_bit_for_bit_on_every_rank(trainers: RankPool, tmp_path: Path, kind: str) -> None:
-    ranks = trainers.run(jobs.resumes, tmp_path, kind, ranks=2)
+    ranks = trainers.run(job("resumes"), tmp_path, kind, ranks=2)
     for straight, resumed in ranks:
         assert_equal(resumed, straight)
     assert not ranks[0][0]["e"].equal(ranks[1][0]["e"])
 
 
 def test_other_checkpoints(trainers: RankPool, tmp_path: Path) -> None:
-    for said in trainers.run(jobs.other_checkpoints, tmp_path, ranks=2):
+    for said in trainers.run(job("other_checkpoints"), tmp_path, ranks=2):
         assert "errors are of step 0" in said["alone"] and "reset_errors()" in said["alone"]
         assert "has a communication hook already" in said["again"]
 
 
 def test_the_scheduler_waits_where_ranks_skip(trainers: RankPool) -> None:
-    assert trainers.run(jobs.skips, ranks=2) == [(True, 1, True)] * 2
+    assert trainers.run(job("skips"), ranks=2) == [(True, 1, True)] * 2
 
 
 def test_what_cannot_be_honoured_is_refused(trainers: RankPool) -> None:
@@ -63,7 +64,7 @@ def test_what_cannot_be_honoured_is_refused(trainers: RankPool) -> None:
         "not prepared": "needs the optimizer that accelerator.prepare(optimizer) returns",
         "comm hook": "Leave comm_hook out",
     }
-    for said in trainers.run(jobs.refused, ranks=2):
+    for said in trainers.run(job("refused"), ranks=2):
         assert {*said} == {*expected}
         for case, words in expected.items():
             assert words in said[case], said[case]

@@ -6,6 +6,8 @@ K is 2 everywhere, and every rank is a process of a pool (`support.ranks`).
 import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -29,6 +31,17 @@ LR = {"SGD": 0.2, "AdamW": 0.01, "RMSprop": 0.01}
 BETAS = (0.9, 0.9)  # alike: |u| cannot be larger than 1, to which saef clamps it among several ranks
 
 Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A function of a module that the ranks alone import: frameworks take seconds, which this process need not wait."""
+
+    module: str
+    name: str
+
+    def __call__(self, group: dist.ProcessGroup, *args: Any) -> Any:
+        return getattr(import_module(self.module), self.name)(group, *args)
 
 
 class Net(nn.Module):
