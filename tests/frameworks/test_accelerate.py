@@ -41,6 +41,19 @@ def test_load_state_resumes_bit_for_bit_on_every_rank(trainers: RankPool, tmp_pa
     assert not ranks[0][0]["e"].equal(ranks[1][0]["e"])
 
 
+def test_a_gradscaler_and_who_waits_for_it(trainers: RankPool) -> None:
+    for expected, run, scheduled in trainers.run(job("scaled"), "AdamW", ranks=2):
+        assert_equal(run, expected, ("x", "e", "m", "e_server", "steps", "skipped"))
+        assert run["skipped"] > 0 and scheduled == 2 * run["steps"]
+
+
+def test_two_models_in_one_checkpoint(trainers: RankPool, tmp_path: Path) -> None:
+    for expected, resumed in trainers.run(job("two_models"), tmp_path, ranks=2):
+        for mine, theirs in zip(resumed, expected, strict=True):
+            assert_equal(mine, theirs)
+    assert {"saef", "saef_1"} <= {p.name for p in tmp_path.iterdir()}
+
+
 def test_other_checkpoints(trainers: RankPool, tmp_path: Path) -> None:
     for said in trainers.run(job("other_checkpoints"), tmp_path, ranks=2):
         assert "errors are of step 0" in said["alone"] and "reset_errors()" in said["alone"]

@@ -49,11 +49,14 @@ class Run:
         samples: Samples | None = None,
         clip: float | None = None,
         dropout: float = 0.0,
+        scaler: Any = None,
         **words: Any,
     ) -> None:
         as_torchrun()
         AcceleratorState._reset_state()
         self.accelerator = Accelerator(cpu=True, gradient_accumulation_steps=ACCUMULATE, **words)
+        if scaler is not None:  # which Accelerate makes itself on GPUs alone
+            self.accelerator.scaler = scaler
         samples = samples or Samples()
         self.net, self.clip, self.state, self.norms = make_net(dropout, samples.dtype), clip, None, []
         optimizer = make_optimizer(kind, self.net)
@@ -113,6 +116,56 @@ def equals_the_hook(group: dist.ProcessGroup, compressor: saef.Compressor, kind:
         partial(make_optimizer, kind), [batches] * EPOCHS, settings, schedule, every_step=2
     )
     return expected, record(run.train(EPOCHS).state)  # type: ignore[arg-type]
+
+
+def scaled(group: dist.ProcessGroup, kind: str) -> Any:
+    """With a GradScaler that grows until norms overflow: (DDP's own loop, the run, steps of the scheduler)."""
+    settings = {"compressor": saef.ScaledSign(), "max_grad_norm": 0.5}
+
+    def scaler() -> torch.amp.GradScaler:
+        far = 2.0**20
+        return torch.amp.GradScaler("cpu", 2.0**40, growth_factor=far, backoff_factor=1 / far, growth_interval=1)
+
+    run = Run(settings, kind, clip=0.5, scaler=scaler())
+    batches = [(x, y) for x, y in run.loader]
+
+    def never(optimizer: torch.optim.Optimizer) -> Any:
+        return torch.optim.lr_scheduler.StepLR(optimizer, 1000)
+
+    run.scheduler = run.accelerator.prepare(never(run.optimizer))
+    make_one = partial(make_optimizer, kind)
+    expected = trainers.train_by_hand(make_one, [batches] * EPOCHS, settings, never, scaler=scaler())
+    found = record(run.train(EPOCHS).state)  # type: ignore[arg-type]
+    return expected, found, run.scheduler.scheduler.last_epoch
+
+
+def two_models(group: dist.ProcessGroup, folder: Path) -> Any:
+    """Each with an attach(), in one loop and one checkpoint: (all of both at the end, and resumed)."""
+
+    def make() -> tuple[Run, Any, Any, saef.SAEFState]:
+        run, net = Run({"compressor": saef.TopK(0.2)}), make_net()
+        model, optimizer = run.accelerator.prepare(net, make_optimizer("AdamW", net))
+        ours: Any = {"compressor": saef.ScaledSign(), "max_grad_norm": 0.5}
+        return run, model, optimizer, attach(run.accelerator, model, optimizer, **ours)
+
+    def train(run: Run, model: Any, optimizer: Any, state: saef.SAEFState) -> list[dict[str, Any]]:
+        for x, y in run.loader:
+            run.step(x, y)
+            with run.accelerator.accumulate(model):
+                run.accelerator.backward(F.cross_entropy(model(x), y))
+                if run.accelerator.sync_gradients:
+                    run.accelerator.clip_grad_norm_(model.parameters(), 0.5)
+                optimizer.step()
+                optimizer.zero_grad()
+        return [record(s) for s in (run.state, state) if s is not None]
+
+    straight = make()
+    train(*straight)
+    straight[0].accelerator.save_state(folder)
+    expected = train(*straight)
+    resumed = make()
+    resumed[0].accelerator.load_state(folder)
+    return expected, train(*resumed)
 
 
 def resumes(group: dist.ProcessGroup, folder: Path, kind: str) -> Any:
