@@ -76,6 +76,7 @@ class SAEFCallback(Callback):  # type: ignore[misc]
         strategy, scaler = trainer.strategy, getattr(trainer.precision_plugin, "scaler", None)
         settings: Any = {**self._settings, "max_grad_norm": self._max_grad_norm(trainer)}
         self.state = saef.SAEFState(strategy.model, trainer.optimizers[0], grad_scaler=scaler, **settings)
+        check_known("SAEFCallback(metrics=...)", self._metrics, self.state.metrics())
         strategy.model.register_comm_hook(self.state, saef_hook)
         strategy.save_checkpoint = functools.partial(self._save, strategy)
         strategy.remove_checkpoint = functools.partial(self._remove, strategy)

@@ -79,9 +79,10 @@ class SAEFCallback(TrainerCallback):  # type: ignore[misc]
                 "SAEFCallback, or in a process for each trial"
             )
         ours = self._attached(args.max_grad_norm or None)
-        if self._checkpoint is not None:
-            load(Path(self._checkpoint) / "saef", ours)
-            self._checkpoint = None
+        check_known("SAEFCallback(metrics=...)", self._metrics, ours.metrics())
+        checkpoint, self._checkpoint = self._checkpoint, None
+        if checkpoint is not None and state.global_step > 0:  # else an earlier train() has failed before it began
+            load(Path(checkpoint) / "saef", ours)
 
     def _attached(self, max_grad_norm: float | None) -> saef.SAEFState:
         """The state of the Trainer's model and optimizer: that of an earlier train(), or a new one."""

@@ -74,6 +74,7 @@ def test_metrics_are_logged_and_a_trainer_fits_again(trainers: RankPool, tmp_pat
 def test_what_cannot_be_honoured_is_refused(trainers: RankPool) -> None:
     expected = {
         "misspelt": "did you mean 'compressor'",
+        "metrics": "did you mean 'bytes_per_step'",
         "misspelt strategy": "did you mean 'find_unused_parameters'",
         "two optimizers": "returned 2 optimizers",
         "two steps": "within the same forward of the wrapped model",

@@ -59,6 +59,7 @@ def test_other_checkpoints(trainers: RankPool, tmp_path: Path) -> None:
 def test_what_cannot_be_honoured_is_refused(trainers: RankPool, tmp_path: Path) -> None:
     expected = {
         "misspelt": "did you mean 'compressor'",
+        "metrics": "did you mean 'bytes_per_step'",
         "max_grad_norm": "TrainingArguments(max_grad_norm=...)",
         "search": "hyperparameter_search",
         "another norm": "in the train() before",

@@ -323,6 +323,7 @@ def refused(group: dist.ProcessGroup) -> dict[str, str]:
     fit(ours, early, **once)
     cases: dict[str, Any] = {
         "misspelt": lambda: SAEFCallback(compresor=saef.TopK(0.2)),
+        "metrics": lambda: fit({**ours, "metrics": ("byte_per_step",)}, Lit()),
         "misspelt strategy": lambda: SAEFStrategy(find_unused_parameter=True),
         "two optimizers": lambda: fit(ours, Two(manual=True), **once),
         "two steps": lambda: fit(ours, Twice(manual=True), **once),

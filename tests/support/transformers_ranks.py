@@ -221,6 +221,7 @@ def refused(group: dist.ProcessGroup, folder: Path) -> dict[str, str]:
 
     cases: dict[str, Callable[[], Any]] = {
         "misspelt": lambda: make({"compresor": saef.TopK(0.2)}, folder),
+        "metrics": lambda: make({**ours, "metrics": ("byte_per_step",)}, folder)[1].train(),
         "max_grad_norm": lambda: make({"max_grad_norm": 1.0}, folder),
         "search": searched,
         "another norm": changed,
