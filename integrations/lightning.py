@@ -15,6 +15,7 @@ import functools
 import inspect
 import logging
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, final
 
@@ -154,7 +155,10 @@ class SAEFCallback(Callback):  # type: ignore[misc]
         """`strategy.remove_checkpoint`, on every rank."""
         type(strategy).remove_checkpoint(strategy, filepath)
         if strategy.is_global_zero:
-            shutil.rmtree(_beside(filepath), ignore_errors=True)
+            folder = _beside(filepath)
+            shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):  # others are there
+                folder.parent.rmdir()
 
     def _load(self, trainer: Any, checkpoint: Any) -> None:
         """`strategy.load_optimizer_state_dict`: ours afterwards, since Lightning has this optimizer's state of rank 0.

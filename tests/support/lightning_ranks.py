@@ -256,10 +256,11 @@ def precision(group: dist.ProcessGroup, kind: str) -> Any:
 
 def logs(group: dist.ProcessGroup, folder: Path) -> Any:
     """What self.log got, and a second fit, a Tuner and Trainer(strategy="saef")."""
-    t = trainer(strategy="saef", logger=pl.loggers.CSVLogger(folder), log_every_n_steps=2)
+    t = trainer(strategy="saef", logger=pl.loggers.CSVLogger(folder), log_every_n_steps=2, default_root_dir=folder)
     tuned = Lit()
     tuned.lr = 0.1  # type: ignore[assignment]
     Tuner(t).lr_find(tuned, loader(Samples()), num_training=4, update_attr=False)
+    assert dist.get_rank() or not (folder / "saef").exists()  # where it had kept a checkpoint meanwhile
     module = Lit()
     t.fit(module, loader(Samples()), loader(Samples()))
     first = t.strategy.callback.state
