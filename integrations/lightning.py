@@ -154,7 +154,7 @@ class SAEFCallback(Callback):  # type: ignore[misc]
     def _remove(self, strategy: Any, filepath: Any) -> None:
         """`strategy.remove_checkpoint`, on every rank."""
         type(strategy).remove_checkpoint(strategy, filepath)
-        if strategy.is_global_zero:
+        if strategy.is_global_zero and "://" not in str(filepath):
             folder = _beside(filepath)
             shutil.rmtree(folder, ignore_errors=True)
             with suppress(OSError):  # others are there
