@@ -84,7 +84,7 @@ def main() -> None:
         p = m / (1 - B1**t) if t else g
         m, v = B1 * m + (1 - B1) * g, B2 * v + (1 - B2) * g * (g / noise + (1 - 1 / noise) * p)
         u = m / (1 - B1 ** (t + 1)) / ((v / (1 - B2 ** (t + 1))).clamp(min=0).sqrt() + EPS)
-        eta = train_gpt.rate(args, t)
+        eta = args.lr * train_gpt.rate(args, t)
         if full:
             x = x - eta * decay * x - eta * u[0]
             continue

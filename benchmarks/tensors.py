@@ -33,7 +33,7 @@ from saef.hooks import saef_hook
 PARTS = {
     "window": [("weights", "enter"), ("weights", "leave"), ("weights", "committed")],
     "watch": [("_watch", "changes"), ("_watch", "check_groups")],
-    "x": [("weights", "step_ahead"), ("weights", "absorb"), ("weights", "_marks_now"), ("weights", "check_free")],
+    "x": [("weights", "step_ahead"), ("weights", "absorb"), ("weights", "_marks_now")],
 }
 
 

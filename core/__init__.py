@@ -20,7 +20,7 @@ from .state import SAEFState
 from .step.outer import Nesterov
 from .storage import load_checkpoint, save_checkpoint
 from .wire.codec import Codec, message_bytes
-from .wire.compressors import Compressor, Identity, MajorityVote, MinSize, ScaledSign, TopK
+from .wire.compressors import Compressor, Exempt, Identity, MajorityVote, MinSize, ScaledSign, TopK
 
 __version__ = version("saef")
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "Averaging",
     "Codec",
     "Compressor",
+    "Exempt",
     "Gossip",
     "Identity",
     "LocalStep",

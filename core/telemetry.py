@@ -71,7 +71,7 @@ def describe(memory: Memory, context: Context) -> str:
         measured = metrics(memory, context, Clock())
         parts.append(f"{measured['bytes_per_step']:,.0f} bytes a step and rank")
     else:
-        sizes = [message_bytes(c, weights.numels, weights.dtype) for c in (up, down)]
+        sizes = [message_bytes(weights.codes(c), weights.numels, weights.dtype) for c in (up, down)]
         a_step = sent_bytes(placement.strategy, ranks, *sizes) / context.local_steps
         expected = f"about {a_step:,.0f} bytes a step and rank"
         parts.append(expected + (", beside the averaging" if averaging is not None else ""))
@@ -85,7 +85,7 @@ def _method(memory: Memory, context: Context) -> str:
     if not settings.feedback:
         return f"{'signum' if momentum else 'signSGD'} with majority vote"
     both = (settings.compressor, settings.reply_compressor)
-    if all(c.for_tensor(n).kind == DENSE for c in both for n in context.weights.numels):
+    if all(code.kind == DENSE for c in both for code in context.weights.codes(c)):
         return f"plain {_rule(context, 'momentum ' * momentum)}"
     s = settings.step_ahead
     method = "SAEF" if s == 1 else "EF" if s == 0 else f"SA-PEF (step_ahead={s})"

@@ -2,10 +2,13 @@
 
     torchrun --nproc_per_node 4 train_gpt.py --method saef
     torchrun --nproc_per_node 4 train_gpt.py --method adamw --data FILE --steps 1200 --lr 4e-3 --out adamw.jsonl
+    torchrun --nproc_per_node 4 train_gpt.py --method saef --local-steps 16 --optimizer muon --lr 3.2e-2
 
-Methods: adamw (plain DDP); saef (1 bit a coordinate, full step ahead, noise-corrected v); paper (the step ahead of the
-paper, without the server's error); plain-v (v of each worker's own gradient); ef (error feedback); saef-topk. The text
-is what every machine has, the sources of Python's standard library, or a file; its last 5 % are held out.
+Methods: adamw (plain DDP, also of Muon); saef (1 bit a coordinate, full step ahead, noise-corrected v); paper (the step
+ahead of the paper, without the server's error); plain-v (v of each worker's own gradient); ef (error feedback);
+saef-topk (1 % of the coordinates); topk-single (3 % of them to the servers, and their mean back); dense (uncompressed,
+for local steps). The text is what every machine has, the sources of Python's standard library, or a file; its last 5 %
+are held out.
 """
 
 import argparse
@@ -36,6 +39,8 @@ METHODS: dict[str, dict | None] = {  # settings of the state; None: plain DDP
     "plain-v": {**SIGN, "noise_correction": False},
     "ef": {**SIGN, "step_ahead": 0.0},
     "saef-topk": {"compressor": saef.TopK(0.01), "averaging": saef.Rotating(20)},
+    "topk-single": {"compressor": saef.TopK(0.03), "server_compressor": None, "step_ahead": 0.25, "error_decay": 0.95},
+    "dense": {"compressor": saef.Identity()},
 }
 BYTES = 256  # a token is a byte
 
@@ -76,6 +81,29 @@ class GPT(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 
+class Together(torch.optim.Optimizer):
+    """Several optimizers, each of its own parameters, as one: what SAEFState takes."""
+
+    def __init__(self, *parts: torch.optim.Optimizer) -> None:
+        self.parts = parts
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self.share()
+
+    def share(self) -> None:
+        """The parts have the same state, and the groups that are theirs."""
+        groups = iter(self.param_groups)
+        for part in self.parts:
+            part.state, part.param_groups = self.state, [next(groups) for _ in part.param_groups]
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
+        self.share()
+
+    def step(self) -> None:
+        for part in self.parts:
+            part.step()
+
+
 def parse(arguments: list[str] | None = None) -> Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HELP_FORMAT)
     add = parser.add_argument
@@ -83,6 +111,15 @@ def parse(arguments: list[str] | None = None) -> Namespace:
     add("--data", type=Path, help="a text (default: the sources of Python's standard library)")
     add("--steps", type=int, default=300)
     add("--lr", type=float, default=8e-3, help="the highest, after a warm-up over a tenth of the steps; then a cosine")
+    add("--local-steps", type=int, default=1, help="of the optimizer between two exchanges")
+    add("--adamw-lr", type=float, default=0.25, help="AdamW's rate beside Muon, as a multiple of --lr")
+    add("--step-ahead", type=float, help="instead of the method's own")
+    add(
+        "--optimizer",
+        choices=["adamw", "muon"],
+        default="adamw",
+        help="muon: of the blocks' matrices, adamw of the rest",
+    )
     add("--weight-decay", type=float, default=0.1, help="of matrices")
     add("--betas", type=float, nargs=2, default=(0.9, 0.95))
     add("--clip", type=float, default=1.0, help="norm of the gradient; of each rank's own with saef")
@@ -115,11 +152,24 @@ def build(args: Namespace, device: torch.device) -> tuple:
     model = DistributedDataParallel(net)
     matrices, vectors = ([p for p in net.parameters() if (p.dim() > 1) == yes] for yes in (True, False))
     groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, args.lr, tuple(args.betas))
+    if args.optimizer == "muon":
+        inner = [p for p in net.blocks.parameters() if p.dim() > 1]
+        known = {id(p) for p in inner}
+        groups = [{**group, "params": [p for p in group["params"] if id(p) not in known]} for group in groups]
+        muon = torch.optim.Muon(inner, args.lr, args.weight_decay)
+        optimizer = Together(muon, torch.optim.AdamW(groups, args.lr * args.adamw_lr, tuple(args.betas)))
+    else:
+        optimizer = torch.optim.AdamW(groups, args.lr, tuple(args.betas))
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
     settings = METHODS[args.method]
     if settings is None:
         return model, optimizer, None
-    settings = {**settings, "compressor": replace(settings["compressor"], block=args.block)}
+    settings = {**settings, "local_steps": args.local_steps}
+    if args.step_ahead is not None:
+        settings["step_ahead"] = args.step_ahead
+    if hasattr(settings["compressor"], "block"):
+        settings["compressor"] = replace(settings["compressor"], block=args.block)
     state = saef.SAEFState(model, optimizer, max_grad_norm=args.clip, **settings)
     model.register_comm_hook(state, saef_hook)
     return model, optimizer, state
@@ -132,11 +182,11 @@ def cut(text: Tensor, starts: Tensor, context: int) -> tuple[Tensor, Tensor]:
 
 
 def rate(args: Namespace, step: int) -> float:
-    """Warm-up over a tenth of the steps, then a cosine down to a tenth of the learning rate."""
+    """What the learning rate is multiplied by: a warm-up over a tenth of the steps, then a cosine down to a tenth."""
     warm = max(1, args.steps // 10)
     if step < warm:
-        return args.lr * (step + 1) / warm
-    return args.lr * (0.55 + 0.45 * math.cos(math.pi * (step - warm) / max(1, args.steps - warm)))
+        return (step + 1) / warm
+    return 0.55 + 0.45 * math.cos(math.pi * (step - warm) / max(1, args.steps - warm))
 
 
 def train(args: Namespace, device: torch.device) -> list[dict]:
@@ -152,7 +202,7 @@ def train(args: Namespace, device: torch.device) -> list[dict]:
         starts = torch.randint(held_out - args.context - 1, (args.batch,), generator=generator)[rank::world]
         optimizer.zero_grad()
         for group in optimizer.param_groups:
-            group["lr"] = rate(args, step)
+            group["lr"] = group["initial_lr"] * rate(args, step)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             loss = model(*(part.to(device) for part in cut(text, starts, args.context)))
         loss.backward()

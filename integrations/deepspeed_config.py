@@ -56,6 +56,7 @@ COMPRESSORS: dict[str, type[Any]] = {
     "identity": saef.Identity,
     "majority_vote": saef.MajorityVote,
     "min_size": saef.MinSize,
+    "exempt": saef.Exempt,
 }
 AVERAGING: dict[str, type[Any]] = {
     "allreduce": saef.AllReduce,
@@ -231,8 +232,9 @@ def _build(where: str, value: object, names: Mapping[str, type[Any]], plain: tup
     check_known(where, given, [f.name for f in fields(kind)])
     if missing := [f.name for f in fields(kind) if f.default is MISSING and f.name not in given]:
         raise ValueError(f"{where} of type {name!r} needs {missing}")
-    if "inner" in given:
-        given["inner"] = _build(f"{where}.inner", given["inner"], names)
+    for part in ("inner", "other"):
+        if part in given:
+            given[part] = _build(f"{where}.{part}", given[part], names)
     try:
         return kind(**given)
     except (TypeError, ValueError) as error:

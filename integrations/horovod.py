@@ -216,10 +216,9 @@ class SAEFCompression:
         if engine.transport.size == 1 and gradients:  # Horovod calls neither compress nor decompress
             engine.exchange_gradients()
         engine.before_step(optimizer, (optimizer,), {})
-        try:
-            return own_step()
-        finally:
-            engine.after_step(optimizer, (), {})
+        loss = own_step()
+        engine.after_step(optimizer, (), {})
+        return loss
 
     def adopt(self, optimizer: torch.optim.Optimizer) -> None:
         """Take Horovod's optimizer, with the same groups, in the place of the one it was made from."""

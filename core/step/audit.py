@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib.metadata import version
+from itertools import groupby
 from typing import Any, final
 
 from ..comm.agreement import checksum, compare
@@ -24,6 +25,9 @@ def compare_settings(settings: Settings, weights: Weights, transport: Transport,
     fields = {field: getattr(settings, field) for field in settings.__dataclass_fields__}
     every = zip(weights.names, weights.parameters, weights.views, strict=True)
     parameters = [(n, tuple(p.shape), view.stride(), p.dtype) for n, p, view in every]
+    for way, compressor in (("to", settings.compressor), ("from", settings.reply_compressor)):
+        runs = groupby(weights.codes(compressor))  # of neighbours with one code
+        fields[f"codes {way} the servers"] = [(len([*run]), code) for code, run in runs]
     fields.update(saef=version("saef"), world_size=transport.size)
     fields.update(parameters=parameters, groups=weights.groups, grad_scaler=scaled)
     compare(fields, transport, weights.device, what=what)

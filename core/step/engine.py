@@ -229,7 +229,6 @@ class Engine:
         if changes := self._watch.changes(self._optimizer):
             self._follow(changes)
         weights, memory = self.weights, self.memory
-        weights.check_free()
         if self.form.go_on():
             weights.enter()
             return weights.number
@@ -249,7 +248,7 @@ class Engine:
             self.form.begin(self._optimizer)
         self.sending.begun = True
         self._attachment.come_last()
-        weights.enter()
+        weights.enter(absorbed=True)
         return weights.number
 
     def _follow(self, changes: str) -> None:

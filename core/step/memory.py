@@ -40,7 +40,7 @@ class Context(NamedTuple):
     @classmethod
     def create(cls, weights: Weights, settings: Settings, rule: Rule, transport: Transport) -> Context:
         """Choose the strategy, and which rank serves which blocks."""
-        up, down = settings.compressor, settings.reply_compressor
+        up, down = weights.codes(settings.compressor), weights.codes(settings.reply_compressor)
         strategy = settings.exchange
         if strategy == "auto":
             sizes = (message_bytes(c, weights.numels, weights.dtype) for c in (up, down))
@@ -65,7 +65,7 @@ class Context(NamedTuple):
         chosen, ranks = self.settings.server_step_ahead, self.transport.size
         sharded = self.placement.strategy == "sharded"
         if chosen == "auto":
-            kinds = {self.settings.compressor.for_tensor(n).kind for n in self.weights.numels}
+            kinds = {code.kind for code in self.weights.codes(self.settings.compressor)}
             signs = SIGN in kinds and kinds <= {SIGN, DENSE}
             single = isinstance(self.rule, Difference) and self.local_steps == 1
             chosen = (isinstance(self.rule, AdamW) or single) and signs and (not sharded or ranks <= MOST_SHARDED)
@@ -84,7 +84,7 @@ class Context(NamedTuple):
         return self.settings.max_grad_norm is not None and self.rule.of_gradients
 
     def _dense(self, compressor: Compressor) -> bool:
-        return all(compressor.for_tensor(n).kind == DENSE for n in self.weights.numels)
+        return all(code.kind == DENSE for code in self.weights.codes(compressor))
 
 
 @final

@@ -42,11 +42,11 @@ class Rounds(Form):
     def __init__(self, host: Host, settings: Settings) -> None:
         super().__init__(host)
         self._settings = settings
-        self.done = 0
+        self.done = self._nested = 0
         self._own: set[str] = set()  # what an optimizer keeps in its groups: a schedule-free one the sum of its weights
         self._settings_before: list[dict[str, Any]] = []
         self._before: Saved | None = None  # the optimizer's state at the round's beginning
-        self._resumed: Saved | None = None  # the middle of a round, from a checkpoint
+        self._loaded: Saved | None = None  # what `load` got, until the next round begins
 
     # -- forward ------------------------------------------------------------------------------
 
@@ -56,13 +56,16 @@ class Rounds(Form):
 
     def begin(self, optimizer: torch.optim.Optimizer) -> None:
         """X is x_half: a round begins, or goes on where a checkpoint had it."""
-        weights, resumed = self._host.weights, self._resumed
+        weights, loaded = self._host.weights, self._loaded
+        if loaded is not None:  # again: since then, optimizer.load_state_dict() may have got another rank's
+            restore(optimizer, weights, loaded["optimizer"], self._own)
         self._before = capture(optimizer, weights) if self._settings.on_bad_round == "restore" else None
-        if resumed is not None:
-            self._resumed, self.done, self._before = None, resumed["done"], resumed.get("before")
+        self._loaded = None
+        if loaded is not None and loaded["done"]:
+            self.done, self._before = loaded["done"], loaded.get("before")
             with torch.no_grad():
                 for i, name in enumerate(weights.names):
-                    weights.local_of(i).copy_(resumed["X"][name])
+                    weights.local_of(i).copy_(loaded["X"][name])
 
     def go_on(self) -> bool:
         """Raises RuntimeError if x was changed since the last local step."""
@@ -106,6 +109,9 @@ class Rounds(Form):
         Raises:
             RuntimeError: if they were computed elsewhere.
         """
+        if self.stepping:  # torch runs the hooks anew where a step calls that of the class it derives from
+            self._nested += 1
+            return closure
         begun = self._host.sending.begun
         if not begun and closure is None and self._has_gradients():
             raise RuntimeError(NOT_AHEAD)
@@ -153,6 +159,9 @@ class Rounds(Form):
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """The parameters are x; after the last local step of a round it is exchanged."""
+        if self._nested:
+            self._nested -= 1
+            return
         self._show()
         if self._host.sending.begun:
             self._stepped(optimizer)
@@ -200,8 +209,8 @@ class Rounds(Form):
         if restored and self._before is not None:
             restore(optimizer, self._host.weights, self._before, self._own)
         self._show()
-        self._before = self._resumed = None
-        self.done, self.stepping, self.entered = 0, False, False
+        self._before = self._loaded = None
+        self.done, self.stepping, self.entered, self._nested = 0, False, False, 0
         self._host.weights.restart()
 
     # -- checkpoints --------------------------------------------------------------------------
@@ -226,7 +235,7 @@ class Rounds(Form):
         """What `saved` gave; the next forward goes on from there."""
         self._own |= {*saved["own"]}
         restore(optimizer, self._host.weights, saved["optimizer"], self._own)
-        self._resumed = saved if saved["done"] else None
+        self._loaded = saved
 
 
 NOT_AHEAD = (

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from itertools import chain
+from operator import attrgetter
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo.guards import TensorGuards
 from torch.nn.parallel import DistributedDataParallel
 
 from .weights import Weights
 
+_TRAINED = attrgetter("requires_grad")
 SHARDED = ("DTensor", "FlatParameter")
 
 
@@ -31,9 +35,14 @@ class Watch:
         self._names, self._parameters = weights.names, weights.parameters
         self._model = weakref.ref(model)  # which DDP's reducer keeps the state for, unseen by the garbage collector
         self._every = [*model.parameters()]
-        self._insides = [inside for m in model.modules() for inside in (m._parameters, m._modules)]
+        self._insides: list[dict[str, Any]] = []
+        for module in model.modules():
+            self._insides += [module._parameters, module._modules]
+        self._filled = [inside for inside in self._insides if inside]
+        self._frozen = [p for p in self._every if not p.requires_grad]
         self._tree, self._kinds, self._strides = self._tree_now(), self._kinds_now(), self._strides_now()
         self._groups = _groups_of(optimizer)
+        self._fast, self._places = self._guards(), self._places_now()
         check_apart(self._names, self._parameters)
 
     @property
@@ -46,9 +55,17 @@ class Watch:
 
     # Lists of numbers and words: ten thousand tuples would have Python collect its garbage.
 
+    def _guards(self) -> Any:
+        """What torch.compile looks at before it runs again what it has made of tensors: in C++, and in one call."""
+        return TensorGuards(*self._parameters, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+
+    def _places_now(self) -> list[int]:
+        return [*map(Tensor.data_ptr, self._parameters)]
+
     def _tree_now(self) -> list[Any]:
-        inside = [id(part) for parts in self._insides for part in parts.values()]
-        return [inside, [p.requires_grad for p in self._every]]
+        """What is where; of the parameters that were trained, `_fast` sees whether they are."""
+        inside = [*map(id, chain.from_iterable(map(dict.values, self._filled)))]
+        return [inside, [*map(len, self._insides)], [*map(_TRAINED, self._frozen)]]
 
     def _kinds_now(self) -> list[Any]:
         every = self._parameters
@@ -63,9 +80,10 @@ class Watch:
         Raises:
             RuntimeError: on what it cannot follow, naming the parameters.
         """
-        found = self._in_and_out() if self._tree_now() != self._tree else []
-        self._check_kinds()
-        if self.relaid:
+        same = self._fast.check(*self._parameters)
+        found = self._in_and_out() if not same or self._tree_now() != self._tree else []
+        self._check_kinds(same)
+        if not same and self.relaid:
             both = zip(self._names, self._parameters, self._strides, strict=True)
             moved = [n for n, p, strides in both if p.stride() != strides]
             found.append(f"{_some(moved)} lie in memory in another way")
@@ -98,14 +116,25 @@ class Watch:
 
     def check_kinds(self) -> None:
         """Raise RuntimeError if x cannot be taken from the parameters: they lie in memory in another way."""
-        self._check_kinds()
+        self._check_kinds(self._fast.check(*self._parameters))
         if self.relaid:
             raise RuntimeError(
                 "parameters were laid out anew in memory, as by to(memory_format=...), which the next training forward "
                 "follows: save the state before the change, or after that forward"
             )
 
-    def _check_kinds(self) -> None:
+    def _check_kinds(self, same: bool) -> None:
+        """Raise RuntimeError if a parameter is another tensor, or lies where another does. same: as `_fast` finds."""
+        if not same:
+            self._compare_kinds()
+            if not self.relaid:  # then it was something else, such as autocast around the forward
+                self._fast = self._guards()
+        places = self._places_now()
+        if places != self._places:
+            check_apart(self._names, self._parameters)
+            self._places = places
+
+    def _compare_kinds(self) -> None:
         kinds = self._kinds_now()
         if kinds != self._kinds:
             both = zip(self._names, zip(*self._kinds, strict=True), zip(*kinds, strict=True), strict=True)
@@ -115,7 +144,6 @@ class Watch:
                 "shape must stay; convert the model, wrap it and create SAEFState again (load_state_dict takes over "
                 "what a state_dict still fits)"
             )
-        check_apart(self._names, self._parameters)
 
     def is_moved_by(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether a step of this optimizer would move one of these parameters."""

@@ -11,8 +11,9 @@ Swaps    x stays in the parameters' own storage; x_half lies in a flat vector, a
 from __future__ import annotations
 
 import ctypes
+from collections import deque
 from collections.abc import Sequence
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +59,7 @@ class Copies(Weights):
         return (self.flat, self.s) if self.server is None else (self._half, 0.0)
 
     @torch.no_grad()
-    def absorb(self) -> None:
+    def _absorb(self) -> None:
         for p, x in zip(self.parameters, self.views, strict=True):
             # A bf16 parameter is x rounded: only where it was changed does it replace the master.
             x.copy_(p if p.dtype == self.dtype else torch.where(x.to(p.dtype) == p, x, p.to(self.dtype)))
@@ -139,8 +140,8 @@ class Swaps(Weights):
     def x_half(self) -> tuple[Tensor, float]:
         return self.flat, 0.0
 
-    def absorb(self) -> None:
-        addresses = [p.data_ptr() for p in self.parameters]
+    def _absorb(self) -> None:
+        addresses = self._seen[0]
         if addresses != self._addresses:
             self._x, self._addresses = [p.data for p in self.parameters], addresses
             size, filled = self.dtype.itemsize, [a for a, n in zip(addresses, self.numels, strict=True) if n]
@@ -173,12 +174,10 @@ class Swaps(Weights):
         torch.autograd.graph.increment_version(self.parameters)
 
     def _show_half(self) -> None:
-        for p, half in zip(self.parameters, self.views, strict=True):
-            p.data = half
+        _exchange(self.parameters, self.views)
 
     def _show_x(self) -> None:
-        for p, x in zip(self.parameters, self._x, strict=True):
-            p.data = x
+        _exchange(self.parameters, self._x)
 
     def _keep_local(self) -> None:
         """The optimizer has stepped on `flat` itself."""
@@ -221,16 +220,18 @@ class OnCPU(Swaps):
 
     def _derive(self, e: Tensor, averaged: slice) -> None:
         errors, found = self._cut_errors(e), self._cpu.fingerprints(self._addresses, self._sizes)
-        fresh = [False] * len(self._x) if self._made_from is None else (found == self._made_from).tolist()
-        for i, (x, half) in enumerate(zip(self._x, self.views, strict=True)):
-            at, n = self.offsets[i], self.numels[i]
-            if not fresh[i] or (at < averaged.stop and averaged.start < at + n):
-                if self.s == 1.0:
-                    torch.sub(x, errors[i], out=half)  # as below, without a temporary
-                else:
-                    half.copy_(step_ahead(x, errors[i], self.s) if errors else x)
-                if self.server is not None:
-                    self.server.step(self.flat, i)
+        stale = torch.ones_like(found, dtype=torch.bool) if self._made_from is None else found != self._made_from
+        if averaged.stop > averaged.start:
+            ends = self._starts + torch.tensor(self.numels, device="cpu")
+            stale |= (self._starts < averaged.stop) & (averaged.start < ends)
+        for i in stale.nonzero().view(-1).tolist():
+            x, half = self._x[i], self.views[i]
+            if self.s == 1.0:
+                torch.sub(x, errors[i], out=half)  # as below, without a temporary
+            else:
+                half.copy_(step_ahead(x, errors[i], self.s) if errors else x)
+            if self.server is not None:
+                self.server.step(self.flat, i)
         self._made_from = found
 
     def follow(self, e: Tensor) -> None:
@@ -303,6 +304,14 @@ def _captured(model: nn.Module) -> bool:
     """Whether `torch.cuda.make_graphed_callables` has a part of it: its graphs read the parameters' own storage."""
     forwards = (module.__dict__.get("forward") for module in model.modules())
     return any(getattr(forward, "__module__", None) == torch.cuda.graphs.__name__ for forward in forwards)
+
+
+def _exchange(parameters: Sequence[Tensor], storages: Sequence[Tensor]) -> None:
+    """p.data = its storage, of thousands of small ones without a loop in Python."""
+    deque(map(_SET_DATA, parameters, storages), maxlen=0)
+
+
+_SET_DATA: Any = Tensor.data.__set__  # type: ignore[attr-defined]
 
 
 def _line(x: Tensor) -> Tensor:

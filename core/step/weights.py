@@ -14,16 +14,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import accumulate
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
 
 from ..rules import step_ahead
 from ..wire import kernels
+from ..wire.compressors import Code, Compressor
 from ..wire.kernels.table import Update, Worker
 from ..wire.plan import Plan
 from .server_ahead import ServerAhead
 
+_VERSION = attrgetter("_version")
 FIRST_HALF, NEXT_HALF = 1 << 30, 16  # versions of the x_half: from where on, and how far apart (writes in between show)
 
 
@@ -63,7 +66,8 @@ class Weights(ABC):
         self.ahead = False
         self.number = 0
         self._kernels = kernels.select(self.device)
-        self._marks: list[tuple[int, int]] = []  # of x when x_half was made from it
+        self._marks: list[list[int]] = []  # of x when x_half was made from it
+        self._seen: list[list[int]] = []  # the same when it was last looked at
         self._versions: list[int] = []  # of x, in a window
         self._places: list[int] = []  # where x_half lies, in a window
         self._e: Tensor | None = None  # the errors, and as they are cut
@@ -77,7 +81,7 @@ class Weights(ABC):
             e: [d], or empty if there is none, with s = 0.
             averaged: coordinates of e that were changed since x_half was last made.
         """
-        marks = self._marks_now()
+        marks = self._seen
         if marks != self._marks or averaged.stop > averaged.start:
             self._marks, self.number = marks, self.number + 1
         self._derive(e, averaged)
@@ -85,12 +89,18 @@ class Weights(ABC):
     def follow(self, e: Tensor) -> None:
         """Before the commit: if x was written to since, x_half <- x - s e again, since weight decay is taken there."""
         self.absorb()
-        if self._marks != self._marks_now():
+        if self._marks != self._seen:
             self.step_ahead(e, slice(0, 0))
 
-    def _marks_now(self) -> list[tuple[int, int]]:
-        """Address and version of each parameter: others after a write that autograd sees, or other storage."""
-        return [(p.data_ptr(), p._version) for p in self.parameters]
+    def _marks_now(self) -> list[list[int]]:
+        """Addresses and versions of the parameters: others after a write that autograd sees, or other storage."""
+        return [self._places_now(), self._versions_now()]
+
+    def _places_now(self) -> list[int]:
+        return [*map(Tensor.data_ptr, self.parameters)]
+
+    def _versions_now(self) -> list[int]:
+        return [*map(_VERSION, self.parameters)]
 
     def _cut_errors(self, e: Tensor) -> list[Tensor]:
         """e cut like the parameters, once for one vector; empty if there is none."""
@@ -98,21 +108,31 @@ class Weights(ABC):
             self._e, self._errors = e, self.cut(e) if e.numel() else []
         return self._errors
 
-    def check_free(self) -> None:
-        """Raise RuntimeError if the parameters are what another state has made of them."""
-        if any(p._version >= FIRST_HALF for p in self.parameters):
+    def absorb(self) -> None:
+        """x <- parameters, which are at x: whatever was done to them since the last step (loaded, clamped) counts.
+
+        Raises:
+            RuntimeError: if they are what another state has made of them.
+        """
+        self._seen = self._marks_now()
+        if max(self._seen[1]) >= FIRST_HALF:
             raise RuntimeError(
                 "parameters of this state are the x_half of another SAEFState that shares them, whose training forward "
                 "still waits for its backward: run forward and backward of one model before the other's forward"
             )
+        self._absorb()
 
-    def enter(self) -> None:
-        """parameters <- x_half: the window opens. Where that is x for good (s = 0) nothing happens."""
+    def enter(self, absorbed: bool = False) -> None:
+        """parameters <- x_half: the window opens. Where that is x for good (s = 0) nothing happens.
+
+        Args:
+            absorbed: whether `absorb` has just looked at them.
+        """
         if self.ahead or (self.s == 0.0 and not self.local):
             return
-        self._versions = [p._version for p in self.parameters]
+        self._versions = self._seen[1] if absorbed else self._versions_now()
         self._show_half()
-        self._places = [p.data_ptr() for p in self.parameters]
+        self._places = self._places_now()
         self.ahead = True
         _set_versions(self.parameters, [self._half_version] * len(self.parameters))
 
@@ -120,8 +140,11 @@ class Weights(ABC):
         """parameters <- x: the window closes. Names of the parameters that were written to in it, in vain."""
         if not self.ahead:
             return []
-        expected, every = self._half_version, zip(self.names, self.parameters, self._places, strict=True)
-        written = [n for n, p, place in every if p._version != expected or p.data_ptr() != place]
+        expected, versions, places = self._half_version, self._versions_now(), self._places_now()
+        written = []
+        if places != self._places or versions.count(expected) < len(versions):
+            every = zip(self.names, versions, places, self._places, strict=True)
+            written = [name for name, version, now, place in every if version != expected or now != place]
         self._show_x()
         self.ahead = False
         _set_versions(self.parameters, self._versions)
@@ -129,9 +152,9 @@ class Weights(ABC):
 
     def moved(self) -> list[str]:
         """In a window, whose optimizer has made X of x_half: it counts. Names of parameters that lie elsewhere now."""
-        every = zip(self.names, self.parameters, self._places, strict=True)
-        elsewhere = [n for n, p, place in every if p.data_ptr() != place]
-        self._places = [p.data_ptr() for p in self.parameters]
+        places = self._places_now()
+        elsewhere = [n for n, now, place in zip(self.names, places, self._places, strict=True) if now != place]
+        self._places = places
         self._keep_local()
         self.number += 1
         _set_versions(self.parameters, [self._half_version] * len(self.parameters))
@@ -171,13 +194,17 @@ class Weights(ABC):
         """The parameters' parts of a flat vector, each in the shape and strides that its parameter had at the start."""
         return cut(flat, self.views)
 
+    def codes(self, compressor: Compressor) -> list[Code]:
+        """Of each parameter."""
+        return [compressor.for_parameter(name, p) for name, p in zip(self.names, self.parameters, strict=True)]
+
     def take_over(self, old: Weights) -> None:
         """Go on where `old`, of other parameters or another layout, left off: outside of a window, after `absorb`."""
         self.number = old.number + 1
 
     @abstractmethod
-    def absorb(self) -> None:
-        """x <- parameters, which are at x: whatever was done to them since the last step (loaded, clamped) counts."""
+    def _absorb(self) -> None:
+        """x <- parameters."""
 
     @abstractmethod
     def x(self) -> Tensor:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..rules.sgd import PLAIN, SGD
 from . import kernels
-from .compressors import Code, Compressor, Identity, MajorityVote, ScaledSign, TopK
+from .compressors import Code, Compressor, Identity, MajorityVote, ScaledSign, TopK, codes_of
 from .kernels.table import (
     BYTE,
     COLUMNS,
@@ -125,7 +125,9 @@ def block_ranges(numel: int, block_numel: int | None) -> list[tuple[int, int]]:
     return [(start, min(size, numel - start)) for start in range(0, numel, size)]
 
 
-def message_bytes(compressor: Compressor, numels: Sequence[int], dtype: torch.dtype = torch.float32) -> int:
+def message_bytes(
+    compressor: Compressor | Sequence[Code], numels: Sequence[int], dtype: torch.dtype = torch.float32
+) -> int:
     """Exact length in bytes of one message with the parameter tensors of sizes `numels`."""
     return Codec(compressor, numels, dtype).message_bytes
 
@@ -134,7 +136,7 @@ class Codec:
     """Encodes a list of tensors as one message and back; the public face of the wire format.
 
     Args:
-        compressor: what is kept.
+        compressor: what is kept; or the code of each tensor.
         numels: size of each tensor.
         dtype: float32 or float64, of the tensors and of the scalars on the wire.
         backend: the kernels; chosen by device if None.
@@ -142,7 +144,7 @@ class Codec:
 
     def __init__(
         self,
-        compressor: Compressor,
+        compressor: Compressor | Sequence[Code],
         numels: Sequence[int],
         dtype: torch.dtype = torch.float32,
         backend: kernels.Kernels | None = None,
@@ -150,8 +152,7 @@ class Codec:
         if dtype not in (torch.float32, torch.float64):
             raise TypeError(f"a message's scalars are float32 or float64, not {dtype}")
         blocks, offset = [], 0
-        for numel in numels:
-            code = compressor.for_tensor(numel)
+        for numel, code in zip(numels, codes_of(compressor, numels), strict=True):
             for start, n in block_ranges(numel, code.block_numel(numel)):
                 blocks.append(Block(code, code, offset + start, offset + start, 0, n, 0))
             offset += numel

@@ -1,7 +1,7 @@
 """Compressors: the operator C of Algorithm 1, as frozen descriptions.
 
 A compressor says *what* is kept of a tensor (`__call__`, pure tensor maths). A *code* is one that also says how many
-scalars and bytes a block costs on the wire; a *policy* (`MinSize`) picks a code for each tensor. Neither packs bits
+scalars and bytes a block costs on the wire; a *policy* (`MinSize`, `Exempt`) picks a code for each. Neither packs bits
 (`saef.wire.codec`) nor communicates (`saef.comm.exchange`). C acts per block: `block="layer"` makes every parameter
 tensor one block (the papers' setting), an integer is a maximal block size that splits larger tensors. A block never
 crosses a parameter tensor.
@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from numbers import Real
 from typing import ClassVar, Literal, final
 
@@ -41,6 +42,10 @@ class Compressor(ABC):
     @abstractmethod
     def for_tensor(self, numel: int) -> Code:
         """The code of a parameter tensor of `numel` entries."""
+
+    def for_parameter(self, name: str, p: Tensor) -> Code:
+        """The code of a parameter, for policies that look at more than its size."""
+        return self.for_tensor(p.numel())
 
     def __call__(self, v: Tensor) -> Tensor:
         """C(v) for one parameter tensor of any shape, block by block (in row-major order)."""
@@ -245,3 +250,53 @@ class MinSize(Compressor):
 
     def for_tensor(self, numel: int) -> Code:
         return Identity() if numel < self.numel else self.inner.for_tensor(numel)
+
+    def for_parameter(self, name: str, p: Tensor) -> Code:
+        return Identity() if p.numel() < self.numel else self.inner.for_parameter(name, p)
+
+
+@final
+@dataclass(frozen=True, repr=False)
+class Exempt(Compressor):
+    """Policy: parameters that `which` says are sent by `other`, uncompressed if that is left out; others by `inner`.
+
+    Embeddings, norms and heads: `Exempt(lambda name, p: p.ndim < 2, ScaledSign())`, `Exempt(["head.*"], TopK(0.01))`.
+
+    Args:
+        which: called with a parameter's name in the model (without DDP's `module.`) and the parameter; or patterns of
+            names, as in a shell. The same on every rank.
+    """
+
+    which: Callable[[str, Tensor], bool] | Sequence[str]
+    inner: Compressor
+    other: Compressor | None = None
+
+    def __post_init__(self) -> None:
+        named = isinstance(self.which, list | tuple) and all(isinstance(w, str) for w in self.which)
+        if not callable(self.which) and not named:
+            raise TypeError(
+                f"Exempt needs a function of (name, parameter), or a list of patterns of names, got {self.which!r}"
+            )
+        for compressor in (self.inner, *([] if self.other is None else [self.other])):
+            if not isinstance(compressor, Compressor):
+                raise TypeError(f"Exempt picks between compressors, got {compressor!r}; write e.g. TopK(0.01)")
+            if not compressor.feedback:
+                raise ValueError(f"{compressor!r} keeps no error and votes on every tensor; do not wrap it")
+
+    def __repr__(self) -> str:
+        """Without an address, which would differ between ranks."""
+        which = getattr(self.which, "__qualname__", type(self.which).__name__) if callable(self.which) else self.which
+        other = "" if self.other is None else f", other={self.other!r}"
+        return f"Exempt({which}, {self.inner!r}{other})"
+
+    def for_tensor(self, numel: int) -> Code:
+        raise TypeError("Exempt goes by parameters, and here are only sizes: give it to a SAEFState")
+
+    def for_parameter(self, name: str, p: Tensor) -> Code:
+        exempt = self.which(name, p) if callable(self.which) else any(fnmatchcase(name, w) for w in self.which)
+        return (self.inner if not exempt else self.other or Identity()).for_parameter(name, p)
+
+
+def codes_of(compressor: Compressor | Sequence[Code], numels: Sequence[int]) -> Sequence[Code]:
+    """The code of each tensor: as the compressor has it for its size, or as given."""
+    return [compressor.for_tensor(n) for n in numels] if isinstance(compressor, Compressor) else compressor

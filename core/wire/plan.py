@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..comm.exchange import Strategy
 from .codec import Block, Layout, block_ranges, lay_out, scalars
-from .compressors import Compressor
+from .compressors import Code, Compressor, codes_of
 from .kernels.table import COLUMNS
 
 
@@ -42,15 +42,15 @@ class Blocks(NamedTuple):
 def partition(
     numels: Sequence[int],
     groups: Sequence[int],
-    up: Compressor,
-    down: Compressor,
+    up: Compressor | Sequence[Code],
+    down: Compressor | Sequence[Code],
     servers: int,
 ) -> Blocks:
     """Cut the parameter tensors into blocks and give each block to the server with the least load.
 
     Args:
         numels, groups: size and optimizer group of each parameter tensor, in the order of the flat state.
-        up, down: the compressors on the way to and from the servers.
+        up, down: the compressors on the way to and from the servers, or the codes of each tensor.
         servers: how many ranks serve; 1 if every rank serves everything (replicated).
 
     Raises:
@@ -58,8 +58,8 @@ def partition(
     """
     load = [(0, r) for r in range(servers)]
     of_parameter, owner, served, offset = [], [], [0] * servers, 0
-    for numel, group in zip(numels, groups, strict=True):
-        there, back = up.for_tensor(numel), down.for_tensor(numel)
+    codes = zip(codes_of(up, numels), codes_of(down, numels), strict=True)
+    for numel, group, (there, back) in zip(numels, groups, codes, strict=True):
         sizes = {s for s in (there.block_numel(numel), back.block_numel(numel)) if s is not None}
         if len(sizes) > 1:
             raise ValueError(
@@ -98,8 +98,8 @@ class Placement(NamedTuple):
 def place(
     numels: Sequence[int],
     groups: Sequence[int],
-    up: Compressor,
-    down: Compressor,
+    up: Compressor | Sequence[Code],
+    down: Compressor | Sequence[Code],
     strategy: Strategy,
     workers: int,
     rank: int,

@@ -385,6 +385,21 @@ def test_compiled_models_train_the_same(pools: dict[int, RankPool]) -> None:
             torch.testing.assert_close(found, expected[0], rtol=0, atol=1e-6)  # as for DDP in test_weights.py
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_local_steps_are_ddps_bit_for_bit(pools: dict[int, RankPool], bf16: bool) -> None:
+    """And an outer optimizer, from JSON; under bf16 the optimizer steps on bfloat16, and x is of float32."""
+    params = {"rule": {"type": "adamw", "eps": 1e-3}, "lr": 0.01, "local_steps": 3}
+    params |= {"outer": {"type": "nesterov", "lr": 0.7, "momentum": 0.8}, "on_bad_round": "keep"}
+    setup = Setup(params, [{"weight_decay": 1e-2}], config=BF16 if bf16 else {})
+    state = {"local_steps": 3, "outer": saef.Nesterov(0.7, 0.8), "on_bad_round": "keep"}
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    job = Job(state, [{"weight_decay": 1e-2, "eps": 1e-3}], "AdamW", lrs=[0.01] * 12, dtype=dtype)
+    runs = pools[2].run(train, setup, 12, ranks=2)
+    for run, ddp in zip(runs, pools[2].run(train_ddp, job, ranks=2), strict=True):
+        assert torch.equal(run["x"][1:].to(dtype), ddp["x"][1:]) and torch.equal(run["e"], ddp["e"])
+        assert run["steps"] == (4, 12)
+
+
 def initialized(group: dist.ProcessGroup, path: Path) -> list[str]:
     """saef.integrations.deepspeed.initialize, from a file: the result is deepspeed.initialize's."""
     engine, optimizer, loader, scheduler = saef.integrations.deepspeed.initialize(model=Net(), config=str(path))

@@ -83,6 +83,18 @@ def test_protocols_between_neighbours_are_ddps_bit_for_bit(
         assert run["metrics"]["bytes_sent_averaging"] == other["metrics"]["bytes_sent_averaging"] > 0
 
 
+def test_optimizers_own_steps_are_ddps_bit_for_bit(pool: RankPool, horovod: HorovodPool) -> None:
+    """Three local steps of AdamW a round, and one of an optimizer that saef does not compute itself."""
+    for optimizer, local_steps in (("AdamW", 3), ("RMSprop", 1)):
+        state = {"compressor": COMPRESSORS["topk"], "local_steps": local_steps, "averaging": saef.Rotating(4)}
+        job = Job(state, [{"weight_decay": 1e-2}], optimizer, lrs=[0.01] * 12, dtype=torch.float32)
+        runs = horovod.run(jobs.train, job, {})
+        for run, other in zip(runs, pool.run(train_ddp, job, ranks=horovod.ranks), strict=True):
+            for part in ("x", "e", "e_server"):
+                assert torch.equal(run[part], other[part]), part
+            assert run["metrics"]["steps"] == 12 / local_steps
+
+
 @pytest.mark.parametrize("case", [*PLAIN, SPECIAL[-2]], ids=name)
 def test_horovod_equals_the_reference(horovod: HorovodPool, case: Case) -> None:
     compressor, period, exchange, options, _ = case

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saef import Compressor, Identity, MajorityVote, MinSize, ScaledSign, TopK
+import saef
+from saef import Compressor, Exempt, Identity, MajorityVote, MinSize, ScaledSign, TopK
 from saef.wire.compressors import DEFAULT_BLOCK, DENSE, SIGN, TOPK, Code, Sign, index_bytes
 from support import reference
 
@@ -127,6 +128,37 @@ def test_min_size_sends_smaller_tensors_whole():
     nested = MinSize(2, MinSize(4, TopK(0.5)))
     assert [nested.for_tensor(n).kind for n in (1, 3, 4)] == [DENSE, DENSE, TOPK]
     assert C.feedback and C(torch.tensor(7.0)).item() == 7.0
+
+
+def vectors_whole(name, p):
+    return p.ndim < 2
+
+
+def test_exempt_goes_by_parameters():
+    matrix, vector = torch.zeros(3, 4), torch.zeros(12)
+    C = Exempt(vectors_whole, ScaledSign(2))
+    assert (C.for_parameter("w", matrix), C.for_parameter("b", vector)) == (ScaledSign(2), Identity())
+    C = Exempt(["head.*", "*.norm?.weight"], MinSize(12, TopK(0.5)), ScaledSign(4))
+    names = ("head.weight", "body.norm1.weight", "body.norm1.bias", "head")
+    assert [C.for_parameter(n, matrix).kind for n in names] == [SIGN, SIGN, TOPK, TOPK]
+    assert C.for_parameter("body.bias", torch.zeros(11)) == Identity()  # as the inner policy has it
+    assert MinSize(5, Exempt(["a"], TopK())).for_parameter("a", torch.zeros(6)) == Identity()
+    assert C.feedback
+    assert repr(C) == (
+        "Exempt(['head.*', '*.norm?.weight'], MinSize(numel=12, inner=TopK(ratio=0.5, block=65536)), "
+        "other=ScaledSign(block=4))"
+    )
+    assert "0x" not in repr(Exempt(lambda name, p: True, TopK()))  # an address would differ between ranks
+    for wrong, error in (("bias", TypeError), ([1], TypeError), (None, TypeError)):
+        with pytest.raises(error, match="a function of .name, parameter., or a list of patterns"):
+            Exempt(wrong, TopK())
+    with pytest.raises(TypeError, match="Exempt picks between compressors"):
+        Exempt(["a"], 0.01)
+    with pytest.raises(ValueError, match="keeps no error"):
+        Exempt(["a"], TopK(), MajorityVote())
+    for call in (lambda: C.for_tensor(3), lambda: C(vector), lambda: saef.message_bytes(C, [3])):
+        with pytest.raises(TypeError, match="give it to a SAEFState"):
+            call()
 
 
 # --- cost ---------------------------------------------------------------------------------------------------

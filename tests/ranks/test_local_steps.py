@@ -1,5 +1,6 @@
 """Any optimizer, and several local steps between exchanges: real ranks against a list of workers."""
 
+import copy
 import io
 import math
 from typing import Any
@@ -59,7 +60,9 @@ class Seen(torch.optim.Optimizer):
 
 
 def make_optimizer(kind: str, parameters: list[Tensor], **options: Any) -> Any:
-    return type(kind, (Seen, getattr(torch.optim, kind)), {})(parameters, **{"lr": 1.0, **OPTIMIZERS[kind], **options})
+    own = getattr(torch.optim, kind)
+    own([nn.Parameter(torch.zeros(1))], lr=1.0)  # from now on torch runs the hooks anew in super().step()
+    return type(kind, (Seen, own), {})(parameters, **{"lr": 1.0, **OPTIMIZERS[kind], **options})
 
 
 def rates(case: dict[str, Any]) -> list[float]:
@@ -280,8 +283,10 @@ def resumed(group: Any, at: int, case: dict[str, Any]) -> None:
     with torch.no_grad():
         for p in other_net.parameters():
             p.add_(1.0)
+    of_rank_0 = [copy.deepcopy(optimizer.state_dict())]
+    dist.broadcast_object_list(of_rank_0, group=group, group_src=0)
     other_state.load_state_dict(torch.load(buffer, weights_only=True))
-    assert other_state.local_step == state.local_step or other_state.local_step == 0
+    other_optimizer.load_state_dict(of_rank_0[0])  # as most scripts do; each rank has its own all the same
     for t in range(at, at + 9):
         spoilt = math.nan if t == at + 1 else 1.0
         for m, o in ((model, optimizer), (other, other_optimizer)):
@@ -356,6 +361,41 @@ def refuse_checkpoints(group: Any) -> None:
 
 def test_checkpoints_that_do_not_fit_are_refused(pool: RankPool) -> None:
     pool.run(refuse_checkpoints, ranks=2)
+
+
+# ---- exempt parameters ------------------------------------------------------------------------------------------
+
+
+def vectors_whole(name: str, p: Tensor) -> bool:
+    return p.ndim < 2
+
+
+def exempt(group: Any, local_steps: int) -> None:
+    """Biases travel whole: they owe nothing, and with patterns of their names it is the same, bit for bit."""
+    found = []
+    for which in (vectors_whole, ["*.bias"]):
+        case = {**CASE, "compressor": saef.Exempt(which, saef.TopK(0.2, block=10)), "local_steps": local_steps}
+        net, model, optimizer, state = make(group, case)
+        expected = float(repr(state).partition("about ")[2].partition(" bytes")[0].replace(",", ""))
+        for t in range(6):
+            step(model, optimizer, dist.get_rank(group), t, 0.01)
+        owed = dict(zip(state.weights.names, state.weights.cut(state.e), strict=True))
+        assert all(bool(e.any()) == name.endswith("weight") for name, e in owed.items())
+        assert abs(state.metrics()["bytes_per_step"] - expected) < 100
+        found.append(flat(net))
+    assert torch.equal(*found)
+    # Another choice on one rank is told on all.
+    names = ["*.bias"] if dist.get_rank(group) else ["0.bias"]
+    with pytest.raises(ValueError, match="compressor: rank 0 has Exempt"):
+        make(group, {**CASE, "compressor": saef.Exempt(names, saef.TopK(0.2, block=10))})
+    odd = dist.get_rank(group) % 2 == 1
+    with pytest.raises(ValueError, match="codes to the servers: rank 0 has"):
+        make(group, {**CASE, "compressor": saef.Exempt(lambda name, p: odd, saef.TopK(0.2, block=10))})
+
+
+@pytest.mark.parametrize("local_steps", [1, 3])
+def test_exempt_parameters_travel_whole(pool: RankPool, local_steps: int) -> None:
+    pool.run(exempt, local_steps, ranks=2)
 
 
 # ---- what users do ----------------------------------------------------------------------------------------------
