@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.futures import Future
+from torch.nn.parallel import DistributedDataParallel
 
 from ..comm.torch_transport import TorchTransport
 from ..comm.transport import Transport
@@ -316,6 +317,12 @@ class Engine:
     def left_out(self) -> Sequence[Tensor]:
         """Parameters that were trained and are no longer."""
         return self.sending.since.left_out
+
+    @property
+    def has_hook(self) -> bool:
+        """Whether a framework exchanges gradients at the end of a backward: by DDP's hook, or in DeepSpeed's engine."""
+        model = self._watch.model
+        return isinstance(model, DistributedDataParallel) or hasattr(model, "allreduce_gradients")
 
     @property
     def under_way(self) -> bool:

@@ -29,6 +29,7 @@ class Host(Protocol):
     """What a form needs of its engine.
 
     settle: commit what was sent, or skip it, on all ranks alike. left_out: parameters that are trained no longer.
+    exchange_gradients: of every p.grad, after a backward. has_hook: whether a framework is to do that.
     """
 
     @property
@@ -45,7 +46,10 @@ class Host(Protocol):
     def algorithm(self) -> Algorithm: ...
     @property
     def left_out(self) -> Sequence[Tensor]: ...
+    @property
+    def has_hook(self) -> bool: ...
     def leave(self) -> None: ...
+    def exchange_gradients(self) -> None: ...
     def settle(self, optimizer: torch.optim.Optimizer) -> None: ...
 
 
@@ -174,6 +178,8 @@ class GradientForm(Form):
                 loss = closure()
         self._host.leave()
         self._host.loss_scale.check(optimizer)
+        if self._host.sending.begun and not self._host.sending.prepared.buckets and not self._host.has_hook:
+            self._host.exchange_gradients()
         if self._host.sending.prepared.buckets:
             self._host.settle(optimizer)
         elif self._has_gradients():

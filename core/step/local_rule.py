@@ -45,8 +45,8 @@ class LocalRule:
         )
         if settings.v_averaging is not None and self.rule.second is None:
             raise ValueError(
-                f"v_averaging averages second moments, which saef does not keep of {type(optimizer).__name__} with "
-                f"local_steps={settings.local_steps}: it is for AdamW and Adam with local_steps=1"
+                f"v_averaging averages second moments, which {type(optimizer).__name__} with local_steps="
+                f"{settings.local_steps} does not have within saef: it is for AdamW and Adam with local_steps=1"
             )
         self.workers = 1
         self._optimizer = optimizer

@@ -67,20 +67,25 @@ def newest(folder: Path, **wanted: Any) -> dict[str, Any] | None:
     return next((r for r in reversed(records(folder)) if all(r.get(k) == v for k, v in wanted.items())), None)
 
 
-def undisturbed(rank: int, folder: Path) -> None:
+def undisturbed(rank: int, folder: Path, more: list[str]) -> None:
     """A rank of the same job in a process of its own, without torchrun."""
     os.environ.update(RANK=str(rank), WORLD_SIZE="3", TORCHELASTIC_RESTART_COUNT="0")
-    elastic_job.main([str(folder), "--steps", "40", "--store", str(folder / "store")])
+    elastic_job.main([str(folder), "--steps", "40", "--store", str(folder / "store"), *more])
 
 
-def test_a_killed_rank_is_restarted_and_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    """The survivors say what happened, and wait for nobody; the end is that of a run that nobody disturbed."""
+@pytest.mark.parametrize("local_steps", [1, 3])
+def test_a_killed_rank_is_restarted_and_training_goes_on_bit_for_bit(tmp_path: Path, local_steps: int) -> None:
+    """The survivors say what happened, and wait for nobody; the end is that of a run that nobody disturbed.
+
+    With three local steps the checkpoint is of the middle of a round, and the rank dies in that of another.
+    """
+    more = ["--local-steps", str(local_steps)]
     quiet, folder = tmp_path / "quiet", tmp_path / "killed"
     quiet.mkdir()
     folder.mkdir()
     words = ["--standalone", "--nproc_per_node", "3", "--max-restarts", "1", str(JOB)]
-    job = start(folder, "torchrun", *words, str(folder), "--steps", "40", "--kill", "2:25", **OWN_STORE)
-    ranks = [context().Process(target=undisturbed, args=(rank, quiet)) for rank in range(3)]
+    job = start(folder, "torchrun", *words, str(folder), "--steps", "40", "--kill", "2:25", *more, **OWN_STORE)
+    ranks = [context().Process(target=undisturbed, args=(rank, quiet, more)) for rank in range(3)]
     for rank in ranks:
         rank.start()
     assert job.wait(timeout=240) == 0, (folder / "torchrun.log").read_text()[-5000:]

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -238,8 +239,8 @@ def build(group: dist.ProcessGroup, what: str) -> None:
     optimizer: torch.optim.Optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     settings: dict[str, Any] = {}
     rank = dist.get_rank(group)
-    if what == "rmsprop":
-        optimizer = torch.optim.RMSprop(net.parameters())
+    if what == "zero":
+        optimizer = ZeroRedundancyOptimizer(net.parameters(), torch.optim.SGD, process_group=group, lr=0.1)
     elif what == "second moments":
         settings["v_averaging"] = saef.AllReduce(2)
     elif what == "amsgrad":
@@ -269,9 +270,9 @@ def build(group: dist.ProcessGroup, what: str) -> None:
 @pytest.mark.parametrize(
     ("what", "error", "message"),
     [
-        ("rmsprop", TypeError, r"needs torch\.optim\.SGD, AdamW or Adam.*got RMSprop"),
+        ("zero", TypeError, "ZeroRedundancyOptimizer makes the ranks' parameters alike itself"),
         ("amsgrad", ValueError, "amsgrad=False"),
-        ("second moments", ValueError, "which SGD does not keep: it is for AdamW and Adam"),
+        ("second moments", ValueError, "which SGD with local_steps=1 does not have within saef: it is for AdamW"),
         ("dampening", ValueError, "dampening=0"),
         ("missing", ValueError, "not in the optimizer"),
         ("foreign", ValueError, "not in the model"),

@@ -26,6 +26,7 @@ from support.training import (
     flat,
     gradient,
     make_net,
+    make_optimizer,
     train,
     wild_lrs,
     wrap,
@@ -416,6 +417,35 @@ def test_a_sub_group_trains_while_the_others_do_something_else(pool: RankPool) -
     first, second = pool.run(train, Job(state=SETTINGS, groups=[MOMENTUM]), ranks=2)
     close(first["x"], reference_x(wild_lrs(STEPS), ranks=2))
     assert torch.equal(first["x"], second["x"])
+
+
+def without_ddp(group: Any, job: Job) -> Tensor:
+    """A plain module: the step exchanges; in two micro-batches, and one whose loss is dropped."""
+    net = make_net(job.dtype)
+    optimizer = make_optimizer(net, job.groups, job.optimizer)
+    state = saef.SAEFState(net, optimizer, process_group=group, **job.state)
+    for t, lr in enumerate(job.lrs):
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.zero_grad()
+        x, y = batch(dist.get_rank(group), t, job.dtype)
+        net(x)
+        for xs, ys in zip(x.chunk(2), y.chunk(2), strict=True):
+            (F.mse_loss(net(xs), ys) / 2).backward()
+        optimizer.step()
+    assert state.steps == len(job.lrs)
+    if dist.get_rank(group) == 1:
+        net[0].weight.grad = None  # what this rank does not use counts as zero
+    with pytest.raises(RuntimeError, match="never exchanged"):
+        optimizer.step()
+    return flat(net)
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
+def test_without_ddp_the_step_exchanges(pool: RankPool, optimizer: str) -> None:
+    job = Job({"compressor": saef.TopK(0.2)}, optimizer=optimizer, lrs=[0.01] * 12, micro_batches=2)
+    expected = pool.run(train, job, ranks=2)[0]["x"][-1]
+    for found in pool.run(without_ddp, job, ranks=2):
+        close(found, expected)
 
 
 def test_ef_preset_is_step_ahead_zero(pool: RankPool) -> None:

@@ -604,7 +604,7 @@ def refusals(group: Any) -> None:
         ({"outer": 0.7}, TypeError, r"outer must be saef.Nesterov\(lr=..., momentum=...\)"),
         ({"on_bad_round": "kep"}, ValueError, r"on_bad_round must be one of .*did you mean 'keep'\?"),
         ({"local_steps": 2, "weight_decay_mode": "outer"}, ValueError, "leave weight_decay_mode out"),
-        ({"local_steps": 2, "v_averaging": saef.Rotating(4)}, ValueError, "with local_steps=2: it is for AdamW and"),
+        ({"local_steps": 2, "v_averaging": saef.Rotating(4)}, ValueError, "with local_steps=2 does not have within"),
         ({"local_steps": 2, "compressor": saef.MajorityVote(), "step_ahead": 0.0, "weight_decay_mode": "outer"},
          ValueError, "use torch.optim.SGD with local_steps=1 instead of local_steps=2"),
     ):  # fmt: skip

@@ -29,6 +29,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--kill", default="", help="RANK:STEP: this rank kills itself there, in its first life")
     parser.add_argument("--pause", type=float, default=0.0, help="seconds between steps")
+    parser.add_argument("--local-steps", type=int, default=1)
     parser.add_argument("--store", help="file where the ranks meet, instead of at torchrun's")
     args = parser.parse_args(words)
     if args.kill:  # torchrun must not end the survivors before they have said what they saw
@@ -45,18 +46,21 @@ def main(words: list[str] | None = None) -> None:
             file.write(json.dumps(record) + "\n")
 
     model = DDP(make_net(torch.float32), bucket_cap_mb=0.0005)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    state = saef.SAEFState(
-        model, optimizer, compressor=saef.TopK(0.2), averaging=saef.Rotating(7), exchange="sharded", audit_every=4
-    )
+    H = args.local_steps
+    optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    if H > 1:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.005)
+    settings: dict[str, Any] = {"averaging": saef.Rotating(7), "exchange": "sharded", "audit_every": 4}
+    state = saef.SAEFState(model, optimizer, compressor=saef.TopK(0.2), local_steps=H, **settings)
     model.register_comm_hook(state, saef_hook)
     extra = saef.load_checkpoint(args.folder / "checkpoints", state)
     x_tilde = state.x_tilde()
     moved = float((x_tilde - extra["x_tilde"]).abs().max()) if extra else 0.0
-    note(resumed=extra and state.steps, x_tilde_moved=moved)
+    first = extra["taken"] if extra else 0
+    note(resumed=extra and first, x_tilde_moved=moved)
     began = time.monotonic()
     try:
-        for t in range(state.steps, args.steps):
+        for t in range(first, args.steps):
             if first_life and args.kill == f"{rank}:{t}":
                 os.kill(os.getpid(), signal.SIGKILL)
             began = time.monotonic()
@@ -64,10 +68,11 @@ def main(words: list[str] | None = None) -> None:
             x, y = batch(rank, t, torch.float32)
             F.mse_loss(model(x), y).backward()
             optimizer.step()
-            if state.steps % 10 == 0:
-                extra = {"x_tilde": state.x_tilde()}
+            taken = state.steps * H + state.local_step
+            if taken % 10 == 0:
+                extra = {"x_tilde": state.x_tilde(), "taken": taken}
                 saef.save_checkpoint(args.folder / "checkpoints", state, extra)
-                note(step=state.steps)
+                note(step=taken)
             time.sleep(args.pause)
     except Exception as error:
         note(error=str(error), waited=time.monotonic() - began)
