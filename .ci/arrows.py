@@ -22,7 +22,8 @@ ROWS = [
     ["saef.state"],
     ["saef.storage"],
     ["saef"],
-    ["saef.hooks", "saef.integrations"],
+    ["saef.hooks"],
+    ["saef.integrations"],
     ["saef.trial"],
     ["saef.__main__"],
 ]

@@ -20,12 +20,18 @@ def saef_hook(state: SAEFState, bucket: GradBucket) -> Future[torch.Tensor]:
     averages gradients, as DDP does without one.
 
     Raises:
-        TypeError: if called without a `GradBucket` (DDP compiled with the python_reducer).
+        TypeError: if called without a state, or without a `GradBucket` (DDP compiled with the python_reducer).
     """
     if not isinstance(bucket, GradBucket):
         raise TypeError(
             f"saef_hook needs DDP's GradBucket, got {type(bucket).__name__}: under torch.compile leave "
             'torch._dynamo.config.optimize_ddp at its default instead of "python_reducer"'
+        )
+    if state is None:
+        raise TypeError(
+            "saef_hook has no state: create a SAEFState from the DDP and its optimizer, and register it with the hook. "
+            "Lightning makes both by itself: leave DDPStrategy(ddp_comm_hook=...) out, and give the Trainer a "
+            "saef.integrations.lightning.SAEFCallback"
         )
     if not state.engine.attached:
         return allreduce_hook(state.engine.process_group or dist.group.WORLD, bucket)  # type: ignore[arg-type]

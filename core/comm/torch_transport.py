@@ -37,7 +37,10 @@ class TorchTransport(Ordered):
 
     def __init__(self, group: dist.ProcessGroup | None, device: torch.device, what: str = "SAEFState()") -> None:
         if not dist.is_available() or not dist.is_initialized():
-            raise RuntimeError("call torch.distributed.init_process_group() before creating the state")
+            raise RuntimeError(
+                "call torch.distributed.init_process_group() before creating the state. Frameworks that call it by "
+                "themselves have adapters: saef.integrations.lightning, transformers, accelerate"
+            )
         group = group if group is not None else dist.distributed_c10d._get_default_group()
         rank, cpu = dist.get_rank(group), device.type == "cpu"
         if rank < 0:

@@ -143,7 +143,10 @@ class Attachment:
             self._leave()
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Have the backward tell when it begins: the gradient of an output is its first."""
+        self.watch(output)
+
+    def watch(self, output: Any) -> None:
+        """Have the backward of a forward's output tell when it begins: the gradient of an output is its first."""
         if torch.is_grad_enabled():
             for tensor in tensors_in(output):
                 if tensor.requires_grad:

@@ -63,7 +63,8 @@ class Engine:
 
         exchange, exchange_late                               in the backward, with buckets of gradients
         gradient_ready, exchange_gradients                    in the backward, without
-        backward_ended, expect_change                         after it
+        before_backward                                       before one that is within the wrapped model's forward
+        backward_ended, expect_change, gradient_norm          after it
         before_step, after_step                               around the optimizer's own step
         adopt, recheck                                        when an adapter has another optimizer, or loads weights
         attached, under_way, transport, weights, left_out     to look at
@@ -112,6 +113,7 @@ class Engine:
         self._audit = Audit(settings.audit_every)
         self.committed: list[tuple[Tensor, Tensor]] = []
         self._committing = False
+        self._fresh = False  # whether there was a forward of the wrapped model since the optimizer's last step
         self._shared_at: int | None = None  # the step of a `share`
         self._attachment = Attachment(model, optimizer, given, self)
         self._kept.save_with(optimizer)
@@ -219,6 +221,7 @@ class Engine:
 
     def begin(self) -> int:
         """Before a training forward: average the errors, once a step, and step ahead. The number of this x_half."""
+        self._fresh = True
         if self.weights.ahead or not self._attachment.newest:
             return self.weights.number
         check_moment(self.weights.device)
@@ -279,6 +282,20 @@ class Engine:
                 "what is carried from one step to the next"
             )
         self.weights.enter()
+
+    def before_backward(self, loss: Tensor) -> None:
+        """Within the wrapped model's forward, before the backward of a loss: no hook on the outputs sees that.
+
+        Raises:
+            RuntimeError: if the optimizer has stepped since that forward began: there is no x_half any more.
+        """
+        if not self._fresh:
+            raise RuntimeError(
+                "a backward after the optimizer's step, within the same forward of the wrapped model: each step ahead "
+                "lasts from a forward of the wrapped model to one step. Make one step in each (with Lightning in each "
+                "training_step), and give the rest of the work to the next"
+            )
+        self._attachment.watch(loss)
 
     def leave(self) -> None:
         """The parameters are x. Raises RuntimeError if they were written to while they were x_half."""
@@ -369,6 +386,23 @@ class Engine:
         """After the last exchange, when p.grad are what was sent: from here on no change of them can count."""
         self.form.backward_ended(self._optimizer)
 
+    def gradient_norm(self) -> float:
+        """L2 norm of this worker's own gradient, unscaled, before any clipping: after the exchange, before the step.
+
+        Raises:
+            RuntimeError: if nothing was exchanged since the last step.
+        """
+        inverse = self.loss_scale.inverse()
+        if not self.rule.rule.of_gradients:
+            own = [p.grad for p in self.weights.parameters if p.grad is not None]
+            return float(nn.utils.get_total_norm(own)) * inverse
+        if not self.sending.prepared.buckets:
+            raise RuntimeError(
+                "the norm of a gradient that was not exchanged: ask for it, or clip, between the backward of a step's "
+                "last micro-batch and its step() (with Accelerate: if accelerator.sync_gradients)"
+            )
+        return self.sending.prepared.norm(self.weights.dtype) * inverse
+
     # -- optimizer step: commit, or skip ------------------------------------------------------
 
     def before_step(
@@ -411,6 +445,7 @@ class Engine:
 
     def after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """After it."""
+        self._fresh = False
         self.form.after_step(optimizer)
 
     def _commit(self) -> None:

@@ -118,7 +118,8 @@ class Rounds(Form):
         self.stepping, self._settings_before = True, settings_of(optimizer)
         if begun:
             self._host.weights.enter()
-            self._prepare(optimizer)
+            if closure is None:  # else gradients of further micro-batches may come in it
+                self._prepare(optimizer)
         elif closure is None:
             self._hide()
         return None if closure is None else self._at_local(closure)

@@ -17,6 +17,14 @@ def pools(pool: RankPool) -> Iterator[dict[int, RankPool]]:
 
 
 @pytest.fixture(scope="session")
+def trainers() -> Iterator[RankPool]:
+    """2 gloo ranks for Lightning, Accelerate and Hugging Face's Trainer, which take all the ranks of a job."""
+    two = RankPool(2)
+    yield two
+    two.stop()
+
+
+@pytest.fixture(scope="session")
 def horovods() -> Iterator[dict[int, HorovodPool]]:
     """1 to 4 Horovod ranks for the whole session: one horovodrun for each, which its first job starts."""
     found = {n: HorovodPool(n) for n in (1, 2, 3, 4)}

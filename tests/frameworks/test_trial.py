@@ -48,8 +48,8 @@ def test_an_installation_that_works() -> None:
     status, said = run("-m", "saef")
     assert status == 0
     assert said[0].startswith(f"saef {version('saef')}, Python {sys.version_info.major}.{sys.version_info.minor}.")
-    names = ("torch", "numba", "triton", "horovod", "deepspeed")
-    assert said[1:6] == [f"{name}: {found(name)}" for name in names]
+    names = ("torch", "numba", "triton", "horovod", "deepspeed", "lightning", "transformers", "accelerate")
+    assert said[1 : 1 + len(names)] == [f"{name}: {found(name)}" for name in names]
     assert any(line.startswith("kernels: numba on the CPU") for line in said)
     assert any(line.startswith("kernels: triton on ") for line in said) == torch.cuda.is_available()
     assert said[-1] == "exchange: works, 5 steps of SAEF on 2 gloo ranks give what they should"

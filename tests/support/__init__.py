@@ -5,7 +5,7 @@ Tests lie in folders that say what they need, and run in this order, so that the
     pure        functions, kernels and files, in this process
     workers     the algorithm and the protocols over a list of workers, without communication
     ranks       several gloo ranks on this machine (`support.ranks`)
-    frameworks  Horovod, DeepSpeed, torchrun, the examples as a user starts them, building the package
+    frameworks  Horovod, DeepSpeed, trainers, torchrun, the examples as a user starts them, building the package
 
 What ranks run is pickled by its module's name: modules of `support` are found since this folder's parent is on
 sys.path, test modules since pytest puts their folders there. Names of test files are therefore unique.

@@ -1,0 +1,209 @@
+"""Accelerate: `attach(accelerator, model, optimizer, ...)`, after `accelerator.prepare`.
+
+    accelerator = Accelerator(gradient_accumulation_steps=2)
+    model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
+    state = attach(accelerator, model, optimizer, compressor=saef.ScaledSign(), max_grad_norm=1.0)
+
+The loop stays Accelerate's. What is its part, and what is ours:
+
+    model(x), accelerator.backward(loss)   DDP's, with `saef_hook`
+    accelerator.clip_grad_norm_            answered: SAEFState clips, and this is the norm
+    optimizer.step()                       SAEFState, by its hooks on the optimizer inside
+    accelerator.save_state, load_state     as ever, with a checkpoint of all ranks (`saef.storage`) in FOLDER/saef
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from typing_extensions import Unpack
+
+import saef
+from saef.hooks import saef_hook
+from saef.step.arguments import Agreed, check_known
+from saef.step.unwrap import innermost, unwrap_model
+
+try:
+    from accelerate import Accelerator
+    from accelerate.optimizer import AcceleratedOptimizer
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"saef.integrations.accelerate needs Accelerate: pip install 'saef[accelerate]' ({error})"
+    ) from error
+
+logger = logging.getLogger("saef")
+CLIPS = "%s is taken over as SAEFState's max_grad_norm: each rank's own gradient is clipped, before it is sent"
+
+
+def attach(
+    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, **settings: Unpack[Agreed]
+) -> saef.SAEFState:
+    """A SAEFState for what `accelerator.prepare` has made of a model and its optimizer. Collective, once a model.
+
+    Args:
+        accelerator: of several processes. Its save_state, load_state and clip_grad_norm_ know of the state from now on.
+        model: as prepare() returned it; it wraps a DistributedDataParallel.
+        optimizer: as prepare() returned it.
+        settings: keyword arguments of SAEFState, but for grad_scaler, process_group and transport: Accelerate's.
+
+    Raises:
+        TypeError, ValueError: as SAEFState; and if the model is no DistributedDataParallel (a single process, FSDP,
+            DeepSpeed), has a communication hook already, or was not prepared.
+    """
+    check_known("attach", settings, Agreed.__annotations__, TypeError)
+    ddp = _check(accelerator, model, optimizer)
+    state = saef.SAEFState(ddp, optimizer, grad_scaler=accelerator.scaler, **settings)
+    ddp.register_comm_hook(state, saef_hook)
+    _tell_schedulers(optimizer, state)
+    accelerator.clip_grad_norm_ = functools.partial(_clip_norm, accelerator.clip_grad_norm_, state)
+    accelerator.clip_grad_value_ = functools.partial(_clip_value, accelerator.clip_grad_value_, state)
+    name = _name(accelerator, state)
+    accelerator.register_save_state_pre_hook(lambda models, weights, folder: _save(Path(folder) / name, state))
+    _load_with(accelerator, name, state)
+    return state
+
+
+def _check(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> DistributedDataParallel:
+    """The DDP inside the model. Raises ValueError on what `attach` cannot honour."""
+    ddp = unwrap_model(model)
+    if not isinstance(ddp, DistributedDataParallel):
+        raise ValueError(
+            f"attach() needs the DistributedDataParallel that accelerator.prepare(model) returns, got "
+            f"{type(model).__name__} with distributed_type={accelerator.distributed_type.value}: start several "
+            "processes (torchrun, accelerate launch) without FSDP, DeepSpeed and Megatron, and call attach() after "
+            "prepare(); a single process has nothing to exchange"
+        )
+    if not isinstance(optimizer, AcceleratedOptimizer):
+        raise ValueError(
+            f"attach() needs the optimizer that accelerator.prepare(optimizer) returns, got {type(optimizer).__name__}"
+        )
+    found = accelerator.ddp_handler and accelerator.ddp_handler.comm_hook
+    if found and getattr(found, "value", found) != "no":
+        raise ValueError(
+            f"DistributedDataParallelKwargs has comm_hook={found!r}: attach() registers saef_hook itself, and "
+            "Accelerate ignores a hook it does not know. Leave comm_hook out"
+        )
+    if ddp._comm_hooks:
+        raise ValueError(
+            "this DistributedDataParallel has a communication hook already (of an earlier attach(), perhaps), and can "
+            "have only one: wrap the model anew, by accelerator.prepare(accelerator.unwrap_model(model))"
+        )
+    return ddp
+
+
+def _name(accelerator: Accelerator, state: saef.SAEFState) -> str:
+    """Of the folder in a checkpoint: "saef", and "saef_1" ... for further models, as Accelerate names theirs."""
+    states = [s for s in getattr(accelerator, "_saef", []) if s.engine.attached]
+    accelerator._saef = [*states, state]
+    return f"saef_{len(states)}" if states else "saef"
+
+
+# ---- what Accelerate calls ------------------------------------------------------------------
+
+
+def _tell_schedulers(optimizer: Any, state: saef.SAEFState) -> None:
+    """Where all ranks skip a step, AcceleratedOptimizer counts it as skipped, and the schedulers wait."""
+    inner, before = innermost(optimizer), [0]
+
+    def started(*_: Any) -> None:
+        before[0] = state.skipped
+
+    def ended(*_: Any) -> None:
+        if state.engine.attached:
+            optimizer._is_overflow = skipped = state.skipped > before[0]
+            optimizer._accelerate_step_called = not skipped  # by which it decides after a GradScaler's step
+
+    inner.register_step_pre_hook(started)
+    inner.register_step_post_hook(ended)
+
+
+def _clip_norm(
+    original: Callable[..., Any],
+    state: saef.SAEFState,
+    parameters: Iterable[Tensor] | Tensor,
+    max_norm: float | Tensor,
+    norm_type: float = 2,
+) -> Any:
+    """Accelerator.clip_grad_norm_: the norm of this rank's own gradient, which SAEFState clips at `max_norm`."""
+    every, found = _listed(parameters), state.settings.max_grad_norm
+    differs = norm_type != 2 or float(max_norm) not in (found, float("inf"))
+    if (differs and not _sends(state)) or not _is_of(state, every, "clip_grad_norm_"):
+        return original(every, max_norm, norm_type=norm_type)
+    if differs:
+        raise ValueError(
+            f"accelerator.clip_grad_norm_(..., {float(max_norm)}, norm_type={norm_type}) comes when gradients have "
+            f"been sent; attach() was given max_grad_norm={found}. Pass attach(..., max_grad_norm={float(max_norm)}), "
+            "which clips each rank's own gradient (L2) before it is sent; the call may then stay, and returns its norm"
+        )
+    return torch.tensor(state.engine.gradient_norm(), dtype=state.weights.dtype, device=state.weights.device)
+
+
+def _clip_value(
+    original: Callable[..., Any], state: saef.SAEFState, parameters: Iterable[Tensor] | Tensor, clip_value: float
+) -> Any:
+    every = _listed(parameters)
+    if not _sends(state) or not _is_of(state, every, "clip_grad_value_"):
+        return original(every, clip_value)
+    raise ValueError(
+        "accelerator.clip_grad_value_ comes when gradients have been sent, and saef clips by the norm only: pass "
+        "attach(..., max_grad_norm=...) instead"
+    )
+
+
+def _listed(parameters: Iterable[Tensor] | Tensor) -> list[Tensor]:
+    return [parameters] if isinstance(parameters, Tensor) else list(parameters)
+
+
+def _sends(state: saef.SAEFState) -> bool:
+    """Whether gradients are sent; with local steps they are this rank's to change."""
+    return state.engine.context.rule.of_gradients
+
+
+def _is_of(state: saef.SAEFState, parameters: list[Tensor], method: str) -> bool:
+    """Whether they are the state's. ValueError if only some are, or only some of its own."""
+    own, given = {id(p) for p in state.weights.parameters}, {id(p) for p in parameters if p.requires_grad}
+    if not state.engine.attached or own.isdisjoint(given):
+        return False
+    if own != given:
+        raise ValueError(
+            f"accelerator.{method} got {len(own & given)} of the {len(own)} parameters that a SAEFState trains, and "
+            f"{len(given - own)} others: it clips the gradient of its whole model. Call it with model.parameters()"
+        )
+    return True
+
+
+def _save(folder: Path, state: saef.SAEFState) -> None:
+    if state.engine.attached:
+        saef.save_checkpoint(folder, state, keep=1)
+
+
+def _load_with(accelerator: Accelerator, name: str, state: saef.SAEFState) -> None:
+    """Have accelerator.load_state load ours, after its own: the optimizer's state that Accelerate has is rank 0's."""
+    folders: list[str] = []
+    accelerator.register_load_state_pre_hook(lambda models, folder: folders.append(folder))
+    original = accelerator.load_state
+
+    @functools.wraps(original)
+    def load_state(*args: Any, **kwargs: Any) -> None:
+        original(*args, **kwargs)
+        load(Path(folders.pop()) / name, state)
+
+    accelerator.load_state = load_state
+
+
+def load(folder: Path, state: saef.SAEFState) -> None:
+    """After what the framework loads itself: weights, rank 0's optimizer state, random states.
+
+    Without a checkpoint of ours, that may be of a run without saef, whose momentum the state takes over. If it was of
+    one with errors, the next forward raises.
+    """
+    if state.engine.attached and saef.load_checkpoint(folder, state) is None:
+        logger.info("%s holds no checkpoint of saef: weights and momentum alone are loaded", folder)
+        state.engine.recheck()

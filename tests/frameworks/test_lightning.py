@@ -1,0 +1,101 @@
+"""Lightning's Trainer with saef, on two ranks: equal to its own DDP, and to DDP with saef_hook."""
+
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+import saef
+from saef.hooks import saef_hook
+from support.ranks import RankPool
+from support.trainers import TOLERANCE, Job, assert_equal
+
+pytestmark = pytest.mark.skipif(find_spec("lightning") is None, reason="needs lightning")
+job = partial(Job, "support.lightning_ranks")
+COMPRESSORS = {"sign": saef.ScaledSign(), "topk": saef.TopK(0.2)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "alike", "clip"), [("SGD", False, None), ("SGD", True, 0.1), ("AdamW", True, 0.1)], ids=str
+)
+def test_identity_equals_lightnings_own_ddp(
+    trainers: RankPool, tmp_path: Path, kind: str, alike: bool, clip: float | None
+) -> None:
+    """Resumed after the first epoch. Clipping and AdamW's v are of each rank's own gradient: there, data are alike."""
+    words = {} if clip is None else {"gradient_clip_val": clip}
+    for difference in trainers.run(job("equals_plain"), tmp_path, kind, alike, words, ranks=2):
+        assert difference < TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["SGD", "AdamW", "RMSprop"])
+@pytest.mark.parametrize("compressor", COMPRESSORS)
+def test_equals_ddp_with_the_hook(trainers: RankPool, compressor: str, kind: str) -> None:
+    for expected, runs in trainers.run(job("equals_the_hook"), COMPRESSORS[compressor], kind, ranks=2):
+        for run in runs:
+            assert_equal(run, expected, ("x", "e", "m", "e_server", "own", "steps"))
+
+
+@pytest.mark.parametrize("kind", ["SGD", "AdamW", "RMSprop"])
+@pytest.mark.parametrize("in_the_middle", [False, True])
+def test_a_checkpoint_resumes_bit_for_bit_on_every_rank(
+    trainers: RankPool, tmp_path: Path, kind: str, in_the_middle: bool
+) -> None:
+    ranks = trainers.run(job("resumes"), tmp_path, kind, in_the_middle, ranks=2)
+    for straight, resumed in ranks:
+        assert_equal(resumed, straight)
+    assert not ranks[0][0]["e"].equal(ranks[1][0]["e"])
+
+
+@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
+def test_mixed_precision_equals_ddps(trainers: RankPool, kind: str) -> None:
+    for runs in trainers.run(job("precision"), kind, ranks=2):
+        for expected, run in runs:
+            assert_equal(run, expected, ("x", "e", "m", "e_server", "own", "steps", "skipped"))
+        assert runs[0][1]["skipped"] == 0 < runs[1][1]["skipped"]
+
+
+def test_what_is_kept_beside_lightnings_files(trainers: RankPool, tmp_path: Path) -> None:
+    for said in trainers.run(job("other_checkpoints"), tmp_path, ranks=2):
+        assert "errors are of step 0" in said["alone"] and "reset_errors()" in said["alone"]
+        assert "no path of a file system" in said["remote"]
+
+
+def test_metrics_are_logged_and_a_trainer_fits_again(trainers: RankPool, tmp_path: Path) -> None:
+    for metrics in trainers.run(job("logs"), tmp_path, ranks=2):
+        assert metrics["saef/compression_ratio"] > 5 and metrics["saef/steps_skipped"] == 0
+    (written,) = tmp_path.rglob("metrics.csv")
+    assert "saef/bytes_per_step" in written.read_text().splitlines()[0]
+
+
+def test_what_cannot_be_honoured_is_refused(trainers: RankPool) -> None:
+    expected = {
+        "misspelt": "did you mean 'compressor'",
+        "metrics": "did you mean 'bytes_per_step'",
+        "misspelt strategy": "did you mean 'find_unused_parameters'",
+        "two optimizers": "returned 2 optimizers",
+        "two steps": "within the same forward of the wrapped model",
+        "own clipping": "give SAEFState max_grad_norm",
+        "comm hook": "Leave them out",
+        "by value": 'use gradient_clip_algorithm="norm"',
+        "two norms": "both clip: give one",
+        "twice": "has a SAEFCallback of its own",
+        "other strategy": 'needs Trainer(strategy="ddp")',
+    }
+    for said in trainers.run(job("refused"), ranks=2):
+        assert {*said} == {*expected}
+        for case, words in expected.items():
+            assert words in said[case], said[case]
+
+
+def test_a_state_or_a_hook_given_to_ddpstrategy_names_the_callback() -> None:
+    """Before fit() there is no process group, and on a GPU Lightning registers a hook without a state."""
+    net = torch.nn.Linear(2, 2)
+    with pytest.raises(RuntimeError, match=r"saef\.integrations\.lightning"):
+        saef.SAEFState(net, torch.optim.SGD(net.parameters(), lr=0.1))
+    nothing: Any = None
+    with pytest.raises(TypeError, match="SAEFCallback"):
+        saef_hook(nothing, mock.Mock(spec=torch.distributed.GradBucket))

@@ -1,0 +1,70 @@
+"""Hugging Face's Trainer with SAEFCallback, on two ranks: equal to its own DDP, and to DDP with saef_hook."""
+
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+import saef
+from support.ranks import RankPool
+from support.trainers import TOLERANCE, Job, assert_equal
+
+pytestmark = pytest.mark.skipif(find_spec("transformers") is None, reason="needs transformers")
+job = partial(Job, "support.transformers_ranks")
+COMPRESSORS = {"sign": saef.ScaledSign(), "topk": saef.TopK(0.2)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "alike", "clip"), [("SGD", False, 0.0), ("SGD", True, 0.1), ("AdamW", True, 0.1)], ids=str
+)
+def test_identity_equals_the_trainers_own_ddp(
+    trainers: RankPool, tmp_path: Path, kind: str, alike: bool, clip: float
+) -> None:
+    """Resumed in the second epoch. Clipping and AdamW's v are of each rank's own gradient: there, data are alike."""
+    for x, norms, logged in trainers.run(job("equals_plain"), tmp_path, kind, alike, clip, ranks=2):
+        assert x < TOLERANCE and min(logged) > 0.1
+        assert norms < TOLERANCE or not alike  # each rank logs its own
+
+
+@pytest.mark.parametrize("kind", ["SGD", "AdamW", "RMSprop"])
+@pytest.mark.parametrize("compressor", COMPRESSORS)
+def test_equals_ddp_with_the_hook(trainers: RankPool, tmp_path: Path, compressor: str, kind: str) -> None:
+    for expected, run in trainers.run(job("equals_the_hook"), tmp_path, COMPRESSORS[compressor], kind, ranks=2):
+        assert_equal(run, expected, ("x", "e", "m", "e_server", "own", "steps"))
+
+
+@pytest.mark.parametrize(("kind", "at"), [("SGD", 3), ("AdamW", 4), ("RMSprop", 3)])
+def test_resume_from_checkpoint_is_bit_for_bit_on_every_rank(
+    trainers: RankPool, tmp_path: Path, kind: str, at: int
+) -> None:
+    """From the end of an epoch, and from the middle of one."""
+    ranks = trainers.run(job("resumes"), tmp_path, kind, at, ranks=2)
+    for straight, resumed in ranks:
+        assert_equal(resumed, straight)
+    assert not ranks[0][0]["e"].equal(ranks[1][0]["e"])
+
+
+def test_the_best_model_and_a_further_train(trainers: RankPool, tmp_path: Path) -> None:
+    for log in trainers.run(job("best_model"), tmp_path, ranks=2):
+        ours = [r for r in log if "saef/bytes_per_step" in r]
+        assert [r["step"] for r in ours] == [2, 4, 6, 8] and ours[-1]["saef/compression_ratio"] > 3
+
+
+def test_other_checkpoints(trainers: RankPool, tmp_path: Path) -> None:
+    for said in trainers.run(job("other_checkpoints"), tmp_path, ranks=2):
+        assert "errors are of step 0" in said["alone"] and "reset_errors()" in said["alone"]
+
+
+def test_what_cannot_be_honoured_is_refused(trainers: RankPool, tmp_path: Path) -> None:
+    expected = {
+        "misspelt": "did you mean 'compressor'",
+        "metrics": "did you mean 'bytes_per_step'",
+        "max_grad_norm": "TrainingArguments(max_grad_norm=...)",
+        "search": "hyperparameter_search",
+        "another norm": "in the train() before",
+    }
+    for said in trainers.run(job("refused"), tmp_path, ranks=2):
+        assert {*said} == {*expected}
+        for case, words in expected.items():
+            assert words in said[case], said[case]
