@@ -38,6 +38,7 @@ def methods(H: int) -> dict[str, dict[str, Any] | None]:
         f"dense averaging, H = {H}": {"compressor": saef.Identity(), "local_steps": H},
         f"SAEF sign, H = {H}": {**sign, "local_steps": H},
         f"SAEF sign, H = {H}, no copy": {**sign, "local_steps": H, "on_bad_round": "keep"},
+        f"SAEF sign, H = {H}, overlap": {**sign, "local_steps": H, "overlap": True},
         f"SAEF top-1 %, H = {H}": {"compressor": saef.TopK(0.01), "local_steps": H, "step_ahead": 0.25},
     }
 
@@ -83,6 +84,8 @@ class Trainer:
             found["server error"] = self.state.e_server.numel() / d
             if self.state.settings.on_bad_round == "restore" and not self.state.engine.rule.rule.of_gradients:
                 found["copy of the optimizer's"], found["difference, in the exchange"] = own / d, 1.0
+            if self.state.settings.overlap:
+                found["on its way"], found["copies of errors and optimizer's"] = 1.0, 1.0 + own / d
         return ", ".join(f"{name} {vectors:.2f}" for name, vectors in found.items())
 
 

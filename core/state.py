@@ -77,6 +77,8 @@ class SAEFState:
         outer: saef.Nesterov(lr, momentum): an outer optimizer on what comes back (DiLoCo); None: x <- x - R.
         on_bad_round: what becomes of the state of an optimizer that steps by itself when a round is skipped:
             "restore": as before the round, of which a copy is kept; "keep": as it is.
+        overlap: the exchange of a round runs while the next one computes, and takes effect at that one's end. x lags a
+            round behind; call flush() at the end of training.
         grad_scaler: the torch.amp.GradScaler that scales the loss, for float16. saef divides by the scale
             before clipping and momentum; call scaler.step(optimizer) and scaler.update() as ever.
         process_group: the ranks that train together; None: the model's (DDP), or the default group.
@@ -116,6 +118,7 @@ class SAEFState:
         local_steps: int = 1,
         outer: Nesterov | None = None,
         on_bad_round: BadRound = "restore",
+        overlap: bool = False,
         grad_scaler: GradScaler | None = None,
         process_group: torch.distributed.ProcessGroup | None = None,
         transport: Transport | None = None,
@@ -137,6 +140,7 @@ class SAEFState:
             local_steps,
             outer,
             on_bad_round,
+            overlap,
         )
         self.engine = Engine(model, optimizer, settings, grad_scaler, process_group, transport)
 

@@ -103,6 +103,7 @@ class Params(TypedDict, total=False):
     local_steps: int
     outer: Mapping[str, Any] | None
     on_bad_round: BadRound
+    overlap: bool
 
 
 RULE = {"type": "sgd"}

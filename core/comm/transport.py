@@ -87,6 +87,10 @@ class Transport(Protocol):
         """Where compression runs: a side stream on CUDA."""
         ...
 
+    def catch_up(self) -> None:
+        """What follows comes after all that was given to `stream` so far."""
+        ...
+
     def restore_counts(self, sent: Mapping[str, int]) -> None:
         """`sent_bytes` <- what was sent until a checkpoint that has been loaded."""
         ...
@@ -137,6 +141,10 @@ class Ordered(ABC):
         if self._side is not None:
             self._side.wait_stream(torch.cuda.current_stream(self.device))
         return self._on_side()
+
+    def catch_up(self) -> None:
+        if self._side is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._side)
 
     def future(self) -> Future[Tensor]:
         return Future(devices=[self.device]) if self._side is not None else Future()

@@ -100,8 +100,30 @@ class Algorithm:
         return bucket.gradient
 
     @torch.no_grad()
-    def commit(self, prepared: Prepared) -> None:
-        """The one place where a step takes effect: m, e, the server error and x move together."""
+    def owe(self, prepared: Prepared) -> None:
+        """e <- D - C(D) before the replies are there: what `commit` with `owed` then leaves out."""
+        if (update := prepared.update) is None:
+            raise RuntimeError("nothing was sent that could be owed")
+        self._transport.catch_up()
+        for b in prepared.buckets:
+            self._kernels.commit(b.plan.send.table, update, self._worker(b), b.message)
+
+    @torch.no_grad()
+    def own_part(self, prepared: Prepared) -> Tensor:
+        """[d] - C(D_k), what this worker has sent, with the sign that it has in x."""
+        minus = torch.zeros_like(self._weights.flat)
+        once = minus.new_ones(1 + max(self._weights.groups))
+        for b in prepared.buckets:
+            self._kernels.subtract(b.plan.send.table, once, b.message, minus)
+        return minus
+
+    @torch.no_grad()
+    def commit(self, prepared: Prepared, owed: bool = False) -> None:
+        """The one place where a step takes effect: m, e, the server error and x move together.
+
+        Args:
+            owed: e has been moved before, by `owe`.
+        """
         if (update := prepared.update) is None:
             raise RuntimeError("nothing was sent that could be committed")
         memory, at = self._memory, self._placement.rank
@@ -115,7 +137,10 @@ class Algorithm:
             if memory.e_server.numel() and plan.reply.message_bytes:
                 own = replies.narrow(0, sum(plan.reply_bytes[:at]), plan.reply_bytes[at])
                 self._kernels.settle(plan.receive.table, plan.reply.table, b.received[0], memory.e_server, own)
-            self._weights.commit(plan, update, rates, self._worker(b), b.message, replies)
+            if owed:
+                self._weights.apply(plan, rates, replies)
+            else:
+                self._weights.commit(plan, update, rates, self._worker(b), b.message, replies)
         memory.commit(self._error_decay)
 
     def _step_outer(self, outer: Nesterov, prepared: Prepared, rates: Tensor) -> Tensor:

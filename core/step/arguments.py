@@ -42,6 +42,7 @@ class Free(TypedDict, total=False):
     local_steps: int
     outer: Nesterov | None
     on_bad_round: BadRound
+    overlap: bool
 
 
 class Agreed(Free, total=False):

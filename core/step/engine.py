@@ -206,6 +206,7 @@ class Engine:
         self._watch.check_kinds()
         self.weights.absorb()
         before = replace(self.memory, e=self._averaging.before(self.memory.e))
+        self.form.unsend(before.e)
         if self._settings.v_averaging is not None:
             before.m = self.memory.m.clone()
             before.m[self.rule.rule.second] = self._v_averaging.before(self._v)
@@ -454,8 +455,9 @@ class Engine:
         else:
             self.weights.absorb()
         self._committing = True  # until the end: an interrupt may come between any two lines
-        self.algorithm.commit(self.sending.prepared)
-        self.committed = [(b.plan.send.table, b.message) for b in self.sending.prepared.buckets]
+        self.algorithm.commit(self.sending.prepared, self.form.owed)
+        owed = self.form.owed  # then e is of another step than the messages
+        self.committed = [] if owed else [(b.plan.send.table, b.message) for b in self.sending.prepared.buckets]
         self.sending.committed()
         self._averaging.commit()
         self._v_averaging.commit()

@@ -113,6 +113,14 @@ class Form(ABC):
     def check_sent(self, prepared: Prepared) -> None:
         """Raise RuntimeError unless what was sent is still what the user wants to apply."""
 
+    @property
+    def owed(self) -> bool:
+        """Whether the errors have taken over what was sent before it is committed."""
+        return False
+
+    def unsend(self, e: Tensor) -> None:  # noqa: B027 - nothing is, in most forms
+        """e, a copy of the errors, as if what is on its way to be applied later had not been sent."""
+
     @abstractmethod
     def committed(self) -> None:
         """The step has taken effect."""

@@ -48,6 +48,11 @@ class LocalRule:
                 f"v_averaging averages second moments, which {type(optimizer).__name__} with local_steps="
                 f"{settings.local_steps} does not have within saef: it is for AdamW and Adam with local_steps=1"
             )
+        if settings.overlap and self.rule.of_gradients:
+            raise ValueError(
+                "overlap=True is for local_steps > 1, or optimizers that step by themselves: "
+                f"{type(optimizer).__name__} is computed within saef, and its exchange overlaps with the backward"
+            )
         self.workers = 1
         self._optimizer = optimizer
         self._loss_scale = loss_scale if self.rule.of_gradients else LossScale(None)

@@ -67,7 +67,7 @@ class Context(NamedTuple):
         if chosen == "auto":
             kinds = {code.kind for code in self.weights.codes(self.settings.compressor)}
             signs = SIGN in kinds and kinds <= {SIGN, DENSE}
-            single = isinstance(self.rule, Difference) and self.local_steps == 1
+            single = isinstance(self.rule, Difference) and self.local_steps == 1 and not self.settings.overlap
             chosen = (isinstance(self.rule, AdamW) or single) and signs and (not sharded or ranks <= MOST_SHARDED)
         if not chosen or not self.serves_with_error:
             return 0.0

@@ -13,7 +13,7 @@ optimizer's own state can be put back, of which a copy is kept.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,8 @@ class Rounds(Form):
         self._own: set[str] = set()  # what an optimizer keeps in its groups: a schedule-free one the sum of its weights
         self._settings_before: list[dict[str, Any]] = []
         self._before: Saved | None = None  # the optimizer's state at the round's beginning
+        self._flight: Flight | None = None
+        self._landing = False  # whether it is being settled
         self._loaded: Saved | None = None  # what `load` got, until the next round begins
 
     # -- forward ------------------------------------------------------------------------------
@@ -61,6 +63,8 @@ class Rounds(Form):
             restore(optimizer, weights, loaded["optimizer"], self._own)
         self._before = capture(optimizer, weights) if self._settings.on_bad_round == "restore" else None
         self._loaded = None
+        if self._flight is not None:
+            self._start_shifted(self._flight)
         if loaded is not None and loaded["done"]:
             self.done, self._before = loaded["done"], loaded.get("before")
             with torch.no_grad():
@@ -177,24 +181,79 @@ class Rounds(Form):
                 "them in place: saef cannot tell how far they moved. Use an optimizer that steps in place"
             )
         self.done += 1
-        if self.done >= self._settings.local_steps:
-            self._send()
+        if self.done < self._settings.local_steps:
+            return
+        u = torch.empty_like(self._host.weights.flat)
+        if self._settings.overlap:
+            self._take_off(optimizer, u)
+        else:
+            self._send(u, lambda i, part: self._difference(i, u, part, None))
             self._host.settle(optimizer)
 
     @torch.no_grad()
-    def _send(self) -> None:
-        """u in buckets: while one is on its way, the next is compressed."""
-        weights, e = self._host.weights, self._host.memory.e
-        u = torch.empty_like(weights.flat)
+    def _difference(self, i: int, u: Tensor, part: Tensor, shift: Tensor | None) -> None:
+        self._host.weights.difference(i, self._host.memory.e, u, part, shift)
+
+    @torch.no_grad()
+    def _send(self, u: Tensor, make: Callable[[int, Tensor], None] | None) -> None:
+        """u in buckets: while one is on its way, the next is compressed.
+
+        Args:
+            make: writes one parameter's part of u; None: it is there.
+        """
+        weights = self._host.weights
         views = weights.cut(u)
         buckets = group(views)
         for number, bucket in enumerate(buckets):
             mine = sorted(bucket)  # of one dtype, so neighbours in u
-            for i in mine:
-                weights.difference(i, e, u, views[i])
+            if make is not None:
+                for i in mine:
+                    make(i, views[i])
             flat = u[weights.offsets[mine[0]] : weights.offsets[mine[-1]] + weights.numels[mine[-1]]]
             last = number + 1 == len(buckets)
             self._host.sending.send(mine, [views[i] for i in mine], flat, last)
+
+    # -- overlap: a round's exchange runs while the next round computes -------------------------
+
+    @torch.no_grad()
+    def _start_shifted(self, flight: Flight) -> None:
+        """X <- x - s e_k - S_k: this worker's part of what is on its way stands for all of it (s = 1: X goes on)."""
+        weights, out = self._host.weights, torch.empty_like(self._host.weights.flat)
+        for i, (part, shift) in enumerate(zip(weights.cut(out), flight.shift, strict=True)):
+            weights.shift_local(i, self._host.memory.e, out, part, shift)
+
+    @torch.no_grad()
+    def _take_off(self, optimizer: torch.optim.Optimizer, u: Tensor) -> None:
+        """A round has ended: the one before takes effect, and this one's difference is sent."""
+        weights, sending, memory = self._host.weights, self._host.sending, self._host.memory
+        shifts = [None] * len(weights.parameters) if self._flight is None else self._flight.shift
+        for i, (part, shift) in enumerate(zip(weights.cut(u), shifts, strict=True)):
+            self._difference(i, u, part, shift)
+        before, skipped = self._before, memory.skipped
+        if self._flight is not None:
+            self._landing = True
+            self._host.settle(optimizer)
+            self._landing = False
+        if memory.skipped == skipped:
+            sending.land()
+            self._send(u, None)
+            e = memory.e.clone()
+            self._host.algorithm.owe(sending.prepared)
+            sent = weights.cut(self._host.algorithm.own_part(sending.prepared))
+            self._flight = Flight(sent, e, before)
+        self.done, self._before = 0, None
+        sending.fly()
+        weights.restart()
+
+    @property
+    def owed(self) -> bool:
+        return self._flight is not None
+
+    @torch.no_grad()
+    def unsend(self, e: Tensor) -> None:
+        if self._flight is not None:
+            for part, shift in zip(self._host.weights.cut(e), self._flight.shift, strict=True):
+                part.sub_(shift)
 
     def check(self, prepared: Prepared) -> None:
         pass
@@ -203,13 +262,21 @@ class Rounds(Form):
         pass
 
     def committed(self) -> None:
-        self.done, self._before = 0, None
+        self.done, self._before, self._flight = 0, None, None
 
     def drop(self, optimizer: torch.optim.Optimizer, restored: bool) -> None:
-        if restored and self._before is not None:
-            restore(optimizer, self._host.weights, self._before, self._own)
+        """With a round that is on its way goes the one after it, which began where that had ended."""
+        before = self._before
+        if self._flight is not None and self._landing:
+            self._host.memory.e.copy_(self._flight.e)
+            before = self._flight.before
+        else:
+            self.unsend(self._host.memory.e)
+        if restored and before is not None:
+            restore(optimizer, self._host.weights, before, self._own)
         self._show()
-        self._before = self._loaded = None
+        self._before = self._loaded = self._flight = None
+        self._landing = False
         self.done, self.stepping, self.entered, self._nested = 0, False, False, 0
         self._host.weights.restart()
 
@@ -218,6 +285,8 @@ class Rounds(Form):
     def saved(self, optimizer: torch.optim.Optimizer) -> Saved:
         """{"done", "optimizer": its state now, "own"; within a round also "X", and "before": at its beginning}."""
         weights = self._host.weights
+        if self._flight is not None:  # it is taken back: the errors are as if it had not been sent
+            return {"done": 0, "optimizer": self._at_beginning(optimizer), "own": sorted(self._own)}
         found: Saved = {"done": self.done, "optimizer": capture(optimizer, weights), "own": sorted(self._own)}
         if self.done:
             found["X"] = {name: weights.local_of(i).clone() for i, name in enumerate(weights.names)}
@@ -227,15 +296,31 @@ class Rounds(Form):
 
     def consolidated(self, optimizer: torch.optim.Optimizer, transport: Transport) -> Saved:
         """The same as means over the ranks, at the round's beginning, where there is a copy, or now. Collective."""
-        weights = self._host.weights
-        mine = self._before if self.done and self._before is not None else capture(optimizer, weights)
-        return {"done": 0, "optimizer": mean_of_ranks(mine, transport, weights.device), "own": sorted(self._own)}
+        mean = mean_of_ranks(self._at_beginning(optimizer), transport, self._host.weights.device)
+        return {"done": 0, "optimizer": mean, "own": sorted(self._own)}
+
+    def _at_beginning(self, optimizer: torch.optim.Optimizer) -> Saved:
+        return self._before if self.done and self._before is not None else capture(optimizer, self._host.weights)
 
     def load(self, optimizer: torch.optim.Optimizer, saved: Saved) -> None:
         """What `saved` gave; the next forward goes on from there."""
         self._own |= {*saved["own"]}
         restore(optimizer, self._host.weights, saved["optimizer"], self._own)
         self._loaded = saved
+
+
+class Flight(NamedTuple):
+    """A round that has ended, and whose exchange runs while the next computes.
+
+    Attributes:
+        shift: - C(D_k), what this worker has sent, cut like the parameters.
+        e: [d] the errors as they were before they took over what was not sent.
+        before: the optimizer's state at the round's beginning, if a copy was made.
+    """
+
+    shift: Sequence[Tensor]
+    e: Tensor
+    before: Saved | None
 
 
 NOT_AHEAD = (

@@ -104,6 +104,14 @@ class Sending:
         """Whether a step has begun: there was a forward at x_half, or something was sent."""
         return self.begun or bool(self.prepared.buckets)
 
+    def fly(self) -> None:
+        """What was sent stays on its way while the next step begins."""
+        self.begun = False
+
+    def land(self) -> None:
+        """It has arrived, and the step that is under way is to be sent."""
+        self.begun = True
+
     def committed(self) -> None:
         """A step has taken what was prepared."""
         self.begun, self.prepared = False, Prepared()

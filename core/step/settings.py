@@ -36,6 +36,7 @@ class Settings:
     local_steps: int
     outer: Nesterov | None
     on_bad_round: BadRound
+    overlap: bool
 
     def __post_init__(self) -> None:
         if not isinstance(self.compressor, Compressor):
@@ -59,6 +60,7 @@ class Settings:
         if not isinstance(self.noise_correction, bool):
             raise TypeError(f"noise_correction must be True or False, got {self.noise_correction!r}")
         self._check_ahead()
+        self._check_overlap()
         norm = self.max_grad_norm
         if norm is not None and (not _number(norm) or not 0.0 < norm < float("inf")):
             raise ValueError(f"max_grad_norm must be a positive number, or None, got {self.max_grad_norm!r}")
@@ -89,6 +91,16 @@ class Settings:
             )
         if not _number(self.error_decay) or not 0.0 < self.error_decay <= 1.0:
             raise ValueError(f"error_decay must be in (0, 1] (1: errors stay as they are), got {self.error_decay!r}")
+
+    def _check_overlap(self) -> None:
+        if not isinstance(self.overlap, bool):
+            raise TypeError(f"overlap must be True or False, got {self.overlap!r}")
+        if self.overlap and (self.averaging is not None or self.error_decay != 1.0 or self.server_step_ahead is True):
+            raise ValueError(
+                "overlap=True begins a round before the last one's replies are there, so errors are not averaged or "
+                "decayed between the two, nor is the server's stepped ahead by: leave averaging, error_decay and "
+                "server_step_ahead out"
+            )
 
     def _check_feedback(self) -> None:
         if self.feedback != self.reply_compressor.feedback:

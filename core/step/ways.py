@@ -118,6 +118,9 @@ class Copies(Weights):
         self, plan: Plan, update: Update, rates: Tensor, worker: Worker, message: Tensor, replies: Tensor
     ) -> None:
         self._kernels.commit(plan.send.table, update, worker, message)
+        self.apply(plan, rates, replies)
+
+    def apply(self, plan: Plan, rates: Tensor, replies: Tensor) -> None:
         self._kernels.subtract(plan.apply.table, rates, replies, self.flat)
 
 
@@ -178,6 +181,9 @@ class Swaps(Weights):
 
     def _show_x(self) -> None:
         _exchange(self.parameters, self._x)
+
+    def apply(self, plan: Plan, rates: Tensor, replies: Tensor) -> None:
+        self._kernels.subtract(self._at_x(plan.apply.table), rates, replies, self._memory)
 
     def _keep_local(self) -> None:
         """The optimizer has stepped on `flat` itself."""
@@ -280,7 +286,7 @@ class OnCUDA(Swaps):
         self, plan: Plan, update: Update, rates: Tensor, worker: Worker, message: Tensor, replies: Tensor
     ) -> None:
         self._kernels.commit(plan.send.table, update, worker, message)
-        self._kernels.subtract(self._at_x(plan.apply.table), rates, replies, self._memory)
+        self.apply(plan, rates, replies)
 
 
 def create(model: nn.Module, optimizer: torch.optim.Optimizer, s: float) -> Weights:

@@ -165,17 +165,30 @@ class Weights(ABC):
         return self._marks_now() == self._marks
 
     @torch.no_grad()
-    def difference(self, i: int, e: Tensor, out: Tensor, part: Tensor) -> None:
+    def difference(self, i: int, e: Tensor, out: Tensor, part: Tensor, shift: Tensor | None) -> None:
         """x_half - X of one parameter, outside of a window.
 
         Args:
             e: as x_half was made with. out: [d], of which `part` is the parameter's, in its shape, and written.
+            shift: what else x_half has, in the parameter's shape.
         """
-        errors, X = self._cut_errors(e), self.local_of(i)
+        self._half_of(i, e, out, part, shift)
+        X = self.local_of(i)
+        part.copy_(part.to(X.dtype) - X.to(self.dtype))  # x_half as the parameter could hold it
+
+    @torch.no_grad()
+    def shift_local(self, i: int, e: Tensor, out: Tensor, part: Tensor, shift: Tensor) -> None:
+        """X <- x_half of one parameter, with a shift: arguments as of `difference`; `part` is written, too."""
+        self._half_of(i, e, out, part, shift)
+        self.local_of(i).copy_(part)
+
+    def _half_of(self, i: int, e: Tensor, out: Tensor, part: Tensor, shift: Tensor | None) -> None:
+        errors = self._cut_errors(e)
         part.copy_(step_ahead(self._x_of(i), errors[i], self.s) if errors else self._x_of(i))
         if self.server is not None:
             self.server.step(out, i)
-        part.copy_(part.to(X.dtype) - X.to(self.dtype))  # x_half as the parameter could hold it
+        if shift is not None:
+            part.add_(shift)
 
     def restart(self) -> None:
         """x_half is to be made anew: it has become X."""
@@ -245,6 +258,10 @@ class Weights(ABC):
     @abstractmethod
     def parts(self) -> list[Tensor]:
         """x of each parameter, 1-D in memory order; writing to it changes x."""
+
+    @abstractmethod
+    def apply(self, plan: Plan, rates: Tensor, replies: Tensor) -> None:
+        """x <- x - rates R for one bucket, of `commit` that alone."""
 
     @abstractmethod
     def commit(

@@ -58,6 +58,7 @@ DEFAULTS = {
     "local_steps": 1,
     "outer": None,
     "on_bad_round": "restore",
+    "overlap": False,
 }
 VOTE = {"compressor": MajorityVote(), "step_ahead": 0.0, "weight_decay_mode": "outer"}
 

@@ -72,6 +72,7 @@ def rates(case: dict[str, Any]) -> list[float]:
 def settings_of(case: dict[str, Any]) -> dict[str, Any]:
     given = {k: case[k] for k in ("local_steps", "compressor", "exchange", "step_ahead", "error_decay", "outer")}
     full = case.get("server_step_ahead", False)
+    given["overlap"] = case.get("overlap", False)
     return given | {"server_compressor": case["server"], "averaging": case["averaging"], "server_step_ahead": full}
 
 
@@ -108,7 +109,7 @@ def train(group: Any, case: dict[str, Any]) -> dict[str, Any]:
             x_tilde.append(state.x_tilde())
         else:
             assert torch.equal(flat(net), x[-1])
-    assert state.steps == STEPS // case["local_steps"]
+    assert state.steps == STEPS // case["local_steps"] - case.get("overlap", False)
     return {"x": torch.stack(x), "x_tilde": torch.stack(x_tilde), "e": state.e, "text": repr(state)}
 
 
@@ -125,7 +126,12 @@ def expected(case: dict[str, Any]) -> reference.LocalSteps:
     )
     outer = case["outer"] and (case["outer"].lr, case["outer"].momentum)
     return reference.LocalSteps(
-        settings, start(), case["ranks"], lambda X: make_optimizer(case["optimizer"], X), outer=outer
+        settings,
+        start(),
+        case["ranks"],
+        lambda X: make_optimizer(case["optimizer"], X),
+        outer,
+        case.get("overlap", False),
     )
 
 
@@ -361,6 +367,105 @@ def refuse_checkpoints(group: Any) -> None:
 
 def test_checkpoints_that_do_not_fit_are_refused(pool: RankPool) -> None:
     pool.run(refuse_checkpoints, ranks=2)
+
+
+# ---- overlap ----------------------------------------------------------------------------------------------------
+
+
+OVERLAP: dict[str, list[Any]] = {
+    **{key: VALUES[key] for key in ("optimizer", "local_steps", "compressor", "exchange", "step_ahead", "outer")},
+    "server": ["same", None],
+    "ranks": [2, 3],
+    "error_decay": [1.0],
+    "averaging": [None],
+    "overlap": [True],
+}
+
+
+@pytest.mark.parametrize("case", pairwise(OVERLAP), ids=lambda c: "-".join(map(str, c.values())).replace(" ", ""))
+def test_overlapping_rounds_equal_the_reference(pool: RankPool, case: dict[str, Any]) -> None:
+    """x, which lags a round behind, and x~, which counts what is on its way as not sent."""
+    runs, oracle = pool.run(train, case, ranks=case["ranks"]), expected(case)
+    x, x_tilde = reference.drive_rounds(oracle, gradient, rates(case), case["local_steps"])
+    for k, run in enumerate(runs):
+        close(run["x"], x)
+        close(run["x_tilde"], x_tilde)
+        close(run["e"], oracle.e[k])
+
+
+def overlapping(group: Any, way: str) -> None:
+    """x~ moves by the mean difference at the end of each round; bad rounds, checkpoints, flush."""
+    case, rank = {**CASE, "overlap": True}, dist.get_rank(group)
+    with mock.patch.object(engine, "create", {"copies": Copies, "swaps": OnCPU}[way]):
+        net, model, optimizer, state = make(group, case)
+        twin_net, twin, twin_optimizer, twin_state = make(group, case)
+        _, other, other_optimizer, other_state = make(group, case)
+    half, start_of = torch.empty(0), torch.empty(0)
+    for t in range(21):
+        begins, x_tilde = state.local_step == 0, state.x_tilde()
+        step(model, optimizer, rank, t, 0.01)
+        step(twin, twin_optimizer, rank, t, 0.01)
+        if begins:
+            half, start_of = optimizer.before.clone(), x_tilde
+        if state.local_step == 0:
+            moved_by = mean(half - optimizer.after, group)
+            torch.testing.assert_close(state.x_tilde(), start_of - moved_by, rtol=0, atol=1e-12)
+            assert float(moved_by.abs().max()) > 1e-3
+    assert state.steps == 6  # of seven rounds, the last is on its way
+    # A NaN shows a round later: both go, on all ranks, and all is as if they had not been.
+    for spoilt in range(6):
+        optimizer.zero_grad()
+        x, y = batch(rank, spoilt)
+        mse_loss(model(x), y * (math.nan if (rank, spoilt) == (0, 1) else 1.0)).backward()
+        optimizer.step()
+    # The good round that was on its way has been applied meanwhile; the twin's is, when its next ends.
+    assert (state.steps, state.skipped, state.local_step) == (7, 1, 0)
+    for t in range(30, 39):
+        step(model, optimizer, rank, t, 0.01)
+    # A checkpoint takes back what is on its way: x~ goes on where it was.
+    other_state.load_state_dict(state.state_dict())
+    torch.testing.assert_close(other_state.x_tilde(), state.x_tilde(), rtol=0, atol=1e-12)
+    for t in range(39, 45):
+        step(other, other_optimizer, rank, t, 0.01)
+        step(model, optimizer, rank, t, 0.01)
+    x_tilde = state.x_tilde()
+    state.flush()
+    torch.testing.assert_close(flat(net), x_tilde, rtol=0, atol=1e-12)
+    before = everything(net, optimizer, state)
+    state.flush()
+    assert equal(everything(net, optimizer, state), before) and not state.e.any()
+    step(model, optimizer, rank, 0, 0.01)
+
+
+@pytest.mark.parametrize("way", ["copies", "swaps"])
+def test_overlapping_rounds_keep_the_invariant_and_lose_nothing(pool: RankPool, way: str) -> None:
+    pool.run(overlapping, way, ranks=2)
+
+
+def bad_flight(group: Any) -> None:
+    """After a bad round and the one that was made on it, all is to the bit as before them."""
+    case, rank = {**CASE, "overlap": True, "step_ahead": 0.25}, dist.get_rank(group)
+    net, model, optimizer, state = make(group, case)
+    twin_net, twin, twin_optimizer, twin_state = make(group, case)
+    for t in range(6):
+        step(model, optimizer, rank, t, 0.01)
+        step(twin, twin_optimizer, rank, t, 0.01)
+    for t in range(6, 12):  # a bad round, which is sent at its end, and another
+        optimizer.zero_grad()
+        x, y = batch(rank, t)
+        mse_loss(model(x), y * (math.nan if (rank, t) == (1, 7) else 1.0)).backward()
+        optimizer.step()
+        if t == 8:
+            before_it = state.steps
+    assert state.skipped == 1 and state.steps == before_it == 2 and twin_state.steps == 1
+    # The twin's second round is on its way; here it was applied when the bad one ended. What each owes is the same.
+    torch.testing.assert_close(state.x_tilde(), twin_state.x_tilde(), rtol=0, atol=1e-12)
+    for a, b in zip(net.parameters(), twin_net.parameters(), strict=True):
+        assert equal(dict(optimizer.state[a]), dict(twin_optimizer.state[b]))
+
+
+def test_a_bad_round_on_its_way_takes_the_next_with_it(pool: RankPool) -> None:
+    pool.run(bad_flight, ranks=2)
 
 
 # ---- exempt parameters ------------------------------------------------------------------------------------------
@@ -601,6 +706,9 @@ def refusals(group: Any) -> None:
     for settings, error, message in (
         ({"local_steps": 0}, ValueError, "local_steps must be an integer >= 1"),
         ({"local_steps": True}, ValueError, "local_steps must be an integer >= 1"),
+        ({"overlap": True}, ValueError, "SGD is computed within saef, and its exchange overlaps with the backward"),
+        ({"overlap": 1, "local_steps": 2}, TypeError, "overlap must be True or False, got 1"),
+        ({"overlap": True, "local_steps": 2, "error_decay": 0.9}, ValueError, "leave averaging, error_decay and"),
         ({"outer": 0.7}, TypeError, r"outer must be saef.Nesterov\(lr=..., momentum=...\)"),
         ({"on_bad_round": "kep"}, ValueError, r"on_bad_round must be one of .*did you mean 'keep'\?"),
         ({"local_steps": 2, "weight_decay_mode": "outer"}, ValueError, "leave weight_decay_mode out"),

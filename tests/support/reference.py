@@ -343,6 +343,7 @@ class LocalSteps(SAEF):
 
     X = x_half = x - s e_k; H steps on X;  D_k = e_k + (x_half - X);  then Algorithm 1 from line 18 on.
     outer: (lr, mu) of Nesterov's momentum on R, b = mu b + R, x <- x - lr (R + mu b); None: x <- x - R.
+    overlap: R of a round is applied at the end of the next, which begins at x - S_k - s e_k.
     Settings: momentum and weight_decay are the optimizer's own, so not here.
     """
 
@@ -353,17 +354,25 @@ class LocalSteps(SAEF):
         K: int,
         make: Callable[[list[Tensor]], torch.optim.Optimizer],
         outer: tuple[float, float] | None = None,
+        overlap: bool = False,
     ) -> None:
         super().__init__(settings, x0, K)
         self.X = [self.tensors(self.x) for _ in range(K)]
         self.optimizers = [make(X) for X in self.X]
         self.outer_rate, self.b = outer, self.zeros()
+        self.overlap, self.flying = overlap, None
 
     def begin_step(self) -> None:
         super().begin_step()
         for k in range(self.K):
             for X, half in zip(self.X[k], self.x_half(k), strict=True):
                 X.copy_(half)
+
+    def x_half(self, k: int) -> list[Tensor]:
+        half = super().x_half(k)
+        if self.flying is None:
+            return half
+        return [v - S for v, S in zip(half, self.tensors(self.flying[k]), strict=True)]
 
     def local_step(self, k: int, grads: Sequence[Tensor], lr: float) -> None:
         """Worker k's gradients at X[k]."""
@@ -379,11 +388,31 @@ class LocalSteps(SAEF):
     def end_round(self) -> None:
         """After the last local step of each."""
         x = self.x
-        super().step(self.X, 1.0)
-        if self.outer_rate is not None:
-            lr, mu = self.outer_rate
-            self.b = mu * self.b + self.R
-            self.x = x - lr * (self.R + mu * self.b)
+        if not self.overlap:
+            super().step(self.X, 1.0)
+            self.x = x - self.outer_step(self.R)
+            return
+        u = [self.direction(k, None) for k in range(self.K)]
+        if self.flying is not None:
+            D = self.e_server + mean(self.flying)
+            R = self.C_server(D)
+            self.e_server, self.x = D - R, x - self.outer_step(R)
+        D_k = [e + v for e, v in zip(self.e, u, strict=True)]
+        self.flying = [self.C(D) for D in D_k]
+        self.e = [D - S for D, S in zip(D_k, self.flying, strict=True)]
+        self.t, self.begun = self.t + 1, False
+
+    def outer_step(self, R: Tensor) -> Tensor:
+        """What x moves by."""
+        if self.outer_rate is None:
+            return R
+        lr, mu = self.outer_rate
+        self.b = mu * self.b + R
+        return lr * (R + mu * self.b)
+
+    def x_tilde(self) -> Tensor:
+        """With overlap what is on its way counts as not sent."""
+        return super().x_tilde() - (0 if self.flying is None else mean(self.flying))
 
 
 def drive_rounds(workers: LocalSteps, grad_fn: GradFn, lrs: Sequence[float], local_steps: int) -> tuple[Tensor, Tensor]:
