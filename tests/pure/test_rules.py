@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import saef
-from saef.rules import RULES, SGD, AdamW, AnyHyper, Rule, adamw, rule_for
+from saef.rules import RULES, SGD, AdamW, AnyHyper, Difference, Rule, adamw, rule_for
 from saef.rules.rule import LR, table
 from saef.rules.sgd import COLUMNS, PLAIN, Hyper
 from saef.step.memory import Memory
@@ -82,7 +82,7 @@ def test_a_rule_with_two_vectors_goes_through_the_definition(monkeypatch: pytest
 
 
 def test_memory_grows_and_keeps_what_is_there() -> None:
-    memory = Memory(torch.zeros(3), torch.zeros(0), torch.zeros(0, 3), torch.zeros(0))
+    memory = Memory(torch.zeros(3), torch.zeros(0), torch.zeros(0, 3), torch.zeros(0), torch.zeros(0))
     memory.grow(1, decay=False)
     memory.m[0] = torch.arange(3.0)
     memory.grow(0, decay=True)
@@ -204,9 +204,13 @@ class Half(torch.optim.AdamW):
 
 
 @pytest.mark.parametrize("kind", [Half, torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adamax])
-def test_relatives_of_adam_are_refused(kind: type[torch.optim.Optimizer]) -> None:
-    with pytest.raises(TypeError, match=rf"SGD, AdamW or Adam, whose step it knows, got {kind.__name__}"):
-        rule_for(groups_of(kind), outer=False, signum=False)
+def test_relatives_of_adam_take_their_own_steps(kind: type[torch.optim.Optimizer]) -> None:
+    rule = rule_for(groups_of(kind), outer=False, signum=False)
+    assert rule == Difference(kind.__name__, 1) and not rule.of_gradients
+    assert rule.read(groups_of(kind)) == [PLAIN] * len(groups_of(kind).param_groups)
+    g = torch.tensor([1.0, -2.0])
+    m, u = rule.update(PLAIN, g, g.new_empty(0, 2), g)
+    assert torch.equal(u, g) and not m.numel() and not rule.vectors([PLAIN])
 
 
 @pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq"])
