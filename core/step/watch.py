@@ -41,7 +41,7 @@ class Watch:
         self._filled = [inside for inside in self._insides if inside]
         self._frozen = [p for p in self._every if not p.requires_grad]
         self._tree, self._kinds, self._strides = self._tree_now(), self._kinds_now(), self._strides_now()
-        self._groups = _groups_of(optimizer)
+        self._groups, self._lists = _groups_of(optimizer), _lists_of(optimizer)
         self._fast, self._places = self._guards(), self._places_now()
         check_apart(self._names, self._parameters)
 
@@ -87,6 +87,7 @@ class Watch:
             both = zip(self._names, self._parameters, self._strides, strict=True)
             moved = [n for n, p, strides in both if p.stride() != strides]
             found.append(f"{_some(moved)} lie in memory in another way")
+        self._lists = _lists_of(optimizer)
         if _groups_of(optimizer) != self._groups:
             found.append("the optimizer's groups are others")
         return ", ".join(found)
@@ -151,8 +152,8 @@ class Watch:
         return any(id(p) in known and p.grad is not None for group in optimizer.param_groups for p in group["params"])
 
     def check_groups(self, optimizer: torch.optim.Optimizer) -> None:
-        """Raise RuntimeError if the optimizer's groups have other parameters, or the same in other places."""
-        if _groups_of(optimizer) != self._groups:
+        """Raise RuntimeError if the optimizer's groups are others than `changes` found, or longer or shorter."""
+        if _lists_of(optimizer) != self._lists:
             raise RuntimeError(
                 "the optimizer's parameters changed between a forward and step(), or their groups: change them after "
                 "step(), before the next forward"
@@ -231,6 +232,11 @@ def check_moment(device: torch.device) -> None:
 def _groups_of(optimizer: torch.optim.Optimizer) -> list[list[int]]:
     """Each group's parameters, by id."""
     return [[*map(id, group["params"])] for group in optimizer.param_groups]
+
+
+def _lists_of(optimizer: torch.optim.Optimizer) -> list[tuple[int, int]]:
+    """Each group's list, by id, and its length: at no cost, and another after whatever is done to groups as a whole."""
+    return [(id(group["params"]), len(group["params"])) for group in optimizer.param_groups]
 
 
 def _words(dtype: torch.dtype, device: torch.device, shape: torch.Size) -> str:
