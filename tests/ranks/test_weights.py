@@ -2,6 +2,7 @@
 
 import gc
 import threading
+import time
 import weakref
 from typing import Any
 
@@ -182,8 +183,13 @@ def dropped(group: dist.ProcessGroup, steps: int) -> list[bool]:
         optimizer.step()
     left = [weakref.ref(one) for one in (state.engine, model, optimizer, net)]
     del net, model, optimizer, state
-    gc.collect()
-    return [one() is not None for one in left] + [threading.active_count() > threads]
+    deadline = time.monotonic() + 10  # the exchange thread may still have its last bucket in its hands
+    while True:
+        gc.collect()
+        found = [one() is not None for one in left] + [threading.active_count() > threads]
+        if not any(found) or time.monotonic() > deadline:
+            return found
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("steps", [0, 3])
