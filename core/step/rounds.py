@@ -72,14 +72,20 @@ class Rounds(Form):
                     weights.local_of(i).copy_(loaded["X"][name])
 
     def go_on(self) -> bool:
-        """Raises RuntimeError if x was changed since the last local step."""
-        if self.done and not self._host.weights.untouched():
+        """Raises RuntimeError if x was changed since the last local step, as far as that shows at no cost."""
+        if self.done:
+            self._check_x(whole=False)
+        return self.done > 0
+
+    def _check_x(self, whole: bool) -> None:
+        """Raise RuntimeError if x is not what x_half was made from. whole: by its values, too."""
+        if not self._host.weights.untouched(whole):
             raise RuntimeError(
                 f"parameters were changed within a round of local steps, after {self.done} of "
                 f"{self._settings.local_steps}: the change would be lost, since the round goes on from weights of its "
-                "own. Change them (load, clamp, average) when a round has ended, that is when state.local_step is 0"
+                "own. Change them (load, clamp, average) between two rounds: when state.local_step is 0, before the "
+                "next forward. To drop the round, load a checkpoint or call state.reset_errors()"
             )
-        return self.done > 0
 
     # -- backward: nothing is sent ------------------------------------------------------------
 
@@ -119,6 +125,8 @@ class Rounds(Form):
         begun = self._host.sending.begun
         if not begun and closure is None and self._has_gradients():
             raise RuntimeError(NOT_AHEAD)
+        if begun and self.done + 1 == self._settings.local_steps:
+            self._check_x(whole=True)
         self.stepping, self._settings_before = True, settings_of(optimizer)
         if begun:
             self._host.weights.enter()

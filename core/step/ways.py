@@ -248,9 +248,11 @@ class OnCPU(Swaps):
         super().restart()
         self._made_from = None
 
-    def untouched(self) -> bool:
+    def untouched(self, whole: bool) -> bool:
+        if not whole or not super().untouched(whole):
+            return super().untouched(whole)
         found = self._cpu.fingerprints(self._addresses, self._sizes)
-        return super().untouched() and self._made_from is not None and torch.equal(found, self._made_from)
+        return self._made_from is not None and torch.equal(found, self._made_from)
 
     def committed(self) -> None:
         super().committed()

@@ -160,8 +160,8 @@ class Weights(ABC):
         _set_versions(self.parameters, [self._half_version] * len(self.parameters))
         return elsewhere
 
-    def untouched(self) -> bool:
-        """Whether x is what x_half was made from."""
+    def untouched(self, whole: bool) -> bool:
+        """Whether x is what x_half was made from. whole: by its values too, where writes may leave no other trace."""
         return self._marks_now() == self._marks
 
     @torch.no_grad()

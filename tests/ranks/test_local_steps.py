@@ -550,10 +550,23 @@ def idioms(group: Any) -> None:
     with torch.no_grad():
         model(x)
     assert torch.equal(torch.cat([v.reshape(-1) for v in net.state_dict().values()]), x0)
-    net[0].weight.data.mul_(1.01)
+    with torch.no_grad():
+        net[0].weight.mul_(1.01)
     with pytest.raises(RuntimeError, match="changed within a round of local steps, after 1 of 3"):
         model(x)
     state.reset_errors()
+    for local_steps in (1, 3):  # what leaves no trace but the values is seen before the round ends
+        net, model, optimizer, state = make(group, {**CASE, "local_steps": local_steps})
+        for t in range(local_steps):
+            optimizer.zero_grad()
+            mse_loss(model(x), y).backward()
+            if t + 1 < local_steps:
+                optimizer.step()
+        net[0].weight.data.mul_(1.01)
+        with pytest.raises(RuntimeError, match=f"within a round of local steps, after {local_steps - 1} of"):
+            optimizer.step()
+        state.reset_errors()
+        assert state.local_step == 0
     for t in range(3):
         step(model, optimizer, rank, t, 0.01)
     assert state.local_step == 0
