@@ -37,8 +37,9 @@ def methods(H: int) -> dict[str, dict[str, Any] | None]:
         "SAEF sign": sign,
         f"dense averaging, H = {H}": {"compressor": saef.Identity(), "local_steps": H},
         f"SAEF sign, H = {H}": {**sign, "local_steps": H},
+        f"SAEF sign, H = {H}, without DDP": {**sign, "local_steps": H, "ddp": False},
         f"SAEF sign, H = {H}, no copy": {**sign, "local_steps": H, "on_bad_round": "keep"},
-        f"SAEF sign, H = {H}, overlap": {**sign, "local_steps": H, "overlap": True},
+        f"SAEF sign, H = {H}, overlap, without DDP": {**sign, "local_steps": H, "overlap": True, "ddp": False},
         f"SAEF top-1 %, H = {H}": {"compressor": saef.TopK(0.01), "local_steps": H, "step_ahead": 0.25},
     }
 
@@ -49,13 +50,15 @@ class Trainer:
     def __init__(self, args: argparse.Namespace, settings: dict[str, Any] | None) -> None:
         torch.manual_seed(0)
         self.net = nn.Sequential(*[nn.Linear(args.width, args.width) for _ in range(args.layers)])
-        self.model = DDP(self.net)
+        settings = None if settings is None else {**settings}
+        self.model = DDP(self.net) if settings is None or settings.pop("ddp", True) else self.net
         self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=1e-4)
         self.data, self.state = torch.randn(args.batch, args.width), None
         self.steps = (settings or {}).get("local_steps", 1)
         if settings is not None:
             self.state = saef.SAEFState(self.model, self.optimizer, **settings)
-            self.model.register_comm_hook(self.state, saef_hook)
+            if isinstance(self.model, DDP):
+                self.model.register_comm_hook(self.state, saef_hook)
 
     def round(self) -> None:
         for _ in range(self.steps):
@@ -68,6 +71,7 @@ class Trainer:
 
     def alone(self) -> None:
         """A step without communication."""
+        assert isinstance(self.model, DDP)
         with self.model.no_sync():
             self.step()
 
@@ -112,7 +116,7 @@ def run_rank(rank: int, args: argparse.Namespace, store: str) -> None:
             f"step      {args.ranks} gloo ranks, 1 thread each; {d:,} parameters, batch {args.batch}; loopback {rate}\n"
         )
         heads = f"{'least .. most':>22}{'to no exchange':>16}{'bytes a step':>14}{'on the interface':>18}"
-        print(f"{'':28}{'a step':>12}{heads}")
+        print(f"{'':38}{'a step':>12}{heads}")
     for name, took in each.items():
         bytes_before, trainer = on_the_interface(), trainers.get(name)
         dist.barrier()
@@ -124,14 +128,14 @@ def run_rank(rank: int, args: argparse.Namespace, store: str) -> None:
             counted = trainer.state.metrics()["bytes_per_step"] if trainer is not None and trainer.state else 0.0
             unit = median(each["no exchange"])
             print(
-                f"{name:28}{median(took) * 1e3:9.1f} ms{min(took) * 1e3:12.1f} .. {max(took) * 1e3:.1f}"
+                f"{name:38}{median(took) * 1e3:9.1f} ms{min(took) * 1e3:12.1f} .. {max(took) * 1e3:.1f}"
                 f"{median(took) / unit:13.2f}{counted:16,.0f}{seen if trainer else 0:16,.0f}",
                 flush=True,
             )
     if rank == 0:
         print("\nmemory of one rank in vectors of the model's size, beside parameters and gradients")
         for name, trainer in trainers.items():
-            print(f"{name:28}{trainer.memory()}")
+            print(f"{name:38}{trainer.memory()}")
     dist.barrier()
     dist.destroy_process_group()
 
