@@ -81,6 +81,7 @@ FULL: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beta", [1.0, 0.9])
 @pytest.mark.parametrize("exchange", ["replicated", "sharded"])
 @pytest.mark.parametrize("case", FULL, ids=lambda c: c["rule"])
@@ -97,6 +98,7 @@ def test_full_step_ahead_and_decaying_errors_equal_the_reference(
         close(run["e"], beta * expected.e[k])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", [saef.AllReduce(5), saef.Rotating(4)], ids=repr)
 def test_averaged_second_moments_equal_the_reference(pool: RankPool, protocol: saef.Averaging) -> None:
     """Beside an averaging of the errors; the bytes of both are counted."""
@@ -132,6 +134,7 @@ def lead(group: Any, exchange: str, optimizer: str, way: str) -> float:
     return worst
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
 @pytest.mark.parametrize("way", ["copies", "swaps"])
 @pytest.mark.parametrize("exchange", ["replicated", "sharded"])

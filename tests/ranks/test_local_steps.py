@@ -41,6 +41,7 @@ VALUES: dict[str, list[Any]] = {
     "ranks": [2, 3],
 }
 STEPS = 40
+pytestmark = pytest.mark.slow
 
 
 class Seen(torch.optim.Optimizer):
@@ -135,7 +136,6 @@ def expected(case: dict[str, Any]) -> reference.LocalSteps:
     )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", pairwise(VALUES), ids=lambda c: "-".join(map(str, c.values())).replace(" ", ""))
 def test_rounds_equal_the_reference(pool: RankPool, case: dict[str, Any]) -> None:
     """x after each round, e, and x~ where errors do not decay (after a step here, before the next one there)."""
@@ -268,7 +268,6 @@ def equal(a: Any, b: Any) -> bool:
     return bool(torch.equal(a, b)) if isinstance(a, Tensor) else a == b
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("local_steps", [1, 4])
 @pytest.mark.parametrize("on_bad_round", ["restore", "keep"])
 def test_a_bad_round_is_dropped_by_all(pool: RankPool, on_bad_round: str, local_steps: int) -> None:
@@ -308,7 +307,6 @@ def resumed(group: Any, at: int, case: dict[str, Any]) -> None:
     assert equal(everything(net, optimizer, state), everything(other_net, other_optimizer, other_state))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("at", [6, 7, 8])
 def test_a_round_is_resumed_in_its_middle(pool: RankPool, at: int) -> None:
     """With averaged errors, which were averaged at the round's beginning, and an outer optimizer."""
@@ -385,7 +383,6 @@ OVERLAP: dict[str, list[Any]] = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", pairwise(OVERLAP), ids=lambda c: "-".join(map(str, c.values())).replace(" ", ""))
 def test_overlapping_rounds_equal_the_reference(pool: RankPool, case: dict[str, Any]) -> None:
     """x, which lags a round behind, and x~, which counts what is on its way as not sent."""
@@ -441,7 +438,6 @@ def overlapping(group: Any, way: str) -> None:
     step(model, optimizer, rank, 0, 0.01)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("way", ["copies", "swaps"])
 def test_overlapping_rounds_keep_the_invariant_and_lose_nothing(pool: RankPool, way: str) -> None:
     pool.run(overlapping, way, ranks=2)
@@ -503,7 +499,6 @@ def exempt(group: Any, local_steps: int) -> None:
         make(group, {**CASE, "compressor": saef.Exempt(lambda name, p: odd, saef.TopK(0.2, block=10))})
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("local_steps", [1, 3])
 def test_exempt_parameters_travel_whole(pool: RankPool, local_steps: int) -> None:
     pool.run(exempt, local_steps, ranks=2)

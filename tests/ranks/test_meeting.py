@@ -29,6 +29,8 @@ from saef.step.audit import AFTER_A_CHANGE
 from support.ranks import RankPool
 from support.training import Job, batch, make_net, wrap
 
+pytestmark = pytest.mark.slow
+
 STEP = '"a training step"'
 UNFROZEN = "the trainable parameters changed"
 
