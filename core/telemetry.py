@@ -11,11 +11,13 @@ from .comm.agreement import gather_values
 from .comm.exchange import sent_bytes
 from .comm.transport import PURPOSES
 from .rules import SGD, AdamW, Difference
+from .step.algorithm import minus_sent
 from .step.clock import Clock
 from .step.memory import Context, Memory, all_server_errors
-from .wire import kernels
 from .wire.codec import message_bytes
 from .wire.compressors import DENSE
+
+LOGGED = ("bytes_per_step", "compression_ratio", "steps_skipped")  # of `metrics`, what trainers log unless told
 
 
 def metrics(memory: Memory, context: Context, clock: Clock) -> dict[str, float]:
@@ -23,7 +25,7 @@ def metrics(memory: Memory, context: Context, clock: Clock) -> dict[str, float]:
     sent, size = context.transport.sent_bytes, context.transport.size
     full = 2 * (size - 1) / size * sum(p.numel() * p.element_size() for p in context.weights.parameters)
     in_steps = sum(sent[p] for p in ("phase1", "phase2", "averaging"))
-    steps = (memory.steps - memory.counted_from) * context.local_steps
+    steps = (memory.steps - memory.counted_from) * context.settings.local_steps
     per_step = in_steps / steps if steps > 0 else 0.0
     return {
         "steps": float(memory.steps),
@@ -72,7 +74,7 @@ def describe(memory: Memory, context: Context) -> str:
         parts.append(f"{measured['bytes_per_step']:,.0f} bytes a step and rank")
     else:
         sizes = [message_bytes(weights.codes(c), weights.numels, weights.dtype) for c in (up, down)]
-        a_step = sent_bytes(placement.strategy, ranks, *sizes) / context.local_steps
+        a_step = sent_bytes(placement.strategy, ranks, *sizes) / context.settings.local_steps
         expected = f"about {a_step:,.0f} bytes a step and rank"
         parts.append(expected + (", beside the averaging" if averaging is not None else ""))
     return "; ".join(parts)
@@ -96,7 +98,7 @@ def _method(memory: Memory, context: Context) -> str:
 def _rule(context: Context, momentum: str = "") -> str:
     """SGD or AdamW, and how; or whose own steps are taken."""
     if isinstance(context.rule, Difference):
-        several = f", {context.local_steps} steps a round" if context.local_steps > 1 else ""
+        several = f", {context.settings.local_steps} steps a round" if context.settings.local_steps > 1 else ""
         return f"{context.rule.optimizer}'s own steps{several}"
     if isinstance(context.rule, AdamW):
         corrected = context.rule.noise_correction and context.transport.size > 1
@@ -153,10 +155,8 @@ def _quality(memory: Memory, context: Context, committed: Sequence[tuple[Tensor,
     if not committed:
         return {}
     weights, e, found = context.weights, memory.e / context.settings.error_decay, {}
-    minus_sent, once = torch.zeros_like(e), torch.ones(1 + max(weights.groups), dtype=e.dtype, device=e.device)
-    for table, message in committed:
-        kernels.select(e.device).subtract(table, once, message, minus_sent)
-    for name, residual, D in zip(weights.names, weights.cut(e), weights.cut(e - minus_sent), strict=True):
+    D_of = weights.cut(e - minus_sent(committed, weights))
+    for name, residual, D in zip(weights.names, weights.cut(e), D_of, strict=True):
         size = _square(D)
         found[f"delta/{name}"] = 1.0 - _square(residual) / size if size else 1.0
     return found

@@ -6,13 +6,13 @@ import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from functools import reduce
-from numbers import Real
 from typing import Any, ClassVar, Literal, TypedDict, cast, final
 
 import torch
 
 import saef
 from saef.step.arguments import Agreed, BadRound, Exchange, ServerStepAhead, WeightDecayMode, check_known, nearest
+from saef.step.outer import is_number
 from saef.step.settings import Settings
 
 
@@ -36,8 +36,8 @@ class AdamWRule:
     eps: float = 1e-8
 
     def __post_init__(self) -> None:
-        numbers = isinstance(self.betas, list | tuple) and len(self.betas) == 2 and all(map(_is_number, self.betas))
-        if not numbers or not _is_number(self.eps):
+        numbers = isinstance(self.betas, list | tuple) and len(self.betas) == 2 and all(map(is_number, self.betas))
+        if not numbers or not is_number(self.eps):
             raise TypeError(f"betas must be two numbers and eps a number, got {self.betas!r} and {self.eps!r}")
 
 
@@ -197,7 +197,7 @@ def parse(params: Mapping[str, Any]) -> tuple[type[torch.optim.Optimizer], dict[
     hyper = {key: params.get(key, default) for key, default in HYPER.items()}
     for key, value in hyper.items():
         flag = isinstance(HYPER[key], bool)
-        if not (isinstance(value, bool) if flag else _is_number(value)):
+        if not (isinstance(value, bool) if flag else is_number(value)):
             raise TypeError(f"optimizer.params.{key} must be {'true or false' if flag else 'a number'}, got {value!r}")
         if key in params and key not in rule.keys:
             advice = "give the rule betas, of which it is the first" if key == "momentum" else "take it out"
@@ -213,10 +213,6 @@ def parse(params: Mapping[str, Any]) -> tuple[type[torch.optim.Optimizer], dict[
     except (TypeError, ValueError) as error:
         raise type(error)(f"optimizer.params: {error}") from error
     return rule.optimizer, hyper, cast(Agreed, settings)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _build(where: str, value: object, names: Mapping[str, type[Any]], plain: tuple[Any, ...] = ()) -> Any:

@@ -27,6 +27,7 @@ from typing_extensions import Unpack
 import saef
 from saef.hooks import saef_hook
 from saef.step.arguments import Agreed, check_known
+from saef.telemetry import LOGGED
 
 try:
     from lightning.pytorch.callbacks import Callback
@@ -38,7 +39,6 @@ except ModuleNotFoundError as error:
 
 logger = logging.getLogger("saef")
 NAME = "saef"
-LOGGED = ("bytes_per_step", "compression_ratio", "steps_skipped")
 
 
 @final

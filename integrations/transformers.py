@@ -21,6 +21,7 @@ from typing_extensions import Unpack
 import saef
 from saef.step.arguments import Agreed, check_known
 from saef.step.unwrap import innermost, unwrap_model
+from saef.telemetry import LOGGED
 
 from .accelerate import CLIPS, attach, load, logger
 
@@ -31,8 +32,6 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f"saef.integrations.transformers needs transformers and accelerate: pip install 'saef[transformers]' ({error})"
     ) from error
-
-LOGGED = ("bytes_per_step", "compression_ratio", "steps_skipped")
 
 
 @final

@@ -17,6 +17,7 @@ from .local_rule import LocalRule
 from .memory import Context, Memory
 from .outer import Nesterov
 from .prepared import Bucket, Prepared, changed
+from .weights import Weights
 
 
 @final
@@ -109,15 +110,6 @@ class Algorithm:
             self._kernels.commit(b.plan.send.table, update, self._worker(b), b.message)
 
     @torch.no_grad()
-    def own_part(self, prepared: Prepared) -> Tensor:
-        """[d] - C(D_k), what this worker has sent, with the sign that it has in x."""
-        minus = torch.zeros_like(self._weights.flat)
-        once = minus.new_ones(1 + max(self._weights.groups))
-        for b in prepared.buckets:
-            self._kernels.subtract(b.plan.send.table, once, b.message, minus)
-        return minus
-
-    @torch.no_grad()
     def commit(self, prepared: Prepared, owed: bool = False) -> None:
         """The one place where a step takes effect: m, e, the server error and x move together.
 
@@ -151,3 +143,13 @@ class Algorithm:
         for x, part in zip(self._weights.parts(), b.split(self._weights.numels), strict=True):
             x.sub_(part * (outer.lr * outer.momentum))
         return rates * outer.lr
+
+
+@torch.no_grad()
+def minus_sent(messages: Sequence[tuple[Tensor, Tensor]], weights: Weights) -> Tensor:
+    """[d] - C(D_k), what this worker has sent, with the sign that it has in x. messages: with their tables."""
+    minus = torch.zeros_like(weights.flat)
+    once = minus.new_ones(1 + max(weights.groups))
+    for table, message in messages:
+        kernels.select(minus.device).subtract(table, once, message, minus)
+    return minus

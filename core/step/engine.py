@@ -171,8 +171,6 @@ class Engine:
         Args:
             consolidated: as means over the ranks. Collective.
         """
-        if not isinstance(self.form, Rounds):
-            return None
         if consolidated:
             return self.form.consolidated(self._optimizer, self.transport)
         return self.form.saved(self._optimizer)
@@ -181,14 +179,14 @@ class Engine:
         """Memory and weights are a checkpoint's, which has `own_state` too where there is one."""
         self._shared_at = None
         self._kept.loaded(self._optimizer)
-        if isinstance(self.form, Rounds) and own is not None:
+        if own is not None:
             self.form.load(self._optimizer, own)
         self.recheck()
 
     @property
     def local_step(self) -> int:
         """Local steps of the round so far."""
-        return self.form.done if isinstance(self.form, Rounds) else 0
+        return self.form.done
 
     def reset_errors(self) -> None:
         """Go on from the weights and the optimizer's state as they are, with nothing owed. Drops a step under way."""
@@ -457,7 +455,7 @@ class Engine:
         self._committing = True  # until the end: an interrupt may come between any two lines
         self.algorithm.commit(self.sending.prepared, self.form.owed)
         owed = self.form.owed  # then e is of another step than the messages
-        self.committed = [] if owed else [(b.plan.send.table, b.message) for b in self.sending.prepared.buckets]
+        self.committed = [] if owed else self.sending.prepared.messages
         self.sending.committed()
         self._averaging.commit()
         self._v_averaging.commit()

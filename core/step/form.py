@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 from torch.futures import Future
 
+from ..comm.transport import Transport
 from .algorithm import Algorithm
 from .local_rule import LocalRule
 from .loss_scale import LossScale
 from .memory import Memory
+from .optimizer_state import Saved
 from .prepared import Prepared
 from .sending import Sending
 from .weights import Weights
@@ -59,10 +61,12 @@ class Form(ABC):
     Attributes:
         stepping: whether the optimizer's own step changes what a step is made of: from before it until all is settled.
         entered: whether it runs its closure just now, whose forwards and backwards are at the parameters as they are.
+        done: local steps of the round so far.
     """
 
     stepping = False
     entered = False
+    done = 0
 
     def __init__(self, host: Host) -> None:
         self._host = host
@@ -120,6 +124,17 @@ class Form(ABC):
 
     def unsend(self, e: Tensor) -> None:  # noqa: B027 - nothing is, in most forms
         """e, a copy of the errors, as if what is on its way to be applied later had not been sent."""
+
+    def saved(self, optimizer: torch.optim.Optimizer) -> Saved | None:
+        """What an optimizer that makes its own steps keeps, and where in a round it is; None of another."""
+        return None
+
+    def consolidated(self, optimizer: torch.optim.Optimizer, transport: Transport) -> Saved | None:
+        """The same as means over the ranks. Collective."""
+        return None
+
+    def load(self, optimizer: torch.optim.Optimizer, saved: Saved) -> None:  # noqa: B027 - only what `saved` gave
+        """What `saved` or `consolidated` gave."""
 
     @abstractmethod
     def committed(self) -> None:

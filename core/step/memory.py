@@ -67,16 +67,12 @@ class Context(NamedTuple):
         if chosen == "auto":
             kinds = {code.kind for code in self.weights.codes(self.settings.compressor)}
             signs = SIGN in kinds and kinds <= {SIGN, DENSE}
-            single = isinstance(self.rule, Difference) and self.local_steps == 1 and not self.settings.overlap
+            chose = self.settings
+            single = isinstance(self.rule, Difference) and chose.local_steps == 1 and not chose.overlap
             chosen = (isinstance(self.rule, AdamW) or single) and signs and (not sharded or ranks <= MOST_SHARDED)
         if not chosen or not self.serves_with_error:
             return 0.0
         return self.settings.step_ahead * (ranks if sharded else 1)
-
-    @property
-    def local_steps(self) -> int:
-        """H, steps of the optimizer between two exchanges."""
-        return self.settings.local_steps
 
     @property
     def clips(self) -> bool:

@@ -27,11 +27,12 @@ class Nesterov:
     momentum: float = 0.9
 
     def __post_init__(self) -> None:
-        if not _real(self.lr) or not 0.0 < self.lr < float("inf"):
+        if not is_number(self.lr) or not 0.0 < self.lr < float("inf"):
             raise ValueError(f"Nesterov: lr must be a positive number, got {self.lr!r}")
-        if not _real(self.momentum) or not 0.0 <= self.momentum < 1.0:
+        if not is_number(self.momentum) or not 0.0 <= self.momentum < 1.0:
             raise ValueError(f"Nesterov: momentum must be in [0, 1), got {self.momentum!r}")
 
 
-def _real(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Whether it is a real number; True and False are none."""
     return isinstance(value, Real) and not isinstance(value, bool)

@@ -75,6 +75,11 @@ class Prepared:
         self.buckets.append(bucket)
         self.parameters.update(bucket.parameters)
 
+    @property
+    def messages(self) -> list[tuple[Tensor, Tensor]]:
+        """(table, message) of each bucket."""
+        return [(b.plan.send.table, b.message) for b in self.buckets]
+
     def contains(self, parameters: Sequence[int]) -> bool:
         """Whether a bucket with any of these parameters is here already."""
         return not self.parameters.isdisjoint(parameters)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.futures import Future
 
 from ..comm.transport import Transport
+from .algorithm import minus_sent
 from .buckets import group
 from .form import Closure, Form, Host
 from .kept import STEP
@@ -34,9 +35,6 @@ class Rounds(Form):
 
     Args:
         settings: `local_steps`, `max_grad_norm` (before each local step), `on_bad_round`.
-
-    Attributes:
-        done: local steps of this round.
     """
 
     def __init__(self, host: Host, settings: Settings) -> None:
@@ -247,8 +245,7 @@ class Rounds(Form):
             self._send(u, None)
             e = memory.e.clone()
             self._host.algorithm.owe(sending.prepared)
-            sent = weights.cut(self._host.algorithm.own_part(sending.prepared))
-            self._flight = Flight(sent, e, before)
+            self._flight = Flight(weights.cut(minus_sent(sending.prepared.messages, weights)), e, before)
         self.done, self._before = 0, None
         sending.fly()
         weights.restart()
@@ -294,8 +291,8 @@ class Rounds(Form):
         """{"done", "optimizer": its state now, "own"; within a round also "X", and "before": at its beginning}."""
         weights = self._host.weights
         if self._flight is not None:  # it is taken back: the errors are as if it had not been sent
-            return {"done": 0, "optimizer": self._at_beginning(optimizer), "own": sorted(self._own)}
-        found: Saved = {"done": self.done, "optimizer": capture(optimizer, weights), "own": sorted(self._own)}
+            return self._form(0, self._at_beginning(optimizer))
+        found = self._form(self.done, capture(optimizer, weights))
         if self.done:
             found["X"] = {name: weights.local_of(i).clone() for i, name in enumerate(weights.names)}
             if self._before is not None:
@@ -304,8 +301,10 @@ class Rounds(Form):
 
     def consolidated(self, optimizer: torch.optim.Optimizer, transport: Transport) -> Saved:
         """The same as means over the ranks, at the round's beginning, where there is a copy, or now. Collective."""
-        mean = mean_of_ranks(self._at_beginning(optimizer), transport, self._host.weights.device)
-        return {"done": 0, "optimizer": mean, "own": sorted(self._own)}
+        return self._form(0, mean_of_ranks(self._at_beginning(optimizer), transport, self._host.weights.device))
+
+    def _form(self, done: int, state: Saved) -> Saved:
+        return {"done": done, "optimizer": state, "own": sorted(self._own)}
 
     def _at_beginning(self, optimizer: torch.optim.Optimizer) -> Saved:
         return self._before if self.done and self._before is not None else capture(optimizer, self._host.weights)

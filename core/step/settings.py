@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from numbers import Real
 from typing import final, get_args
 
 from ..protocols.averaging import Averaging
 from ..wire.compressors import Compressor, Identity
 from .arguments import BadRound, Exchange, ServerCompressor, ServerStepAhead, WeightDecayMode, nearest
-from .outer import Nesterov
+from .outer import Nesterov, is_number
 
 
 @final
@@ -47,7 +46,7 @@ class Settings:
                 f'server_compressor must be "same", None (single-way) or a compressor, got {server!r}'
                 f"{nearest(server, ['same'])}"
             )
-        if not _number(self.step_ahead) or not 0.0 <= self.step_ahead <= 1.0:
+        if not is_number(self.step_ahead) or not 0.0 <= self.step_ahead <= 1.0:
             raise ValueError(f"step_ahead must be in [0, 1] (0: EF, 1: SAEF), got {self.step_ahead!r}")
         for name, protocol in (("averaging", self.averaging), ("v_averaging", self.v_averaging)):
             if protocol is not None and not isinstance(protocol, Averaging):
@@ -62,7 +61,7 @@ class Settings:
         self._check_ahead()
         self._check_overlap()
         norm = self.max_grad_norm
-        if norm is not None and (not _number(norm) or not 0.0 < norm < float("inf")):
+        if norm is not None and (not is_number(norm) or not 0.0 < norm < float("inf")):
             raise ValueError(f"max_grad_norm must be a positive number, or None, got {self.max_grad_norm!r}")
         for field, least, meaning in (
             ("max_consecutive_skips", 0, "steps in a row that may be skipped"),
@@ -89,7 +88,7 @@ class Settings:
                 "server_step_ahead=True steps ahead by step_ahead times the server's error too, and step_ahead is 0: "
                 "leave one of the two out"
             )
-        if not _number(self.error_decay) or not 0.0 < self.error_decay <= 1.0:
+        if not is_number(self.error_decay) or not 0.0 < self.error_decay <= 1.0:
             raise ValueError(f"error_decay must be in (0, 1] (1: errors stay as they are), got {self.error_decay!r}")
 
     def _check_overlap(self) -> None:
@@ -137,7 +136,3 @@ class Settings:
 
 def _count(value: object, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)

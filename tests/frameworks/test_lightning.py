@@ -12,11 +12,10 @@ import torch
 import saef
 from saef.hooks import saef_hook
 from support.ranks import RankPool
-from support.trainers import TOLERANCE, Job, assert_equal
+from support.trainers import COMPRESSORS, TOLERANCE, Job, assert_equal
 
 pytestmark = pytest.mark.skipif(find_spec("lightning") is None, reason="needs lightning")
 job = partial(Job, "support.lightning_ranks")
-COMPRESSORS = {"sign": saef.ScaledSign(), "topk": saef.TopK(0.2)}
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,11 @@ from pathlib import Path
 
 import pytest
 
-import saef
 from support.ranks import RankPool
-from support.trainers import TOLERANCE, Job, assert_equal
+from support.trainers import COMPRESSORS, TOLERANCE, Job, assert_equal
 
 pytestmark = pytest.mark.skipif(find_spec("transformers") is None, reason="needs transformers")
 job = partial(Job, "support.transformers_ranks")
-COMPRESSORS = {"sign": saef.ScaledSign(), "topk": saef.TopK(0.2)}
 
 
 @pytest.mark.parametrize(

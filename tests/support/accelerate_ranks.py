@@ -27,11 +27,12 @@ from support.trainers import (
     local,
     make_net,
     make_optimizer,
+    of_both,
     record,
 )
 
 EXACT = Samples(dtype=torch.float64)
-SHARED = Samples(lambda i: i // (2 * BATCH) * BATCH + i % BATCH, torch.float64)  # batches are dealt out one by one
+SHARED = Samples(of_both, torch.float64)
 
 
 class Run:

@@ -30,6 +30,8 @@ STEPS = EPOCHS * BATCHES // ACCUMULATE
 LR = {"SGD": 0.2, "AdamW": 0.01, "RMSprop": 0.01}
 BETAS = (0.9, 0.9)  # alike: |u| cannot be larger than 1, to which saef clamps it among several ranks
 
+COMPRESSORS = {"sign": saef.ScaledSign(), "topk": saef.TopK(0.2)}
+
 Batch = tuple[Tensor, Tensor]
 
 
@@ -81,6 +83,11 @@ class Samples(Dataset[Batch]):
         generator = torch.Generator().manual_seed(self.source(i))
         label = torch.randint(CLASSES, (), generator=generator)
         return (self.centres[label] + torch.randn(FEATURES, generator=generator)).to(self.dtype), label
+
+
+def of_both(i: int) -> int:
+    """A source of batches, which are dealt out one by one, by which both ranks get the same."""
+    return i // (2 * BATCH) * BATCH + i % BATCH
 
 
 def make_optimizer(kind: str, net: nn.Module) -> torch.optim.Optimizer:

@@ -32,6 +32,7 @@ from support.trainers import (
     local,
     make_net,
     make_optimizer,
+    of_both,
     record,
 )
 
@@ -49,7 +50,7 @@ class Data(Samples):
 
 
 EXACT = Data(dtype=torch.float64)
-SHARED = Data(lambda i: i // (2 * BATCH) * BATCH + i % BATCH, torch.float64)  # batches are dealt out one by one
+SHARED = Data(of_both, torch.float64)
 
 
 class Recording(Trainer):  # type: ignore[misc]
