@@ -453,8 +453,8 @@ class Engine:
         else:
             self.weights.absorb()
         self._committing = True  # until the end: an interrupt may come between any two lines
-        self.algorithm.commit(self.sending.prepared, self.form.owed)
-        owed = self.form.owed  # then e is of another step than the messages
+        owed = self.form.owed  # e is of another step than the messages
+        self.algorithm.commit(self.sending.prepared, owed)
         self.committed = [] if owed else self.sending.prepared.messages
         self.sending.committed()
         self._averaging.commit()
