@@ -9,7 +9,6 @@ import torch
 
 import saef
 from saef.step import engine
-from saef.step.ways import Copies, OnCPU
 from support import reference
 from support.cases import close, job_of, pairwise, reference_of, reference_settings, start
 from support.ranks import RankPool
@@ -24,6 +23,7 @@ from support.training import (
     make_net,
     make_optimizer,
     train,
+    way_of_keeping_x,
     wild_lrs,
     wrap,
 )
@@ -117,7 +117,7 @@ def test_averaged_second_moments_equal_the_reference(pool: RankPool, protocol: s
 def lead(group: Any, exchange: str, optimizer: str, way: str) -> float:
     """The largest entry of mean_k x_half_k - x~ over 20 steps, at s = 1."""
     settings = {"compressor": saef.ScaledSign(block=7), "exchange": exchange, "server_step_ahead": True}
-    with mock.patch.object(engine, "create", {"copies": Copies, "swaps": OnCPU}[way]):
+    with mock.patch.object(engine, "create", way_of_keeping_x(way)):
         net, model, chosen, state = wrap(group, Job(settings, [{"lr": 0.1}], optimizer))
     worst = 0.0
     for t in range(20):

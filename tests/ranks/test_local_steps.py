@@ -17,11 +17,10 @@ import saef
 from saef import SAEFState
 from saef.hooks import saef_hook
 from saef.step import engine
-from saef.step.ways import Copies, OnCPU
 from support import reference
 from support.cases import close, operator, pairwise, servers_of, start
 from support.ranks import RankPool
-from support.training import batch, flat, gradient, make_net, wild_lrs
+from support.training import batch, flat, gradient, make_net, way_of_keeping_x, wild_lrs
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "SGD": {"momentum": 0.9, "weight_decay": 1e-2},
@@ -167,7 +166,7 @@ CASE: dict[str, Any] = {
 
 def moved(group: Any, way: str, server_step_ahead: bool) -> None:
     """Over ten rounds: x~' = x~ - mean_k (x_half - X); full step ahead starts at x~ in the mean."""
-    with mock.patch.object(engine, "create", {"copies": Copies, "swaps": OnCPU}[way]):
+    with mock.patch.object(engine, "create", way_of_keeping_x(way)):
         net, model, optimizer, state = make(group, CASE, server_step_ahead=server_step_ahead)
     for t in range(30):
         begins, x_tilde = state.local_step == 0, state.x_tilde()
@@ -397,7 +396,7 @@ def test_overlapping_rounds_equal_the_reference(pool: RankPool, case: dict[str, 
 def overlapping(group: Any, way: str) -> None:
     """x~ moves by the mean difference at the end of each round; bad rounds, checkpoints, flush."""
     case, rank = {**CASE, "overlap": True}, dist.get_rank(group)
-    with mock.patch.object(engine, "create", {"copies": Copies, "swaps": OnCPU}[way]):
+    with mock.patch.object(engine, "create", way_of_keeping_x(way)):
         net, model, optimizer, state = make(group, case)
         twin_net, twin, twin_optimizer, twin_state = make(group, case)
         _, other, other_optimizer, other_state = make(group, case)

@@ -20,9 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 import saef
 from saef.hooks import saef_hook
-from saef.step.ways import Copies, OnCPU
 from support.ranks import RankPool
-from support.training import SIZES, batch, flat, make_net
+from support.training import SIZES, batch, flat, make_net, way_of_keeping_x
 
 pytestmark = pytest.mark.slow
 
@@ -45,7 +44,7 @@ class Setting:
         self.optimizer = torch.optim.SGD(self.net.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2)
         self.state: Any = None
         if compressor is not None:
-            with mock.patch("saef.step.engine.create", {"copies": Copies, "swaps": OnCPU}[way]):
+            with mock.patch("saef.step.engine.create", way_of_keeping_x(way)):
                 self.state = saef.SAEFState(self.model, self.optimizer, compressor=compressor)
             self.model.register_comm_hook(self.state, saef_hook)
 
@@ -497,7 +496,7 @@ def with_default(group: dist.ProcessGroup, way: str, device: str | None, setting
     batches = [batch(at.rank, t) for t in range(4)]
     torch.set_default_device(device)
     try:
-        with mock.patch("saef.step.engine.create", {"copies": Copies, "swaps": OnCPU}[way]):
+        with mock.patch("saef.step.engine.create", way_of_keeping_x(way)):
             state = saef.SAEFState(at.model, at.optimizer, audit_every=2, **settings)
         at.model.register_comm_hook(state, saef_hook)
         for x, y in batches:

@@ -7,6 +7,7 @@ Arguments of all functions:
     D               [TILE] what is coded, in registers
     floats, message pointers to a message's floats and to its bytes, which are the same memory
     rate            what C is multiplied with before it is subtracted
+    SENT, CODED     the kinds of blocks that there can be: code for others takes registers that these need
     bad             pointer to the lowest row of a malformed message
 """
 
@@ -14,16 +15,36 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from .constants import _BYTE, _CHUNK, _COUNT, _DENSE, _FLOAT, _KIND, _NUMEL, _SIGN, jit
+from .constants import (
+    _BYTE,
+    _CHUNK,
+    _COUNT,
+    _DENSE,
+    _FLOAT,
+    _HAS_DENSE,
+    _HAS_SIGN,
+    _HAS_TOPK,
+    _KIND,
+    _NUMEL,
+    _SIGN,
+    _TOPK,
+    jit,
+)
 from .select import key_of, largest
 
 
 # fmt: off
 @jit
-def signed(row, i, inside, message, scale):  # type: ignore[no-untyped-def]
-    """scale * sign; bit i % 8 of byte i // 8 is 1 for +."""
-    bits = tl.load(message + tl.load(row + _BYTE) + i // 8, mask=inside, other=0).to(tl.int32)
-    return tl.where((bits >> (i % 8).to(tl.int32)) & 1 != 0, scale, -scale)
+def signed(row, lo, message, scale, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """scale * sign on a tile; bit i % 8 of byte i // 8 is 1 for +.
+
+    A thread has four neighbours, whose bits are in one byte: it reads that once.
+    """
+    four = lo // 4 + tl.arange(0, TILE // 4)
+    there = 4 * four < tl.load(row + _NUMEL)
+    bytes_ = tl.load(message + tl.load(row + _BYTE) + four // 2, mask=there, other=0).to(tl.int32)
+    bits = (bytes_ >> (four % 2 * 4).to(tl.int32))[:, None] >> tl.arange(0, 4)[None, :]
+    return tl.where(tl.reshape(bits & 1, (TILE,)) != 0, scale, -scale)
 
 
 @jit
@@ -144,27 +165,31 @@ def entries(j, there, width, floats, messages):  # type: ignore[no-untyped-def]
 
 @jit
 def take(  # type: ignore[no-untyped-def]
-    r, row, lo, i, inside, D, rate, floats, message, v, bad, STORED: tl.constexpr, TILE: tl.constexpr
+    r, row, lo, i, inside, D, rate, floats, message, v, bad,
+    STORED: tl.constexpr, SENT: tl.constexpr, TILE: tl.constexpr,
 ):
     """v <- D - rate * C on a tile; `v` points to the block. STORED: for top-k, v is D already."""
     kind = tl.load(row + _KIND)
     at = floats + tl.load(row + _FLOAT)
-    if kind == _SIGN:
-        tl.store(v + i, D - signed(row, i, inside, message, tl.load(at) * rate), mask=inside)
-    elif kind == _DENSE:
-        tl.store(v + i, D - tl.load(at + i, mask=inside, other=0) * rate, mask=inside)
-    else:
-        if not STORED:
-            tl.store(v + i, D, mask=inside)
-            tl.debug_barrier()  # a thread may subtract from what another has written
-        minus = tl.full((), -1.0, floats.dtype.element_ty) * rate
-        add_kept(r, row, lo, floats, 0, message, 0, minus, v, bad, 1, 2, TILE)
+    if _HAS_SIGN & SENT:
+        if kind == _SIGN:
+            tl.store(v + i, D - signed(row, lo, message, tl.load(at) * rate, TILE), mask=inside)
+    if _HAS_DENSE & SENT:
+        if kind == _DENSE:
+            tl.store(v + i, D - tl.load(at + i, mask=inside, other=0) * rate, mask=inside)
+    if _HAS_TOPK & SENT:
+        if kind == _TOPK:
+            if not STORED:
+                tl.store(v + i, D, mask=inside)
+                tl.debug_barrier()  # a thread may subtract from what another has written
+            minus = tl.full((), -1.0, floats.dtype.element_ty) * rate
+            add_kept(r, row, lo, floats, 0, message, 0, minus, v, bad, 1, 2, TILE)
 
 
 @jit
 def average(  # type: ignore[no-untyped-def]
     r, row, lo, i, inside, floats, float_stride, messages, byte_stride, bad, total,
-    K: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
+    K: tl.constexpr, LANES: tl.constexpr, SENT: tl.constexpr, TILE: tl.constexpr,
 ):
     """mean_k C(D_k), summed in rank order. `total`: scratch for the block."""
     dtype = floats.dtype.element_ty
@@ -172,50 +197,54 @@ def average(  # type: ignore[no-untyped-def]
     share = tl.full((), 1.0 / K, tl.float64).to(dtype)
     mean = tl.zeros((TILE,), dtype)
     at = floats + tl.load(row + _FLOAT)
-    if kind == _SIGN:
-        for _ in tl.range(0, K, loop_unroll_factor=4):
-            mean += signed(row, i, inside, messages, tl.load(at) * share)
-            at += float_stride
-            messages += byte_stride
-    elif kind == _DENSE:
-        for _ in tl.range(0, K, loop_unroll_factor=4):
-            mean += tl.load(at + i, mask=inside, other=0) * share
-            at += float_stride
-    else:
-        tl.store(total + i, mean, mask=inside)
-        tl.debug_barrier()  # a thread may add to what another has written
-        add_kept(
-            r, row, lo, floats, float_stride, messages, byte_stride, share, total, bad, K, LANES, TILE
-        )
-        mean = tl.load(total + i, mask=inside, other=0)
+    if _HAS_SIGN & SENT:
+        if kind == _SIGN:
+            for _ in tl.range(0, K, loop_unroll_factor=4):
+                mean += signed(row, lo, messages, tl.load(at) * share, TILE)
+                at += float_stride
+                messages += byte_stride
+    if _HAS_DENSE & SENT:
+        if kind == _DENSE:
+            for _ in tl.range(0, K, loop_unroll_factor=4):
+                mean += tl.load(at + i, mask=inside, other=0) * share
+                at += float_stride
+    if _HAS_TOPK & SENT:
+        if kind == _TOPK:
+            tl.store(total + i, mean, mask=inside)
+            tl.debug_barrier()  # a thread may add to what another has written
+            add_kept(r, row, lo, floats, float_stride, messages, byte_stride, share, total, bad, K, LANES, TILE)
+            mean = tl.load(total + i, mask=inside, other=0)
     return mean
 
 
 @jit
 def encode(  # type: ignore[no-untyped-def]
     row, lo, at, slot, i, inside, D, floats, message, partial, vector, where, bars, found, counts,
-    TILE: tl.constexpr, HAS_TOPK: tl.constexpr, REFILL: tl.constexpr,
+    TILE: tl.constexpr, CODED: tl.constexpr, REFILL: tl.constexpr,
 ):
     """Code of a tile of D, as far as one tile can tell; of a longer top-k block its candidates (`radix`)."""
     kind = tl.load(row + _KIND)
-    if kind == _SIGN:
-        bits = tl.reshape(((D >= 0) & inside).to(tl.int32), (TILE // 8, 8))  # sign(0) = +1
-        packed = tl.sum(bits << tl.arange(0, 8)[None, :], 1)
-        j = lo // 8 + tl.arange(0, TILE // 8)
-        mask = j < (tl.load(row + _NUMEL) + 7) // 8
-        tl.store(message + tl.load(row + _BYTE) + j, packed.to(tl.uint8), mask=mask)
-        magnitude = tl.where(inside, tl.abs(D).to(tl.float64), 0.0)
-        tl.store(partial + tl.program_id(0), tl.sum(magnitude, 0))
-    elif kind == _DENSE:
-        tl.store(floats + tl.load(row + _FLOAT) + i, D, mask=inside)
-    elif HAS_TOPK:
-        key = key_of(D, inside)
-        if slot < 0:
-            bar, need = largest(key, tl.load(row + _COUNT).to(tl.int32))
-            above, ties = ranks(key > bar, key == bar)
-            write_kept(row, i, D, key, bar, need, above, ties, floats, message)
-        else:
-            offer(slot, at + lo, i, D, key, vector, where, bars, found, counts, REFILL)
+    if _HAS_SIGN & CODED:
+        if kind == _SIGN:
+            bits = tl.reshape(((D >= 0) & inside).to(tl.int32), (TILE // 8, 8))  # sign(0) = +1
+            packed = tl.sum(bits << tl.arange(0, 8)[None, :], 1)
+            j = lo // 8 + tl.arange(0, TILE // 8)
+            mask = j < (tl.load(row + _NUMEL) + 7) // 8
+            tl.store(message + tl.load(row + _BYTE) + j, packed.to(tl.uint8), mask=mask)
+            magnitude = tl.where(inside, tl.abs(D).to(tl.float64), 0.0)
+            tl.store(partial + tl.program_id(0), tl.sum(magnitude, 0))
+    if _HAS_DENSE & CODED:
+        if kind == _DENSE:
+            tl.store(floats + tl.load(row + _FLOAT) + i, D, mask=inside)
+    if _HAS_TOPK & CODED:
+        if kind == _TOPK:
+            key = key_of(D, inside)
+            if slot < 0:
+                bar, need = largest(key, tl.load(row + _COUNT).to(tl.int32))
+                above, ties = ranks(key > bar, key == bar)
+                write_kept(row, i, D, key, bar, need, above, ties, floats, message)
+            else:
+                offer(slot, at + lo, i, D, key, vector, where, bars, found, counts, REFILL)
 
 
 @jit

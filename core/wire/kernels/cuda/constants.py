@@ -24,6 +24,7 @@ _KIND, _GRAD, _STATE, _NUMEL, _GROUP, _FLOAT, _BYTE, _COUNT, _UNIT, _COLUMNS = (
     tl.constexpr(c) for c in (KIND, GRAD, STATE, NUMEL, GROUP, FLOAT, BYTE, COUNT, UNIT, COLUMNS)
 )
 _DENSE, _SIGN, _TOPK = tl.constexpr(DENSE), tl.constexpr(SIGN), tl.constexpr(TOPK)
+_HAS_DENSE, _HAS_SIGN, _HAS_TOPK = tl.constexpr(1 << DENSE), tl.constexpr(1 << SIGN), tl.constexpr(1 << TOPK)
 _LR = tl.constexpr(LR)
 _TILE_COLUMNS = tl.constexpr(4)  # of Tiling.tiles
 _DIGIT = tl.constexpr(8)  # bits of a digit of the radix selection
