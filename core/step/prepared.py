@@ -45,7 +45,7 @@ class Prepared:
 
     Attributes:
         hyper: the optimizer's settings that the messages contain; update: the same with the clipping, once known.
-        gradients: address and version of each p.grad after the backward. prints: fingerprints of them, on CPU.
+        gradients: address and version of each p.grad after the backward. prints: fingerprints of them.
         parameters: those of all buckets.
     """
 
@@ -153,12 +153,9 @@ def gradients(parameters: Sequence[Tensor]) -> list[tuple[int, int] | None]:
     return [None if p.grad is None else (p.grad.data_ptr(), p.grad._version) for p in parameters]
 
 
-_NONE = torch.empty(0, device="cpu")
-
-
 def _prints(parameters: Sequence[Tensor]) -> Tensor | None:
     """By the values: a write through `.data` or numpy leaves no other trace."""
-    return kernels.fingerprints([_NONE if p.grad is None else p.grad for p in parameters])
+    return kernels.fingerprints([p.grad for p in parameters], parameters[0].device)
 
 
 def changed(names: Sequence[str]) -> RuntimeError:

@@ -239,7 +239,7 @@ def train_16_bit(group: dist.ProcessGroup, kind: str) -> tuple[Tensor, Tensor, l
     for t in range(150):
         optimizer.zero_grad()
         x, y = batch(dist.get_rank(group), t % 10, next(net.parameters()).dtype)
-        with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
+        with torch.autocast(torch.get_default_device().type, torch.bfloat16, enabled=kind == "autocast"):
             out = model(x)
         loss = F.mse_loss(out.float(), y.float())
         loss.backward()

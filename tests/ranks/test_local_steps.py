@@ -324,9 +324,9 @@ def consolidate(group: Any) -> dict[str, Any]:
 def take_over(group: Any, saved: dict[str, Any], x_tilde: Tensor, v: list[Tensor]) -> None:
     net, model, optimizer, state = make(group, CASE)
     state.load_state_dict(saved)
-    torch.testing.assert_close(state.x_tilde(), x_tilde, rtol=0, atol=1e-12)
+    torch.testing.assert_close(state.x_tilde().cpu(), x_tilde, rtol=0, atol=1e-12)
     for p, second in zip(net.parameters(), v, strict=True):
-        torch.testing.assert_close(optimizer.state[p]["exp_avg_sq"], second, rtol=0, atol=1e-12)
+        torch.testing.assert_close(optimizer.state[p]["exp_avg_sq"].cpu(), second, rtol=0, atol=1e-12)
     for t in range(6):
         step(model, optimizer, dist.get_rank(group), t, 0.01)
     assert state.steps == 5
