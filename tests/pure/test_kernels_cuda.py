@@ -226,6 +226,7 @@ def agree_on_all(device: torch.device, scene: Scene, rule: Update, K: int, *, mo
 
 SIZES = [1, 7, 8, 9, 1000, 2047, 2048, 2049, 4100]
 CODES = [ScaledSign(), MajorityVote(), TopK(0.1), Identity()]
+CODES += [TopK(0.1, values=torch.bfloat16), Identity(values=torch.bfloat16)]
 
 
 @both_dtypes
@@ -245,6 +246,8 @@ MIXTURE = [
     (TopK(0.1), TopK(0.02), 2100),
     (Identity(), TopK(1.0), 300),
     (ScaledSign(), ScaledSign(), 2500),
+    (TopK(0.1, values=torch.bfloat16), Identity(values=torch.bfloat16), 700),
+    (Identity(values=torch.bfloat16), TopK(0.05, values=torch.bfloat16), 2300),
 ]
 
 

@@ -210,10 +210,10 @@ def _encode(program: Any, tiling: Tiling, work: Work, table: Tensor, *args: Any,
         for known in range(digits):
             _select(radix.narrow, tiling, *candidates, known)
         _select(radix.count_kept, tiling, *candidates, digits, kept)
-        _select(radix.keep, tiling, *candidates, digits, kept, work.where, floats, message)
+        _select(radix.keep, tiling, *candidates, digits, kept, work.where, floats, message, CODED=tiling.kinds)
 
 
-def _select(program: Any, tiling: Tiling, *args: Any) -> None:
+def _select(program: Any, tiling: Tiling, *args: Any, **flags: Any) -> None:
     """One program per group."""
-    group = {"SPAN": constants.SPAN, "WIDTH": constants.WIDTH}
-    launch(program, tiling._replace(tiles=tiling.groups), *args, **group)
+    flags |= {"SPAN": constants.SPAN, "WIDTH": constants.WIDTH}
+    launch(program, tiling._replace(tiles=tiling.groups), *args, **flags)

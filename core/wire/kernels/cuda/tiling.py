@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ...compressors import SIGN, TOPK
-from ..table import GRAD, KIND, NUMEL, STATE, check_kinds
+from ..table import GRAD, HALF, KIND, NUMEL, STATE, check_kinds
 from . import constants
 
 
@@ -25,7 +25,7 @@ class Tiling(NamedTuple):
         large: [slots] int64: rows of the blocks of kind TOPK that are more than one tile.
         groups: [G, 3] int64: their tiles by SPAN: first tile, number of tiles, the block's first group.
         numel: length of a scratch vector, the coordinates of all blocks.
-        kinds: bit k: whether there are blocks of kind k.
+        kinds: bit k: whether there are blocks of kind k; HALVES: whether there are bfloat16 scalars.
         tile: coordinates of a tile: a power of two in which each block fits, at most TILE.
         align: 4 if all NUMEL, GRAD and STATE are multiples of it, else 1.
         limit: what TILE was.
@@ -90,7 +90,7 @@ def _tiling(table: Tensor, device: torch.device) -> Tiling:
         selected.nonzero().view(-1).to(device),
         _groups(first[selected], tiles[selected]).to(device),
         int(numel.sum()),
-        sum(1 << kind for kind in kinds),
+        sum(1 << kind for kind in kinds) + constants.HALVES * bool(table[:, HALF].any()),
         tile,
         1 if (table[:, [NUMEL, GRAD, STATE]] % 4).any() else 4,
         constants.TILE,
