@@ -58,8 +58,19 @@ def attach(
             DeepSpeed), has a communication hook already, or was not prepared.
     """
     check_known("attach", settings, Agreed.__annotations__, TypeError)
+    return bind(accelerator, saef.Later(**settings), model, optimizer)
+
+
+def bind(
+    accelerator: Accelerator,
+    later: saef.Later,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    **others: Unpack[Agreed],
+) -> saef.SAEFState:
+    """`attach`, with settings that were given before: `later`, with `others` on top."""
     ddp = _check(accelerator, model, optimizer)
-    state = saef.SAEFState(ddp, optimizer, grad_scaler=accelerator.scaler, **settings)
+    state = later.bind(ddp, optimizer, grad_scaler=accelerator.scaler, **others)
     ddp.register_comm_hook(state, saef_hook)
     _tell_schedulers(optimizer, state)
     accelerator.clip_grad_norm_ = functools.partial(_clip_norm, accelerator.clip_grad_norm_, state)

@@ -54,16 +54,16 @@ class SAEFCallback(Callback):  # type: ignore[misc]
             fit() makes another, as Lightning does with the optimizer.
 
     Raises:
-        TypeError: on a keyword that is none.
-        ValueError, TypeError: in fit(), on what cannot be honoured, as SAEFState; and on another strategy, several
-            optimizers, a `ddp_comm_hook`, and clipping by value or to two different norms.
+        TypeError, ValueError: on a keyword that is none, or a value that no SAEFState takes; in fit(), on what cannot
+            be honoured, as SAEFState; and on another strategy, several optimizers, a `ddp_comm_hook`, and clipping by
+            value or to two different norms.
     """
 
     state: saef.SAEFState | None = None
 
     def __init__(self, *, metrics: tuple[str, ...] = LOGGED, **settings: Unpack[Agreed]) -> None:
         check_known("SAEFCallback", settings, Agreed.__annotations__, TypeError)
-        self._metrics, self._settings = metrics, settings
+        self._metrics, self._later = metrics, saef.Later(**settings)
         self._clip: float | None = None  # the Trainer's, while it is ours
         self._random: list[Tensor] = []  # torch's random state in a checkpoint, until the first batch
 
@@ -75,8 +75,8 @@ class SAEFCallback(Callback):  # type: ignore[misc]
             self.state.detach()
         _check(trainer)
         strategy, scaler = trainer.strategy, getattr(trainer.precision_plugin, "scaler", None)
-        settings: Any = {**self._settings, "max_grad_norm": self._max_grad_norm(trainer)}
-        self.state = saef.SAEFState(strategy.model, trainer.optimizers[0], grad_scaler=scaler, **settings)
+        settings: Any = {"max_grad_norm": self._max_grad_norm(trainer), "grad_scaler": scaler}
+        self.state = self._later.bind(strategy.model, trainer.optimizers[0], **settings)
         check_known("SAEFCallback(metrics=...)", self._metrics, self.state.metrics())
         strategy.model.register_comm_hook(self.state, saef_hook)
         strategy.save_checkpoint = functools.partial(self._save, strategy)
@@ -112,7 +112,7 @@ class SAEFCallback(Callback):  # type: ignore[misc]
 
     def _max_grad_norm(self, trainer: Any) -> float | None:
         """The Trainer's gradient_clip_val, or ours."""
-        ours: float | None = self._settings.get("max_grad_norm")
+        ours: float | None = self._later.settings.get("max_grad_norm")
         theirs: float | None = trainer.gradient_clip_val or None
         if theirs is None:
             return ours

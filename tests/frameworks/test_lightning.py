@@ -73,6 +73,7 @@ def test_metrics_are_logged_and_a_trainer_fits_again(trainers: RankPool, tmp_pat
 def test_what_cannot_be_honoured_is_refused(trainers: RankPool) -> None:
     expected = {
         "misspelt": "did you mean 'compressor'",
+        "bad value": "step_ahead must be in [0, 1]",
         "metrics": "did you mean 'bytes_per_step'",
         "misspelt strategy": "did you mean 'find_unused_parameters'",
         "two optimizers": "returned 2 optimizers",
@@ -88,6 +89,12 @@ def test_what_cannot_be_honoured_is_refused(trainers: RankPool) -> None:
         assert {*said} == {*expected}
         for case, words in expected.items():
             assert words in said[case], said[case]
+
+
+def test_ddpstrategys_own_comm_state_is_a_later(trainers: RankPool) -> None:
+    for callback, own, said in trainers.run(job("comm_state"), saef.TopK(0.2), ranks=2):
+        assert_equal(own, callback, ("x", "e", "m", "e_server", "steps"))
+        assert len(said) == 1 and "Lightning registers DDPStrategy(ddp_comm_hook=...) on GPUs alone" in said[0]
 
 
 def test_a_state_or_a_hook_given_to_ddpstrategy_names_the_callback() -> None:

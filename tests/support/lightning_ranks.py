@@ -275,6 +275,29 @@ def logs(group: dist.ProcessGroup, folder: Path) -> Any:
     return {name: float(v) for name, v in metrics.items()}
 
 
+class AsOnGPU(DDPStrategy):
+    """Registers the communication hook, which Lightning does on a GPU alone."""
+
+    def _register_ddp_hooks(self) -> None:
+        with mock.patch.object(DDPStrategy, "root_device", torch.device("cuda")):
+            super()._register_ddp_hooks()
+
+
+def comm_state(group: dist.ProcessGroup, compressor: saef.Compressor) -> Any:
+    """DDPStrategy(ddp_comm_state=Later): (the run with the callback, that, what a CPU's own way warns of)."""
+    callback, _ = fit({"compressor": compressor}, Lit("AdamW"))
+    later = saef.Later(compressor=compressor)
+    words: Any = {"process_group_backend": "gloo", "ddp_comm_hook": saef_hook}
+    fit(None, Lit("AdamW"), strategy=AsOnGPU(ddp_comm_state=later, **words))
+    ignored, said = saef.Later(compressor=compressor), []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("saef").addHandler(handler)
+    fit(None, Lit("AdamW"), strategy=DDPStrategy(ddp_comm_state=ignored, **words))
+    logging.getLogger("saef").removeHandler(handler)
+    return record(callback.state), record(later.state), said  # type: ignore[arg-type]
+
+
 class Two(Lit):
     def configure_optimizers(self) -> Any:
         return [torch.optim.SGD(self.net.a.parameters(), 0.1), torch.optim.SGD(self.net.b.parameters(), 0.1)]
@@ -324,6 +347,7 @@ def refused(group: dist.ProcessGroup) -> dict[str, str]:
     fit(ours, early, **once)
     cases: dict[str, Any] = {
         "misspelt": lambda: SAEFCallback(compresor=saef.TopK(0.2)),
+        "bad value": lambda: SAEFCallback(step_ahead=2.0),
         "metrics": lambda: fit({**ours, "metrics": ("byte_per_step",)}, Lit()),
         "misspelt strategy": lambda: SAEFStrategy(find_unused_parameter=True),
         "two optimizers": lambda: fit(ours, Two(manual=True), **once),
