@@ -69,6 +69,10 @@ class SAEFCallback(Callback):  # type: ignore[misc]
 
     # ---- what Lightning calls ---------------------------------------------------------------
 
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Before any on_fit_start: that of Tuner's callbacks trains already, with no other callback than theirs."""
+        trainer.callbacks = [self, *(c for c in trainer.callbacks if c is not self)]
+
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """DDP and optimizer are there; of a checkpoint, the weights are loaded, and the optimizer not yet."""
         if self.state is not None:
@@ -102,7 +106,8 @@ class SAEFCallback(Callback):  # type: ignore[misc]
             found = self.state.metrics()
             pl_module.log_dict({f"saef/{name}": found[name] for name in self._metrics})
 
-    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Also after Tuner's, which end a fit by an exception that no callback is told of."""
         self._give_back(trainer)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
