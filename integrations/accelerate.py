@@ -39,7 +39,6 @@ except ModuleNotFoundError as error:
     ) from error
 
 logger = logging.getLogger("saef")
-CLIPS = "%s is taken over as SAEFState's max_grad_norm: each rank's own gradient is clipped, before it is sent"
 
 
 def attach(
@@ -89,7 +88,8 @@ def _check(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Op
             f"attach() needs the DistributedDataParallel that accelerator.prepare(model) returns, got "
             f"{type(model).__name__} with distributed_type={accelerator.distributed_type.value}: start several "
             "processes (torchrun, accelerate launch) without FSDP, DeepSpeed and Megatron, and call attach() after "
-            "prepare(); a single process has nothing to exchange"
+            "prepare(); a single process has nothing to exchange. (DeepSpeed, also in Hugging Face's Trainer, takes "
+            "SAEF from its JSON instead: saef.integrations.deepspeed)"
         )
     if not isinstance(optimizer, AcceleratedOptimizer):
         raise ValueError(

@@ -26,7 +26,7 @@ from typing_extensions import Unpack
 
 import saef
 from saef.hooks import saef_hook
-from saef.step.arguments import Agreed, check_known
+from saef.step.arguments import CLIPS, Agreed, check_known
 from saef.telemetry import LOGGED
 
 try:
@@ -131,11 +131,7 @@ class SAEFCallback(Callback):  # type: ignore[misc]
                 f"Trainer(gradient_clip_val={theirs}) and SAEFCallback(max_grad_norm={ours}) both clip: give one"
             )
         if trainer.is_global_zero:
-            logger.warning(
-                "Trainer(gradient_clip_val=%s) is taken over as SAEFState's max_grad_norm: each rank's own gradient is "
-                "clipped, before it is sent",
-                theirs,
-            )
+            logger.warning(CLIPS, f"Trainer(gradient_clip_val={theirs})")
         return theirs
 
     def _give_back(self, trainer: Any) -> None:

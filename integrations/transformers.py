@@ -19,11 +19,11 @@ from typing import Any, final
 from typing_extensions import Unpack
 
 import saef
-from saef.step.arguments import Agreed, check_known
+from saef.step.arguments import CLIPS, Agreed, check_known
 from saef.step.unwrap import innermost, unwrap_model
 from saef.telemetry import LOGGED
 
-from .accelerate import CLIPS, bind, load, logger
+from .accelerate import bind, load, logger
 
 try:
     from transformers import Trainer, TrainerCallback
