@@ -64,7 +64,8 @@ class Later:
         """Make the SAEFState. Collective, as SAEFState; once, or again after that one's detach().
 
         Args:
-            model, optimizer: as of SAEFState.
+            model: as of SAEFState.
+            optimizer: likewise.
             others: keyword arguments that are known only now (grad_scaler, ...). They go before the earlier ones.
 
         Raises:
