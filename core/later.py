@@ -106,9 +106,10 @@ class Later:
         elif not (model._comm_hooks or self._told):
             self._told = True
             logger.warning(
-                "a DistributedDataParallel trains without a communication hook, and a saef.Later(...) is not bound. If "
-                "they belong together: register_comm_hook(later, saef_hook) before the first forward. (Lightning "
-                "registers DDPStrategy(ddp_comm_hook=...) on GPUs alone: use saef.integrations.lightning)"
+                "a DistributedDataParallel trains without a communication hook, and settings of saef still wait for a "
+                "model (saef.Later, or an adapter's callback). If they are for this one: register_comm_hook(later, "
+                "saef_hook) before its first forward, or give the trainer the callback. (Lightning registers "
+                "DDPStrategy(ddp_comm_hook=...) on GPUs alone: use saef.integrations.lightning)"
             )
 
 

@@ -15,9 +15,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
+import saef
+from saef.hooks import saef_hook
 from support import CHECKOUT, EXAMPLES, environment
 from support.equal import assert_equal
+from support.ranks import context
 
 pytestmark = [pytest.mark.ahead, pytest.mark.skipif(find_spec("ray") is None, reason="needs ray")]
 JOB = Path(__file__).parents[1] / "support" / "ray_job.py"
@@ -61,12 +67,33 @@ def parts(folder: Path) -> dict[str, Any]:
     """The files of a checkpoint, by name, without the bytes that checkpoints and what was looked at have cost."""
     found = {path.name: torch.load(path, weights_only=True) for path in folder.glob("*.pt")}
     for of_rank in (found[f"rank-{k}-of-2.pt"]["saef"][f"rank_{k}"] for k in range(2)):
-        assert of_rank["bytes"].pop("checkpoint") and of_rank["bytes"].pop("settings")
+        of_rank["bytes"] = {name: sent for name, sent in of_rank["bytes"].items() if "phase" in name}
     return found
 
 
+def by_hand(rank: int, folder: Path) -> None:
+    """The example's training by DDP alone, in a process of its own."""
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    centres = torch.randn(10, 64)
+    model = DistributedDataParallel(nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10)))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    state = saef.SAEFState(model, optimizer, compressor=saef.ScaledSign())
+    model.register_comm_hook(state, saef_hook)
+    torch.manual_seed(1 + rank)
+    for _ in range(100):
+        labels = torch.randint(10, (32,))
+        loss = nn.functional.cross_entropy(model(centres[labels] + 2 * torch.randn(32, 64)), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    torch.save({"saef": state.state_dict()}, folder / f"rank-{rank}-of-2.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 def test_a_killed_worker_and_another_number_of_workers(tmp_path: Path) -> None:
-    """The page's script, as it stands there, is the run that nobody disturbs; then the same with a death in step 49."""
+    """The page's script, as it stands there, trains as DDP does by hand; then the same with a death in step 49."""
     page = (CHECKOUT / "docs" / "ray.md").read_text()
     (script,) = re.findall(r"^```python\n(# train_ray.py.*?)^```$", page, re.M | re.S)
     assert script == (EXAMPLES / "train_ray.py").read_text()
@@ -78,6 +105,16 @@ def test_a_killed_worker_and_another_number_of_workers(tmp_path: Path) -> None:
     assert said["step"] == 100 and said["loss"] < 0.2 and said["compression"] > 30  # log(10) is guessing
     expected = parts(max((quiet / "checkpoints" / "saef").glob("checkpoint_2*")))
     assert {*expected} == {"consolidated.pt", "rank-0-of-2.pt", "rank-1-of-2.pt"}
+
+    plain = tmp_path / "by hand"
+    plain.mkdir()
+    ranks = [context().Process(target=by_hand, args=(rank, plain)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+    for name, found in parts(plain).items():
+        assert_equal(found["saef"], expected[name]["saef"])
 
     run(JOB, killed)
     assert (killed / "killed").exists()
