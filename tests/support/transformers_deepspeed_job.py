@@ -6,6 +6,7 @@ be looked at.
 
 import json
 import logging
+import re
 import sys
 from copy import deepcopy
 from pathlib import Path
@@ -17,39 +18,22 @@ import torch.distributed as dist
 
 import saef
 import saef.integrations.deepspeed
-from support import trainers
+from support import CHECKOUT, trainers
 from support.trainers import STEPS, record
 from support.transformers_ranks import make
 
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiling it takes two minutes; it is not used here
 deepspeed.utils.logger.setLevel(logging.ERROR)
+# That of docs/deepspeed.md, and a scheduler.
+(BLOCK,) = re.findall(
+    r'```json\n({[^`]*"gradient_clipping": "auto"[^`]*)```', (CHECKOUT / "docs/deepspeed.md").read_text()
+)
 AUTO: dict[str, Any] = {
-    "optimizer": {
-        "type": "SAEF",
-        "params": {
-            "rule": {"type": "adamw"},
-            "lr": "auto",
-            "betas": "auto",
-            "eps": "auto",
-            "weight_decay": "auto",
-            "compressor": {"type": "topk", "ratio": 0.2},
-        },
-    },
+    **json.loads(BLOCK),
     "scheduler": {
         "type": "WarmupDecayLR",
-        "params": {
-            "warmup_min_lr": "auto",
-            "warmup_max_lr": "auto",
-            "warmup_num_steps": "auto",
-            "total_num_steps": "auto",
-        },
+        "params": dict.fromkeys(("warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "total_num_steps"), "auto"),
     },
-    "zero_optimization": {"stage": 0},
-    "bf16": {"enabled": "auto"},
-    "gradient_clipping": "auto",
-    "gradient_accumulation_steps": "auto",
-    "train_batch_size": "auto",
-    "train_micro_batch_size_per_gpu": "auto",
 }
 WORDS: dict[str, Any] = {"adam_beta2": 0.95, "adam_epsilon": 1e-6, "weight_decay": 0.01, "max_grad_norm": 0.5}
 
@@ -68,7 +52,7 @@ def by_hand(epoch: list[Any], lrs: list[float]) -> dict[str, Any]:
             if (lr := next(self.rest, None)) is not None:
                 self.optimizer.param_groups[0]["lr"] = lr
 
-    settings = {"compressor": saef.TopK(0.2), "max_grad_norm": 0.5}
+    settings = {"compressor": saef.ScaledSign(), "max_grad_norm": 0.5}
     return trainers.train_by_hand(adamw, [epoch], settings, Given, every_step=1)
 
 
