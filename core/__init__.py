@@ -10,6 +10,7 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+from .later import Later
 from .protocols.adaptive import StochasticAdaptive
 from .protocols.averaging import AllReduce, Averaging, LocalStep, Rotating, Slack
 from .protocols.gossip import AsyncParameterServer, AsyncRing, Gossip, Ring
@@ -33,6 +34,7 @@ __all__ = [
     "Exempt",
     "Gossip",
     "Identity",
+    "Later",
     "LocalStep",
     "MajorityVote",
     "MinSize",
