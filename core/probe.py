@@ -36,9 +36,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 PLAIN, HALF = "plain DDP", "fp16 hook"
 NAMES = (PLAIN, HALF, *SETTINGS)
 
-SIZES = [1 << 10, 1 << 14, 1 << 17, 1 << 20, 1 << 22, 1 << 24]  # bytes that collectives are measured with
+SIZES = [1 << 10, 1 << 16, 1 << 20, 1 << 22, 1 << 24]  # bytes that collectives are measured with
 LONG_S = 0.3  # no larger size after one that takes so long
-REPETITIONS = 5
+REPETITIONS = 3
 LONGEST_PAUSE_S = 0.25
 ALONE = "training on one rank"
 TENSOR = 1 << 20  # coordinates of each tensor, where the model is not known
