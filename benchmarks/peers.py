@@ -7,7 +7,7 @@
 The first form measures each cell of the grid in `benchmarks/netlab` (needs root), writes it to --out at once and prints
 its table; started again it goes on with the cells that are missing. A cell is one run of all methods, in turn, so that
 a noisy neighbour hits all alike: at least three rounds, at most --rounds, and none begins after --seconds. Step times
-are the slowest rank's, by step of the optimizer, of pieces of at least half a second. `wire` is what a rank's
+are the slowest rank's, by step of the optimizer, of pieces of about a second. `wire` is what a rank's
 interface has sent, `counted` what saef says it has sent. Ratios are to plain DDP by the same optimizer in the same
 cell, and above 1 where the method is faster. Where the machine's memory does not hold all methods at once, a cell is
 measured in two or more parts, each with plain DDP. With --advise the functions of `python -m saef advise` predict each
@@ -38,7 +38,7 @@ from saef import advise, probe
 
 HERE = Path(__file__).resolve()
 PARTS = ("compress", "exchange", "apply")
-PIECE_S, MOST_STEPS, LEAST_ROUNDS = 0.5, 16, 3
+PIECE_S, MOST_STEPS, LEAST_ROUNDS = 1.0, 16, 3
 VECTORS = 5.5  # of the model's size, that a method needs in a rank
 Record = dict[str, Any]
 
@@ -70,25 +70,30 @@ class Measured:
         self.batch = self.trainer.workload.sample(args.batch or self.trainer.workload.batch)
         self.every, self.steps = METHODS[name].steps, 0
         self.seconds: list[float] = []
-        self.wire = 0.0
+        self.wire, self.first, self.all_steps = 0.0, 0, 0
         self.before: dict[str, float] = {}
         for _ in range({"power": 3, "local": 1}.get(METHODS[name].kind, 2)):
             self.piece(self.every)  # compiles, allocates, lets DDP rebuild its buckets and PowerSGD begin
         per_step = agreed(self.seconds[-1])
         steps = min(MOST_STEPS, max(1, math.ceil(PIECE_S / per_step)))
         self.length = -(-steps // self.every) * self.every
-        self.seconds, self.steps, self.wire, self.before = [], 0, 0.0, self.metrics()
+        self.first = self.every if self.length > self.every else 0
+        self.seconds, self.steps, self.all_steps, self.wire, self.before = [], 0, 0, 0.0, self.metrics()
 
     def metrics(self) -> dict[str, float]:
         return self.trainer.state.metrics() if self.trainer.state is not None else {}
 
     def piece(self, steps: int) -> None:
+        """So many steps, after one or one round that does not count: other methods have had caches and connections."""
         dist.barrier()
+        for _ in range(self.first):
+            self.trainer.step(self.batch)
         sent, start = interface_bytes(), time.perf_counter()
         for _ in range(steps):
             self.trainer.step(self.batch)
         self.seconds.append((time.perf_counter() - start) / steps)
         self.steps += steps
+        self.all_steps += self.first + steps
         self.wire += interface_bytes() - sent
 
     def report(self) -> Record:
@@ -96,10 +101,11 @@ class Measured:
         slowest = torch.tensor(self.seconds, dtype=torch.float64)
         dist.all_reduce(slowest, dist.ReduceOp.MAX)
         now = self.metrics()
-        mean = [self.wire, *((now[f"seconds_{p}"] - self.before[f"seconds_{p}"]) if now else 0.0 for p in PARTS)]
-        sent = torch.tensor([*mean, now["bytes_sent"] - self.before["bytes_sent"] if now else 0.0], dtype=torch.float64)
-        dist.all_reduce(sent)
-        per_step = (sent / dist.get_world_size() / self.steps).tolist()
+        keys = [*(f"seconds_{part}" for part in PARTS), "bytes_sent"]
+        mine = [self.wire / self.steps, *((now[k] - self.before[k]) / self.all_steps if now else 0.0 for k in keys)]
+        mean = torch.tensor(mine, dtype=torch.float64)
+        dist.all_reduce(mean)
+        per_step = (mean / dist.get_world_size()).tolist()
         record: Record = {"seconds": slowest.tolist(), "wire_bytes": per_step[0], "steps_a_piece": self.length}
         if self.trainer.state is not None:
             record |= dict(zip(PARTS, per_step[1:4], strict=True), counted_bytes=per_step[4])

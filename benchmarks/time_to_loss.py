@@ -2,7 +2,7 @@
 
     python benchmarks/time_to_loss.py --task gpt [--steps 320] [--lrs 2e-3 4e-3 8e-3] [--seeds 1] [--shares 50 90 97]
     python benchmarks/time_to_loss.py --task resnet --data .cache/fashion-mnist
-    python benchmarks/time_to_loss.py --task gpt --live "SAEF sign" --share 90
+    python benchmarks/time_to_loss.py --task gpt --live "SAEF sign" [--live-mbit 25]
 
 Losses by step do not depend on the network, and step times do not depend on the loss. So each method and learning
 rate is trained once, on links that are not shaped; steps are measured apart, by peers.py, on links of the rates at
@@ -13,10 +13,10 @@ benchmarks/netlab.
 
 The tasks are gpt (1.2 M parameters on the bytes of Python's standard library, AdamW, clipping at 1) and resnet (1.2 M
 parameters, 12,800 images of Fashion-MNIST at 14x14, momentum SGD); 4 ranks, batches of 32 and 128 in all; a warm-up
-over a tenth of the steps and then a cosine. Every method gets the same budget: each of --lrs, and where none of these
-runs reaches the target, the best of them once more over half as many steps again. With --seeds N the best is run N
-times. The target is the lowest loss at which plain DDP ends. A method that never gets there has no time, and the table
-says how far it came. Results are kept in --out, and a run that is started again goes on.
+over a tenth of the steps and then a cosine. Every method gets the same budget: each of --lrs, and the best of them once
+more over half as many steps again. With --seeds N the best is run N times. The target is the lowest loss at which plain
+DDP ends after --steps. A method that never gets there has no time, and the table says how far it came. Results are kept
+in --out, and a run that is started again goes on.
 """
 
 import argparse
@@ -220,14 +220,15 @@ class Results:
         """The lowest loss at which plain DDP ends."""
         return min(r["curve"][-1][1] for r in self.runs(method=PLAIN, steps=self.args.steps, seed=0))
 
-    def best(self, method: str) -> Record:
-        """The run of the first seed that is soonest at the target, or else ends lowest."""
+    def best(self, method: str, steps: int | None = None) -> Record:
+        """The run of the first seed, and of so many steps, that is soonest at the target, or else ends lowest."""
         target = self.target()
 
         def key(r: Record) -> tuple[float, float]:
             return steps_to(r["curve"], target), r["curve"][-1][1]
 
-        return min((r for r in self.runs(method=method, seed=0) if r["lr"] in self.args.lrs), key=key)
+        runs = self.runs(method=method, seed=0, **({} if steps is None else {"steps": steps}))
+        return min((r for r in runs if r["lr"] in self.args.lrs), key=key)
 
     def cell(self, mbit: float | None) -> Record:
         """Steps of all methods on links of this rate."""
@@ -239,6 +240,19 @@ class Results:
         self.found["cells"].append(measure(options, {**where, "part": 1, "parts": 1}, self.args.methods))
         self.save()
         return self.found["cells"][-1]
+
+    def mbits(self) -> list[float]:
+        """The links' rates."""
+        return self.args.mbit or [self.mbit_for(share) for share in self.args.shares]
+
+    def mbit_for(self, share: float) -> float:
+        """The rate at which plain DDP spends so many per cent of a step on the network; three digits of it.
+
+        Its step is taken to be that on a link that is not shaped, and the bytes that it sends at this rate.
+        """
+        plain = self.cell(None)["methods"][PLAIN]
+        network_s = median(plain["seconds"]) * share / (100 - share)
+        return float(f"{8e-6 * HEADERS * plain['wire_bytes'] / network_s:.3g}")
 
 
 def longer(steps: int) -> int:
@@ -256,19 +270,10 @@ def steps_to(curve: list[list[float]], target: float) -> float:
 def tune(results: Results) -> None:
     args = results.args
     results.do([results.run(m, lr, args.steps) for m in args.methods for lr in args.lrs])
-    target = results.target()
-    short = [m for m in args.methods if math.isinf(steps_to(results.best(m)["curve"], target))]
-    results.do([results.run(m, results.best(m)["lr"], longer(args.steps)) for m in short])
+    results.do([results.run(m, results.best(m, args.steps)["lr"], longer(args.steps)) for m in args.methods])
     for seed in range(1, args.seeds):
         best = [results.best(m) for m in args.methods]
         results.do([results.run(b["method"], b["lr"], b["steps"], seed) for b in best])
-
-
-def mbit_for(share: float, unshaped: Record) -> float:
-    """The rate at which plain DDP spends this share of a step on the network; three digits of it."""
-    plain = unshaped["methods"][PLAIN]
-    network_s = median(plain["seconds"]) * share / (1 - share)
-    return float(f"{8e-6 * HEADERS * plain['wire_bytes'] / network_s:.3g}")
 
 
 def needed(results: Results, method: str) -> tuple[float, float, float]:
@@ -286,17 +291,17 @@ def report(results: Results) -> list[Record]:
     unshaped = results.cell(None)
     own = median(unshaped["methods"][PLAIN]["seconds"])
     print(f"\n{args.task}, {args.ranks} ranks: held-out loss of {results.target():.4f}, where plain DDP ends")
-    for share in args.shares:
-        cell = results.cell(mbit_for(share / 100, unshaped))
+    for mbit in results.mbits():
+        cell = results.cell(mbit)
         plain_s = median(cell["methods"][PLAIN]["seconds"])
         base = needed(results, PLAIN)[0] * plain_s
-        print(f"\n{cell['rate_mbit']:g} Mb/s: plain DDP spends {1 - own / plain_s:.0%} of a step on the network")
+        print(f"\n{mbit:g} Mb/s: plain DDP spends {1 - own / plain_s:.0%} of a step on the network")
         print(f"{'':26}{'lr':>8}{'steps':>8}{'ms a step':>11}{'seconds':>10}{'sooner':>9}{'MB':>10}{'last loss':>17}")
         for method in args.methods:
             best, (steps, there, last) = results.best(method), needed(results, method)
             way = cell["methods"][method]
             step_s = median(way["seconds"])
-            row = {"share": share, "mbit": cell["rate_mbit"], "method": method, "lr": best["lr"], "steps": steps}
+            row = {"share": 1 - own / plain_s, "mbit": mbit, "method": method, "lr": best["lr"], "steps": steps}
             row |= {"seconds": steps * step_s, "sooner": base / (steps * step_s), "bytes": steps * way["wire_bytes"]}
             rows.append(row | {"step_s": step_s, "final_loss": last, "seeds_there": there})
             line = f"{method:26}{best['lr']:8g}"
@@ -316,18 +321,18 @@ def draw(results: Results, path: Path) -> None:
     matplotlib.use("Agg")  # no display needed
     from matplotlib import pyplot
 
-    args, unshaped = results.args, results.cell(None)
+    args, mbits = results.args, results.mbits()
     figure, panels = pyplot.subplots(
-        1, len(args.shares), figsize=(5.4 * len(args.shares), 5), sharey=True, layout="constrained", squeeze=False
+        1, len(mbits), figsize=(5.4 * len(mbits), 5), sharey=True, layout="constrained", squeeze=False
     )
-    for panel, share in zip(panels[0], args.shares, strict=True):
-        cell = results.cell(mbit_for(share / 100, unshaped))
+    for panel, mbit in zip(panels[0], mbits, strict=True):
+        cell = results.cell(mbit)
         for index, method in enumerate(args.methods):
             curve, step_s = results.best(method)["curve"][1:], median(cell["methods"][method]["seconds"])
             style = "-" if index < 10 else "--"
             panel.plot([s * step_s for s, _, _ in curve], [loss for _, loss, _ in curve], style, label=method)
         panel.axhline(results.target(), color="k", lw=0.7)
-        panel.set(xscale="log", xlabel="seconds", title=f"{cell['rate_mbit']:g} Mb/s ({share:g} % for plain DDP)")
+        panel.set(xscale="log", xlabel="seconds", title=f"{mbit:g} Mb/s")
         panel.grid(alpha=0.3)
     panels[0][0].set(ylabel=f"held-out loss at x, {args.task}")
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
@@ -337,7 +342,7 @@ def draw(results: Results, path: Path) -> None:
 def live(results: Results) -> None:
     """One method on a link of one rate, end to end, beside the product."""
     args = results.args
-    cell, best = results.cell(mbit_for(args.share / 100, results.cell(None))), results.best(args.live)
+    cell, best = results.cell(args.live_mbit or results.mbit_for(90.0)), results.best(args.live)
     run = results.run(args.live, best["lr"], best["steps"])
     (found,) = results.do([run], f"{cell['rate_mbit']:g}")
     step_s, (_, loss, seconds) = median(cell["methods"][args.live]["seconds"]), found["curve"][-1]
@@ -359,9 +364,10 @@ def parse() -> argparse.Namespace:
     add("--seeds", type=int, default=1)
     add("--methods", choices=METHODS, nargs="+", metavar="NAME", help="default: all; in quotes, as in the table")
     add("--shares", type=float, nargs="+", default=[50.0, 90.0, 97.0], help="per cent")
+    add("--mbit", type=float, nargs="+", help="rates, in place of --shares")
     add("--seconds", type=float, default=90.0, help="after which no further round of measuring steps begins")
     add("--live", choices=METHODS, metavar="NAME", help="train this method on a shaped link, once all is measured")
-    add("--share", type=float, default=90.0, help="of --live")
+    add("--live-mbit", type=float, help="of --live (default: that of 90 %% on the network)")
     add("--out", type=Path, help="default: .cache/time_to_loss_TASK.json")
     add("--train", type=Path, help=argparse.SUPPRESS)
     add("--into", type=Path, help=argparse.SUPPRESS)
@@ -376,7 +382,7 @@ def parse() -> argparse.Namespace:
         parser.error(f"--live {args.live!r} is not among --methods")
     if args.steps < EVERY or args.steps % EVERY:
         parser.error(f"--steps must be a multiple of {EVERY}, got {args.steps}")
-    if not all(0 < share < 100 for share in [*args.shares, args.share]):
+    if not all(0 < share < 100 for share in args.shares):
         parser.error("a share is between 0 and 100 per cent")
     if args.task == "resnet" and not args.data.is_dir():
         parser.error(f"no folder {args.data}: `make .cache/fashion-mnist/.complete` fetches the data")
