@@ -1,6 +1,6 @@
 """Seconds and bytes until a method has the held-out loss at which full precision ends, on slow links.
 
-    python benchmarks/time_to_loss.py --task gpt [--steps 320] [--lrs 2e-3 4e-3 8e-3] [--seeds 1] [--shares 50 90 97]
+    python benchmarks/time_to_loss.py --task gpt [--steps 240] [--lrs 2e-3 4e-3 8e-3] [--seeds 1] [--shares 50 90 97]
     python benchmarks/time_to_loss.py --task resnet --data .cache/fashion-mnist
     python benchmarks/time_to_loss.py --task gpt --live "SAEF sign" [--live-mbit 25]
 
@@ -12,7 +12,7 @@ rate, and prints the seconds that this took (evaluations not counted) beside the
 benchmarks/netlab.
 
 The tasks are gpt (1.2 M parameters on the bytes of Python's standard library, AdamW, clipping at 1) and resnet (1.2 M
-parameters, 12,800 images of Fashion-MNIST at 14x14, momentum SGD); 4 ranks, batches of 32 and 128 in all; a warm-up
+parameters, 12,800 images of Fashion-MNIST at 14x14, momentum SGD); 4 ranks, batches of 32 and 64 in all; a warm-up
 over a tenth of the steps and then a cosine. Every method gets the same budget: each of --lrs, and the best of them once
 more over half as many steps again. With --seeds N the best is run N times. The target is the lowest loss at which plain
 DDP ends after --steps. A method that never gets there has no time, and the table says how far it came. Results are kept
@@ -359,7 +359,7 @@ def parse() -> argparse.Namespace:
     add("--task", choices=TASKS, required=True)
     add("--data", type=Path, default=Path(".cache/fashion-mnist"), help="folder with Fashion-MNIST's four IDX files")
     add("--ranks", type=int, default=4)
-    add("--steps", type=int, default=320, help=f"of plain DDP, a multiple of {EVERY}")
+    add("--steps", type=int, default=240, help=f"of plain DDP, a multiple of {EVERY}")
     add("--lrs", type=float, nargs="+", help="the budget (default: three for each task)")
     add("--seeds", type=int, default=1)
     add("--methods", choices=METHODS, nargs="+", metavar="NAME", help="default: all; in quotes, as in the table")

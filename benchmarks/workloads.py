@@ -91,7 +91,7 @@ WORKLOADS = {
         resnet,
         cross_entropy,
         lambda n: (torch.randn(n, 1, 14, 14), torch.randint(10, (n,))),
-        batch=32,
+        batch=16,
         lr=0.1,
         weight_decay=5e-4,
     ),
