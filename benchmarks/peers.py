@@ -3,16 +3,17 @@
     python benchmarks/peers.py [--rates 100 250 1000 none] [--delays 0 20] [--ranks 2 4 8] [--models linear resnet gpt]
                                [--methods NAME...] [--rounds 9] [--seconds 90] [--advise] [--out .cache/peers.json]
     python benchmarks/peers.py --show .cache/peers.json [--plot peers.png]
+    benchmarks/netlab 100 4 -- python benchmarks/peers.py --cell [--model linear] [--bucket-mb 4]
 
 The first form measures each cell of the grid in `benchmarks/netlab` (needs root), writes it to --out at once and prints
 its table; started again it goes on with the cells that are missing. A cell is one run of all methods, in turn, so that
 a noisy neighbour hits all alike: at least three rounds, at most --rounds, and none begins after --seconds. Step times
-are the slowest rank's, by step of the optimizer, of pieces of about a second. `wire` is what a rank's
-interface has sent, `counted` what saef says it has sent. Ratios are to plain DDP by the same optimizer in the same
-cell, and above 1 where the method is faster. Where the machine's memory does not hold all methods at once, a cell is
-measured in two or more parts, each with plain DDP. With --advise the functions of `python -m saef advise` predict each
-cell's steps, in the cell itself, and the table has their error. --cell is one cell alone, on ranks that someone else
-has started.
+are the slowest rank's, by step of the optimizer, of pieces of about a second. `wire` is what a rank's interface has
+sent, `counted` what saef says it has sent, or what a ring all-reduce sends. Ratios are to plain DDP by the same
+optimizer in the same cell, and above 1 where the method is faster. Where the machine's memory does not hold all methods
+at once, a cell is measured in two or more parts, each with plain DDP. With --advise the functions of `python -m saef
+advise` predict each cell's steps, in the cell itself, and the table has their error. --cell is one cell alone, on ranks
+that someone else has started.
 """
 
 import argparse
@@ -65,7 +66,7 @@ class Measured:
     """A method's trainer and what was seen of it: seconds a step of each round, bytes and saef's clock in all."""
 
     def __init__(self, name: str, args: argparse.Namespace) -> None:
-        self.trainer = Trainer(WORKLOADS[args.model], name)
+        self.trainer = Trainer(WORKLOADS[args.model], name, bucket_mb=args.bucket_mb)
         torch.manual_seed(1 + dist.get_rank())
         self.batch = self.trainer.workload.sample(args.batch or self.trainer.workload.batch)
         self.every, self.steps = METHODS[name].steps, 0
@@ -110,6 +111,9 @@ class Measured:
         if self.trainer.state is not None:
             record |= dict(zip(PARTS, per_step[1:4], strict=True), counted_bytes=per_step[4])
             record["strategy"] = self.trainer.state.strategy
+        elif (each := {"plain": 4, "fp16": 2, "local": 4}.get(self.trainer.method.kind)) is not None:
+            K = dist.get_world_size()  # a ring all-reduce
+            record["counted_bytes"] = 2 * (K - 1) / K * each * self.trainer.parameters() / self.every
         return record
 
 
@@ -238,9 +242,25 @@ def merged(cells: list[Record]) -> list[Record]:
 def show(cells: list[Record], plot: Path | None) -> None:
     for cell in cells:
         print(f"\n{title(cell)}" + (f", part {cell['part']}" if cell["parts"] > 1 else "") + f"\n{table(cell)}")
+    print(traffic(merged(cells)))
     if plot:
         draw(merged(cells), plot)
         print(f"\npicture saved to {plot.resolve()}")
+
+
+def traffic(cells: list[Record]) -> str:
+    """MB on the interface of a rank in a step, by the number of ranks, and what was counted; the first link's."""
+    lines = []
+    for model in dict.fromkeys(c["model"] for c in cells):
+        mine = {c["ranks"]: c for c in reversed(cells) if c["model"] == model}
+        ranks = sorted(mine)
+        lines.append(f"\n{f'{model}, MB a step':26}" + "".join(f"{f'{k} ranks (counted)':>24}" for k in ranks))
+        for name in METHODS:
+            ways = [mine[k]["methods"].get(name) for k in ranks]
+            if any(ways):
+                parts = [(w["wire_bytes"] / 1e6, w.get("counted_bytes", math.nan) / 1e6) if w else None for w in ways]
+                lines.append(f"{name:26}" + "".join(f"{f'{p[0]:.3f} ({p[1]:.3f})' if p else '':>24}" for p in parts))
+    return "\n".join(lines)
 
 
 def draw(cells: list[Record], path: Path) -> None:
@@ -333,6 +353,7 @@ def run_grid(args: argparse.Namespace) -> None:
                         args.out.write_text(json.dumps(cells, indent=1))
                         print(f"\n{title(cells[-1])}   ({time.perf_counter() - began:.0f} s)\n{table(cells[-1])}")
                         sys.stdout.flush()
+    print(traffic(merged(cells)))
     draw(merged(cells), args.plot or args.out.with_suffix(".png"))
     print(f"\n{len(cells)} cells in {args.out}, picture in {args.plot or args.out.with_suffix('.png')}")
 
@@ -358,6 +379,7 @@ def main() -> None:
     add("--cell", action="store_true")
     add("--model", choices=WORKLOADS, default="linear", help="of --cell")
     add("--batch", type=int, help="of --cell: examples of each rank")
+    add("--bucket-mb", type=float, help="of --cell: DDP's bucket_cap_mb, of all methods")
     add("--cell-out", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.show:

@@ -7,7 +7,8 @@
 The formulas are `saef.comm.cost`'s, as in `python -m saef advise`. Fitted by non-negative least squares of relative
 errors on the cells of benchmarks/peers.py, whose rates and delays are known:
 
-    compute of each model and number of ranks; kernel seconds a coordinate of each method; a latency of each hop and
+    compute of each model and number of ranks; kernel seconds a coordinate of each method there; how many of the link's
+    delays a hop takes (gloo asks before it sends, which is a delay there and one back); a latency of each hop and
     seconds a byte in software, which come on top of the link's
 
 The last and the kernels grow with the ranks that share a core. Nothing overlaps in it, since the ranks of peers.py use
@@ -76,7 +77,7 @@ class Point(NamedTuple):
 
     Attributes:
         link: (Mb/s or None, ms). compute: (model, ranks, AdamW or not), which have a compute time in common.
-        share: ranks that share a core. network_s: the link's part of the step. hops, bytes: that it sends.
+        share: ranks that share a core. link_s: its bytes on the link. hops, bytes: that it sends.
     """
 
     link: tuple[float | None, float]
@@ -86,7 +87,7 @@ class Point(NamedTuple):
     ranks: int
     share: float
     seconds: float
-    network_s: float
+    link_s: float
     hops: float
     bytes: float
 
@@ -105,9 +106,8 @@ def points_of(cells: list[dict[str, Any]], cores: int) -> list[Point]:
                 return step_seconds(method, alpha_beta(K, latency_s, 1 / s_per_byte), 0.0, overlap=False)
 
             each = HEADERS * 8 / (rate * 1e6) if rate else 0.0
-            delay = cell["delay_ms"] / 1e3
             none = 1e-30  # next to nothing
-            link = on_network(delay, max(each, none))
+            link_s = on_network(0.0, max(each, none))
             adamw = "AdamW" in name
             found.append(
                 Point(
@@ -118,7 +118,7 @@ def points_of(cells: list[dict[str, Any]], cores: int) -> list[Point]:
                     K,
                     max(1.0, K / cores),
                     median(way["seconds"]),
-                    link,
+                    link_s,
                     on_network(1.0, none),
                     step_bytes(method, K),
                 )
@@ -127,39 +127,42 @@ def points_of(cells: list[dict[str, Any]], cores: int) -> list[Point]:
 
 
 class Fit(NamedTuple):
-    """latency_s of a hop and s_per_byte in software, beside the link's; compute and kernels by their keys."""
+    """What was found: delays of the link in a hop; latency_s of a hop and s_per_byte in software, beside the link's;
+    compute by `Point.compute`, kernels by model and method."""
 
+    delays: float
     latency_s: float
     s_per_byte: float
     compute: dict[tuple[Any, ...], float]
-    kernels: dict[str, float]
+    kernels: dict[tuple[str, str], float]
 
     def __call__(self, p: Point) -> float:
-        own = self.compute.get(p.compute, math.nan) + self.kernels.get(p.name, 0.0) * p.d * p.share
-        return own + p.network_s + self.latency_s * p.hops + self.s_per_byte * p.bytes * p.share
+        own = self.compute.get(p.compute, math.nan) + self.kernels.get((p.compute[0], p.name), 0.0) * p.d * p.share
+        hop_s = self.latency_s + self.delays * p.link[1] / 1e3
+        return own + p.link_s + hop_s * p.hops + self.s_per_byte * p.bytes * p.share
 
 
 def fit(points: list[Point]) -> Fit:
     from scipy.optimize import nnls
 
     computes = sorted({p.compute for p in points})
-    names = [n for n in METHODS if not n.startswith("plain") and any(p.name == n for p in points)]
-    A = np.zeros((len(points), 2 + len(computes) + len(names)))
+    of = {p: (p.compute[0], p.name) for p in points}
+    names = sorted({key for key in of.values() if not key[1].startswith("plain")})
+    first, at = 3, 3 + len(computes)
+    A = np.zeros((len(points), at + len(names)))
     for row, p in zip(A, points, strict=True):
-        row[0], row[1] = p.hops, p.bytes * p.share
-        row[2 + computes.index(p.compute)] = 1.0
-        if p.name in names:
-            row[2 + len(computes) + names.index(p.name)] = p.d * p.share
+        row[:first] = p.hops * p.link[1] / 1e3, p.hops, p.bytes * p.share
+        row[first + computes.index(p.compute)] = 1.0
+        if of[p] in names:
+            row[at + names.index(of[p])] = p.d * p.share
     measured = np.array([p.seconds for p in points])
-    rest = np.array([p.seconds - p.network_s for p in points])
+    rest = np.array([p.seconds - p.link_s for p in points])
     size = A.max(axis=0)
     size[size == 0] = 1.0
     found = nnls(A / size / measured[:, None], rest / measured)[0] / size
-    at = 2 + len(computes)
     return Fit(
-        float(found[0]),
-        float(found[1]),
-        dict(zip(computes, found[2:at].tolist(), strict=True)),
+        *found[:first].tolist(),
+        dict(zip(computes, found[first:at].tolist(), strict=True)),
         dict(zip(names, found[at:].tolist(), strict=True)),
     )
 
@@ -176,11 +179,12 @@ def compare(points: list[Point]) -> tuple[Fit, list[dict[str, Any]]]:
 
 
 def print_fit(found: Fit, rows: list[dict[str, Any]]) -> None:
-    print(f"a hop {found.latency_s * 1e6:.0f} us and {found.s_per_byte * 1e9:.2f} ns a byte beside the link's")
+    print(f"a hop     {found.delays:.2f} delays of the link, and {found.latency_s * 1e6:.0f} us")
+    print(f"a byte    {found.s_per_byte * 1e9:.2f} ns beside the link's")
     for (model, ranks, adamw), seconds in found.compute.items():
         print(f"compute   {model}, {ranks} ranks{', AdamW' * adamw}: {seconds * 1e3:.1f} ms")
-    for name, each in found.kernels.items():
-        print(f"kernels   {name}: {each * 1e9:.2f} ns a coordinate")
+    for (model, name), each in found.kernels.items():
+        print(f"kernels   {model}, {name}: {each * 1e9:.2f} ns a coordinate")
     print(f"\n{'':34}{'link':>22}{'measured':>12}{'fitted':>10}{'error':>8}{'unseen link':>13}{'error':>8}")
     for row in rows:
         rate, delay = row["link"]
@@ -313,7 +317,8 @@ def main() -> None:
         found, rows = compare(points_of(cells, args.cores))
         print_fit(found, rows)
         compute = [{"of": list(key), "seconds": s} for key, s in found.compute.items()]
-        result = {"fit": {**found._asdict(), "compute": compute}, "points": rows}
+        kernels = [{"of": list(key), "s_per_coordinate": s} for key, s in found.kernels.items()]
+        result = {"fit": {**found._asdict(), "compute": compute, "kernels": kernels}, "points": rows}
     result["clusters"] = print_clusters(args)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1))

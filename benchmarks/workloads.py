@@ -185,12 +185,14 @@ def power_hook(state: PowerSGD, bucket: dist.GradBucket) -> torch.futures.Future
 class Trainer:
     """A workload trained by one method on this rank. Batch norm's buffers stay each rank's own: nothing sends them."""
 
-    def __init__(self, workload: Workload, name: str, lr: float | None = None, seed: int = 0) -> None:
+    def __init__(
+        self, workload: Workload, name: str, lr: float | None = None, seed: int = 0, bucket_mb: float | None = None
+    ) -> None:
         self.workload, self.method = workload, METHODS[name]
         method, rate = self.method, lr if lr is not None else 1e-4 if self.method.adamw else workload.lr
         torch.manual_seed(seed)
         self.net = workload.net()
-        self.model = DDP(self.net, broadcast_buffers=False)
+        self.model = DDP(self.net, broadcast_buffers=False, bucket_cap_mb=bucket_mb)
         self.optimizer = optimizer_of(workload, self.net, rate, method.adamw)
         self.state: saef.SAEFState | None = None
         if method.kind == "saef":

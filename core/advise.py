@@ -147,22 +147,25 @@ def verdict(lines: Sequence[Line], bits_per_s: float) -> str:
     """What to do, in a sentence or two."""
     each = [line for line in lines if line.steps_between_exchanges == 1 and line.method != PLAIN]
     rare = [line for line in lines if line.steps_between_exchanges > 1]
-    best = min(each, key=lambda line: line.step_s)
+    plain = next(line for line in lines if line.method == PLAIN)
+    best, here = min(each, key=lambda line: line.step_s), rate(bits_per_s)
     last = max(line.break_even_bits_per_s for line in each)
-    if best.speed_up <= PAYS:
-        below = f"the break-even of {rate(last)}" if last > 0 else "any break-even: kernels and latency cost too much"
-        if last > bits_per_s:  # above it, but by less than pays
-            return f"do not compress: the fastest method, {best.method}, gains only {best.speed_up - 1:.0%}"
-        return f"do not compress: your network ({rate(bits_per_s)}) is faster than {below}"
-    text = f"use {best.method}: {best.speed_up:.1f} times as fast as plain DDP on this network ({rate(bits_per_s)})"
-    text += "" if math.isinf(best.break_even_bits_per_s) else f"; it pays below {rate(best.break_even_bits_per_s)}"
-    if rare and (fastest := min(rare, key=lambda line: line.step_s)).step_s * PAYS < best.step_s:
+    if best.speed_up > PAYS:
+        text = f"use {best.method}: {best.speed_up:.1f} times as fast as plain DDP on this network ({here})"
+        text += "" if math.isinf(best.break_even_bits_per_s) else f"; it pays below {rate(best.break_even_bits_per_s)}"
+    elif last > bits_per_s:  # below the break-even, but not by as much as pays
+        text = f"do not compress: the fastest method, {best.method}, gains only {best.speed_up - 1:.0%}"
+    elif last > 0:
+        text = f"do not compress: your network ({here}) is faster than the break-even of {rate(last)}"
+    else:
+        text = f"do not compress: kernels and latency cost more than any method saves, at any rate; yours is {here}"
+    if rare and (fastest := min(rare, key=lambda line: line.step_s)).step_s * PAYS < min(best.step_s, plain.step_s):
         text += f". With several steps between two exchanges, {fastest.method}: {fastest.speed_up:.1f} times"
     return text
 
 
 def rate(bits_per_s: float) -> str:
-    unit, name = (1e9, "Gb/s") if bits_per_s >= 1e9 else (1e6, "Mb/s")
+    unit, name = (1e9, "Gb/s") if bits_per_s >= 0.9995e9 else (1e6, "Mb/s")
     return f"{bits_per_s / unit:.3g} {name}"
 
 

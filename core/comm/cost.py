@@ -17,14 +17,13 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
 from .exchange import Strategy, sent_bytes
 
 BACKWARD = 2 / 3  # of a step's computation
-BUCKET_BYTES = 25 * (1 << 20)  # of gradients in float32: DDP's bucket_cap_mb
+FIRST_BYTES, BUCKET_BYTES = 1 << 20, 25 * (1 << 20)  # of float32 gradients in DDP's first bucket, and in the others
 PAYS = 1.05  # how much faster a method must be, to be worth it
 
 
@@ -209,15 +208,9 @@ def break_even_bits_per_s(
     return network.bits_per_s / math.exp(high)
 
 
-def buckets_of(parameters: int, bucket_bytes: float = BUCKET_BYTES) -> int:
-    """How many buckets DDP cuts so many float32 gradients into."""
-    return max(1, math.ceil(4 * parameters / bucket_bytes))
-
-
-def best(methods: Sequence[Method], seconds: Sequence[float], plain_s: float) -> Method | None:
-    """The fastest of them, if it is faster than plain by more than a few per cent."""
-    at = min(range(len(methods)), key=lambda i: seconds[i])
-    return methods[at] if plain_s > PAYS * seconds[at] else None
+def buckets_of(parameters: int) -> int:
+    """How many buckets DDP cuts so many float32 gradients into, at least."""
+    return 1 + max(0, math.ceil((4 * parameters - FIRST_BYTES) / BUCKET_BYTES))
 
 
 def _whole(method: Method) -> tuple[int, int]:

@@ -44,9 +44,17 @@ def test_on_a_slow_network_it_names_the_fastest_method() -> None:
 
 
 def test_where_nothing_ever_pays_it_says_so() -> None:
-    slow = {name: (0.0 if name == "plain DDP" else 1.0) for name in KERNELS}
+    slow = {name: (0.0 if name == "plain DDP" else 1e3) for name in KERNELS}
     found = advise.advise(_with(slow), D, COMPUTE_S)
-    assert found.verdict.startswith("do not compress: ")
+    assert found.verdict == (
+        "do not compress: kernels and latency cost more than any method saves, at any rate; yours is 1 Gb/s"
+    )
+
+
+def test_where_only_latency_counts_fewer_exchanges_help() -> None:
+    network = alpha_beta(4, 0.05, 1e12 / 8)
+    found = advise.advise(probe.Measured(network, KERNELS, None, False, "a device"), 1000, COMPUTE_S)
+    assert ". With several steps between two exchanges, saef sign, H = 16: " in found.verdict
 
 
 def _with(kernels: dict[str, float]) -> probe.Measured:

@@ -128,4 +128,6 @@ def test_a_break_even_at_no_rate_and_at_every_rate() -> None:
 
 
 def test_buckets() -> None:
-    assert [buckets_of(n) for n in (1, 6_553_600, 6_553_601, 10**11)] == [1, 1, 2, 15259]
+    first, others = (1 << 20) // 4, 25 * (1 << 20) // 4
+    assert [buckets_of(n) for n in (1, first, first + 1, first + others, first + others + 1)] == [1, 1, 2, 2, 3]
+    assert buckets_of(10**11) == 15260

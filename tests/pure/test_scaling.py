@@ -12,14 +12,14 @@ from support import CHECKOUT
 sys.path.insert(0, str(CHECKOUT / "benchmarks"))
 import scaling
 
-D, COMPUTE_S, HOP_S, BYTE_S = 10_000_000, 0.2, 2e-4, 1e-9
+D, COMPUTE_S, HOP_S, BYTE_S, DELAYS = 10_000_000, 0.2, 2e-4, 1e-9, 2.0
 KERNELS = {name: 1e-9 * (i % 3) for i, name in enumerate(scaling.METHODS)}
 
 
 def cell(rate_mbit: float | None, delay_ms: float, ranks: int) -> dict[str, Any]:
     """What a cluster of known constants would take, on as many cores as ranks."""
     each = BYTE_S + (scaling.HEADERS * 8 / (rate_mbit * 1e6) if rate_mbit else 0.0)
-    network = alpha_beta(ranks, HOP_S + delay_ms / 1e3, 1 / each)
+    network = alpha_beta(ranks, HOP_S + DELAYS * delay_ms / 1e3, 1 / each)
     methods = {}
     for name in scaling.METHODS:
         kernels = 0.0 if name.startswith("plain") else KERNELS[name] * D
@@ -40,9 +40,13 @@ def test_the_fit_finds_the_constants() -> None:
     cells = [cell(r, t, K) for K in (2, 4) for r in (100.0, 1000.0, None) for t in (0.0, 20.0)]
     found, rows = scaling.compare(scaling.points_of(cells, cores=4))
     close = pytest.approx  # least squares of some hundred float64 numbers that span four orders of magnitude
-    assert found.latency_s == close(HOP_S, rel=1e-4) and found.s_per_byte == close(BYTE_S, rel=1e-4)
+    assert (
+        found.delays == close(DELAYS, rel=1e-4)
+        and found.latency_s == close(HOP_S, rel=1e-4)
+        and found.s_per_byte == close(BYTE_S, rel=1e-4)
+    )
     assert all(seconds == close(COMPUTE_S, rel=1e-4) for seconds in found.compute.values())
-    assert all(found.kernels[name] == close(KERNELS[name], abs=1e-13) for name in found.kernels)
+    assert all(seconds == close(KERNELS[name], abs=1e-13) for (_, name), seconds in found.kernels.items())
     assert all(row[key] == close(row["seconds"], rel=1e-4) for row in rows for key in ("fitted_s", "blind_s"))
 
 
