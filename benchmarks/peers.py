@@ -206,7 +206,8 @@ def table(record: Record) -> str:
     for name, way in record["methods"].items():
         took = median(way["seconds"])
         ratio = median(record["methods"][unit(name)]["seconds"]) / took if unit(name) in record["methods"] else math.nan
-        line = f"{name:26}{took * 1e3:11.1f}{spread(way['seconds']):>20}{ratio:8.2f}{way['wire_bytes'] / 1e6:11.3f}"
+        line = f"{name:26}{took * 1e3:11.1f}{spread(way['seconds']):>20}"
+        line += f"{'-' if math.isnan(ratio) else f'{ratio:.2f}':>8}{way['wire_bytes'] / 1e6:11.3f}"
         line += f"{way['counted_bytes'] / 1e6:10.3f}" if "counted_bytes" in way else " " * 10
         line += "".join(
             f"{way[p] * 1e3:{w}.1f}" if p in way else " " * w for p, w in zip(PARTS, (10, 10, 11), strict=True)
