@@ -108,7 +108,7 @@ def test_steps_to_a_loss(losses: list[float], steps: float) -> None:
 
 
 def test_longer_runs_are_whole_rounds() -> None:
-    assert [time_to_loss.longer(steps) for steps in (16, 32, 240)] == [32, 48, 368]
+    assert [time_to_loss.longer(steps) for steps in (32, 64, 256)] == [64, 96, 384]
 
 
 def test_a_rate_for_a_share_of_the_step(tmp_path: Path) -> None:
