@@ -28,6 +28,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
+from machine import for_json
 from peers import load, merged
 
 from saef.comm.cost import (
@@ -321,7 +322,7 @@ def main() -> None:
         result = {"fit": {**found._asdict(), "compute": compute, "kernels": kernels}, "points": rows}
     result["clusters"] = print_clusters(args)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1))
+    args.out.write_text(json.dumps(for_json(result), indent=1))
     draw(args, args.plot)
     print(f"\nnumbers in {args.out}, picture in {args.plot}")
 

@@ -35,6 +35,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from machine import for_json
 from peers import HERE as PEERS
 from peers import measure
 from torch import Tensor
@@ -401,7 +402,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends what is under way, too
     results = Results(args.out, args)
     tune(results)
-    results.found["rows"] = report(results)
+    results.found["rows"] = for_json(report(results))
     results.save()
     draw(results, args.out.with_suffix(".png"))
     print(f"\nnumbers in {args.out}, curves in {args.out.with_suffix('.png')}")

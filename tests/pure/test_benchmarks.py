@@ -124,3 +124,28 @@ def test_a_rate_for_a_share_of_the_step(tmp_path: Path) -> None:
 def test_every_method_of_the_tables_is_known() -> None:
     assert {*scaling.METHODS} | {f"PowerSGD rank {r}" for r in (1, 2, 4)} == {*workloads.METHODS}
     assert {*peers.ADVISED, *peers.ADVISED_ADAMW} <= {*workloads.METHODS}
+
+
+def test_the_table_of_a_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Steps of 1 s and 0.1 s; plain DDP is at its last loss of 2 after 64 steps, sign after 96 of a longer run."""
+    names = ["plain DDP", "SAEF sign", "PowerSGD rank 1"]
+    args = argparse.Namespace(task="gpt", ranks=4, methods=names, mbit=[10.0], steps=64, lrs=[0.1, 0.2], seeds=1)
+    results = time_to_loss.Results(tmp_path / "none.json", args)
+    for mbit, plain_s in ((None, 0.1), (10.0, 1.0)):
+        ways = {n: {"seconds": [plain_s if n == "plain DDP" else 0.1] * 3, "wire_bytes": 1e6} for n in names}
+        cell = {"model": "gpt", "ranks": 4, "rate_mbit": mbit, "delay_ms": 0.0}
+        results.found["cells"].append({**cell, "methods": ways})
+    ends = {("plain DDP", 64): 2.0, ("plain DDP", 96): 2.5, ("SAEF sign", 64): 2.1, ("SAEF sign", 96): 2.0}
+    for name in names:
+        for steps in (64, 96):
+            last = ends.get((name, steps), 3.0)
+            curve = [[0, 5.0, 0.0], [32, 4.0, 1.0], [steps, last, 2.0]]
+            results.found["runs"].append({**results.run(name, 0.1, steps), "curve": curve})
+    plain, sign, power = time_to_loss.report(results)
+    assert (plain["steps"], plain["seconds"], plain["sooner"]) == (64, 64.0, 1.0)
+    assert (sign["steps"], sign["seconds"], sign["bytes"]) == (96, pytest.approx(9.6), 96e6)
+    assert sign["sooner"] == pytest.approx(64 / 9.6) and math.isinf(power["steps"]) and power["final_loss"] == 3.0
+    said = capsys.readouterr().out
+    assert "10 Mb/s: plain DDP spends 90% of a step on the network" in said and "never" in said
+    time_to_loss.draw(results, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 0
