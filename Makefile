@@ -145,6 +145,7 @@ bench: env
 	$(PY) benchmarks/step.py --trace .cache/step-trace.json $(ARGS)
 	$(PY) benchmarks/averaging.py
 	$(PY) benchmarks/start.py
+	$(PY) benchmarks/scaling.py --model-only
 
 soak: env
 	$(PY) tests/support/soak.py $(ARGS)

@@ -24,7 +24,8 @@ ROWS = [
     ["saef"],
     ["saef.hooks"],
     ["saef.integrations"],
-    ["saef.trial"],
+    ["saef.trial", "saef.probe"],
+    ["saef.advise"],
     ["saef.__main__"],
 ]
 # `saef.hooks` and `saef.integrations` are attributes of `saef` that it imports by name when they are first used. Under

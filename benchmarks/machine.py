@@ -1,11 +1,13 @@
 """What every benchmark prints first, and how it measures."""
 
+import math
 import os
 import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median, quantiles
+from typing import Any
 
 import numba
 import numpy
@@ -60,3 +62,12 @@ def table(seconds: dict[str, list[float]], unit: str) -> str:
         ratio = median(values) / median(seconds[unit])
         lines.append(f"{name:44}{median(values) * 1e3:7.4g} ms{low * 1e3:10.4g} .. {high * 1e3:.4g} ms{ratio:8.2f}")
     return "\n".join(lines)
+
+
+def for_json(value: Any) -> Any:
+    """With None, which is null in JSON, for what is not a finite number."""
+    if isinstance(value, dict):
+        return {key: for_json(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [for_json(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

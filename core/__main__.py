@@ -1,6 +1,7 @@
 """Show what is installed, and whether it works: versions, the kernels of this machine, an exchange between two ranks.
 
 python -m saef
+torchrun ... -m saef advise ...     whether compression pays on your cluster, and which method: -m saef advise --help
 
 The exchange is some steps of SAEF with DDP on two gloo ranks of this machine, compared with Algorithm 1 written out.
 The status is 0 if it works, 1 if it does not or something is missing; then the last line says what.
@@ -16,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from . import __version__, trial
+from . import __version__, advise, trial
 from .wire import kernels
 
 
@@ -26,6 +27,8 @@ def say(text: str) -> None:
 
 
 def main() -> int:
+    if sys.argv[1:2] == ["advise"]:
+        return advise.main(sys.argv[2:])
     argparse.ArgumentParser(
         prog="python -m saef", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()

@@ -1,0 +1,273 @@
+"""What this cluster's network and devices do, measured for `python -m saef advise`. All of it is collective."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any, final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from saef.hooks import saef_hook
+
+from .comm.cost import Curve, Network
+from .comm.transport import Ordered, Purpose
+from .protocols.averaging import Rotating
+from .state import SAEFState
+from .wire.compressors import ScaledSign, TopK
+
+SIGN = {"compressor": ScaledSign()}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "saef sign": SIGN,
+    "saef sign, Rotating(20)": {**SIGN, "averaging": Rotating(20)},
+    "saef top-1 %": {"compressor": TopK(0.01)},
+    "saef sign, H = 4": {**SIGN, "local_steps": 4},
+    "saef sign, H = 16": {**SIGN, "local_steps": 16},
+}
+PLAIN, HALF = "plain DDP", "fp16 hook"
+NAMES = (PLAIN, HALF, *SETTINGS)
+
+SIZES = [1 << 10, 1 << 16, 1 << 20, 1 << 22, 1 << 24]  # bytes that collectives are measured with
+LONG_S = 0.3  # no larger size after one that takes so long
+REPETITIONS = 3
+LONGEST_PAUSE_S = 0.25
+ALONE = "training on one rank"
+TENSOR = 1 << 20  # coordinates of each tensor, where the model is not known
+MOST = 1 << 22  # coordinates that kernels are measured with, unless the model is known and smaller
+
+
+@final
+@dataclass(frozen=True)
+class Measured:
+    """What was found.
+
+    Attributes:
+        network: the ranks' collectives.
+        kernels: by method, seconds a coordinate and step beyond training on one rank, DDP's copies included.
+        compute_s: of a step that exchanges nothing; None if no model was given.
+        overlap: whether there are cores for the network beside those that compute.
+        device: a name.
+    """
+
+    network: Network
+    kernels: dict[str, float]
+    compute_s: float | None
+    overlap: bool
+    device: str
+
+
+@final
+class Echo(Ordered):
+    """K ranks that all send what this one sends: all of a step but the network."""
+
+    def __init__(self, rank: int, size: int, device: torch.device) -> None:
+        super().__init__(rank, size, device, thread=device.type == "cpu")
+        self._message = torch.empty(0, dtype=torch.uint8, device=device)
+
+    def _all_gather(self, message: Tensor, sizes: Sequence[int], purpose: Purpose) -> Tensor:
+        if purpose == "phase2":  # each server answers with its section of what it was sent: coded alike both ways
+            return self._message.clone()
+        return message.repeat(self.size)
+
+    def _all_to_all(self, message: Tensor, sizes: Sequence[int], received: int, purpose: Purpose) -> Tensor:
+        self._message = message
+        own: Tensor = message.split(list(sizes))[self.rank]
+        return own.repeat(self.size)
+
+    def _sum(self, v: Tensor, purpose: Purpose) -> None:
+        v.mul_(self.size)
+
+    def _send_receive(self, v: Tensor, to: Sequence[int], sources: Sequence[int], purpose: Purpose) -> list[Tensor]:
+        return [v.clone() for _ in sources]
+
+
+@final
+class Tensors(nn.Module):
+    """Parameters of chosen sizes, whose gradients cost next to nothing."""
+
+    def __init__(self, numels: Sequence[int], device: torch.device) -> None:
+        super().__init__()
+        self.parts = nn.ParameterList(torch.full((n,), 0.01, device=device) for n in numels)
+
+    def forward(self, gradient: Tensor) -> Tensor:
+        return torch.stack([torch.dot(p, gradient[: p.numel()]) for p in self.parts]).sum()
+
+
+def measure(
+    device: torch.device,
+    optimizer_of: Callable[[nn.Module], torch.optim.Optimizer],
+    numels: Sequence[int],
+    *,
+    step: Callable[[], object] | None = None,
+    pause_s: float = 0.0,
+    names: Sequence[str] = NAMES,
+) -> Measured:
+    """Measure network and kernels, and `step` if it is given, on all ranks of the default process group.
+
+    Args:
+        numels: sizes of the tensors to measure kernels with.
+        step: of training on one rank.
+        pause_s: between two collectives, as long as a step computes: TCP forgets how fast it was.
+    """
+    compute_s = None if step is None else _mean(_time(step, device), device)
+    network = measure_network(device, min(compute_s if compute_s is not None else pause_s, LONGEST_PAUSE_S))
+    took = _time_methods(names, device, optimizer_of, numels)
+    d = sum(numels)
+    return Measured(
+        network,
+        {name: _mean(took[name] - took[ALONE], device) / d for name in names},
+        compute_s,
+        _spare_cores(device),
+        torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+    )
+
+
+def sample(parameters: int) -> list[int]:
+    """Sizes of tensors for a model of which only the size is known."""
+    d = min(parameters, MOST)
+    return [min(TENSOR, d - start) for start in range(0, d, TENSOR)]
+
+
+# -- the network -------------------------------------------------------------------------------------------------------
+
+
+def measure_network(device: torch.device, pause_s: float = 0.0) -> Network:
+    """Each collective at several sizes, among all ranks."""
+    K, group = dist.get_world_size(), dist.distributed_c10d._get_default_group()
+
+    def all_reduce(n: int) -> Callable[[], object]:
+        v = torch.zeros(max(1, n // 4), device=device)
+        return lambda: dist.all_reduce(v)
+
+    def all_gather(n: int) -> Callable[[], object]:
+        v, out = (torch.zeros(size, dtype=torch.uint8, device=device) for size in (n, n * K))
+        return lambda: group._allgather_base(out, v).wait()
+
+    def all_to_all(n: int) -> Callable[[], object]:
+        v, out = (torch.zeros(max(1, n // K) * K, dtype=torch.uint8, device=device) for _ in range(2))
+        return lambda: group.alltoall_base(out, v, [], []).wait()
+
+    return Network(K, *(_curve(make, device, pause_s) for make in (all_reduce, all_gather, all_to_all)))
+
+
+def _curve(make: Callable[[int], Callable[[], object]], device: torch.device, pause_s: float) -> Curve:
+    sizes: list[float] = []
+    seconds: list[float] = []
+    for n in SIZES:
+        took = _mean(_time(make(n), device, pause_s), device)
+        sizes.append(float(n))
+        seconds.append(max(took, seconds[-1]) if seconds else took)  # noise must not make a longer message faster
+        if took > LONG_S:
+            break
+    return Curve(tuple(sizes), tuple(seconds))
+
+
+def _time(work: Callable[[], object], device: torch.device, pause_s: float = 0.0) -> float:
+    """Median seconds, of all ranks together each time."""
+    once = partial(_once, device=device, pause_s=pause_s)
+    once(work)
+    return median(once(work) for _ in range(REPETITIONS))
+
+
+def _once(work: Callable[[], object], device: torch.device, pause_s: float = 0.0) -> float:
+    _wait(device)
+    time.sleep(pause_s)
+    dist.barrier()
+    _wait(device)
+    start = time.perf_counter()
+    work()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _mean(value: float, device: torch.device) -> float:
+    """Over the ranks."""
+    v = torch.tensor([value], dtype=torch.float64, device=device)
+    dist.all_reduce(v)
+    return float(v) / dist.get_world_size()
+
+
+def _spare_cores(device: torch.device) -> bool:
+    """Whether each rank of a machine has a core for the network beside those that it computes with; on all machines."""
+    if device.type == "cuda":
+        return True
+    boot = Path("/proc/sys/kernel/random/boot_id")  # of a kernel, whatever namespaces and containers there are on it
+    mine = hash_of(boot.read_text()) if boot.exists() else dist.get_rank()
+    every = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=device)
+    every[dist.get_rank()] = mine
+    dist.all_reduce(every)
+    needed = int((every == mine).sum()) * (torch.get_num_threads() + 1)
+    return bool(_mean(float((os.cpu_count() or 1) >= needed), device) == 1.0)
+
+
+def hash_of(text: str) -> int:
+    """The same in every process, below 2^62."""
+    number = 0
+    for byte in text.encode():
+        number = (number * 257 + byte) % (1 << 61)
+    return number + 1
+
+
+# -- kernels -----------------------------------------------------------------------------------------------------------
+
+
+def _time_methods(
+    names: Sequence[str],
+    device: torch.device,
+    optimizer_of: Callable[[nn.Module], torch.optim.Optimizer],
+    numels: Sequence[int],
+) -> dict[str, float]:
+    """Seconds of a step of each method, and of training on one rank, in turn: what disturbs one disturbs all."""
+    alone, _ = dist.new_subgroups(group_size=1)
+    rounds = {ALONE: _round(ALONE, device, optimizer_of, numels, alone)}
+    rounds |= {name: _round(name, device, optimizer_of, numels, alone) for name in names}
+    took: dict[str, list[float]] = {name: [] for name in rounds}
+    for _ in range(2 + REPETITIONS):
+        for name, (work, steps) in rounds.items():
+            took[name].append(_once(work, device) / steps)
+    return {name: median(values[2:]) for name, values in took.items()}
+
+
+def _round(
+    name: str,
+    device: torch.device,
+    optimizer_of: Callable[[nn.Module], torch.optim.Optimizer],
+    numels: Sequence[int],
+    alone: dist.ProcessGroup,
+) -> tuple[Callable[[], None], int]:
+    """From exchange to exchange, and how many steps that is. The ranks echo, so that nothing waits for a network."""
+    net = Tensors(numels, device)
+    optimizer, steps = optimizer_of(net), 1
+    model: nn.Module = net
+    if name != ALONE:
+        model = DistributedDataParallel(net, process_group=alone)
+        if name in SETTINGS:
+            echo = Echo(dist.get_rank(), dist.get_world_size(), device)
+            state = SAEFState(model, optimizer, transport=echo, **SETTINGS[name])
+            model.register_comm_hook(state, saef_hook)
+            steps = state.settings.local_steps
+        elif name == HALF:
+            model.register_comm_hook(alone, fp16_compress_hook)
+    gradient = torch.ones(max(numels), device=device)
+
+    def work() -> None:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(gradient).backward()
+            optimizer.step()
+
+    return work, steps
