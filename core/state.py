@@ -12,6 +12,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
+from torch.distributed.device_mesh import DeviceMesh
 
 from . import checkpoint, telemetry
 from .comm.exchange import Strategy
@@ -81,6 +82,8 @@ class SAEFState:
             round behind; call flush() at the end of training.
         grad_scaler: the torch.amp.GradScaler that scales the loss, for float16. saef divides by the scale
             before clipping and momentum; call scaler.step(optimizer) and scaler.update() as ever.
+        mesh: a worker is a node: [nodes, ranks a node], `saef.node_mesh(device)` or another DeviceMesh of two axes, for
+            a model that FSDP2 has sharded over the inner one (docs/nodes.md). None: a worker is a rank.
         process_group: the ranks that train together; None: the model's (DDP), or the default group.
         transport: what carries the bytes (a `saef.comm.transport.Transport`); None: torch.distributed.
 
@@ -120,6 +123,7 @@ class SAEFState:
         on_bad_round: BadRound = "restore",
         overlap: bool = False,
         grad_scaler: GradScaler | None = None,
+        mesh: DeviceMesh | None = None,
         process_group: torch.distributed.ProcessGroup | None = None,
         transport: Transport | None = None,
     ) -> None:
@@ -142,7 +146,7 @@ class SAEFState:
             on_bad_round,
             overlap,
         )
-        self.engine = Engine(model, optimizer, settings, grad_scaler, process_group, transport)
+        self.engine = Engine(model, optimizer, settings, grad_scaler, mesh, process_group, transport)
 
     def __reduce__(self) -> tuple[type[Copied], tuple[()]]:
         """In a copy or a pickle of the model, whose hook it belongs to: the copy trains without saef."""
@@ -286,7 +290,7 @@ class SAEFState:
 
     def log_summary(self, level: int = logging.INFO) -> None:
         """Log summary() to the logger "saef", on rank 0."""
-        if self.engine.transport.rank == 0:
+        if self.engine.node.everyone.rank == 0:
             logger.log(level, self.summary())
 
     def diagnose(self) -> dict[str, float]:

@@ -108,7 +108,7 @@ class Params(TypedDict, total=False):
 
 RULE = {"type": "sgd"}
 HYPER = {"lr": 1e-3, "momentum": 0.0, "weight_decay": 0.0, "nesterov": False, "maximize": False}
-NOT_IN_JSON = ("model", "optimizer", "grad_scaler", "process_group", "transport")  # what the engine knows
+NOT_IN_JSON = ("model", "optimizer", "grad_scaler", "mesh", "process_group", "transport")  # what the engine knows
 SETTINGS = {
     name: parameter.default
     for name, parameter in inspect.signature(saef.SAEFState).parameters.items()

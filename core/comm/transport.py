@@ -31,6 +31,18 @@ Purpose = Literal["phase1", "phase2", "averaging", "settings", "checkpoint", "te
 PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 
 
+class Gathers(Protocol):
+    """Ranks that can compare what they have: a `Transport`, or all ranks of several."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    def call(self, work: Callable[[], T]) -> T: ...
+    def meet(self, what: str) -> None: ...
+    def all_gather(self, message: Tensor, sizes: Sequence[int], purpose: Purpose) -> Tensor: ...
+
+
 class Transport(Protocol):
     """Collectives on flat tensors among `size` ranks, in the order in which `submit` was called.
 

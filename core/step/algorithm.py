@@ -34,12 +34,14 @@ class Algorithm:
         self._weights, self._transport, self._placement = context.weights, context.transport, context.placement
         self._memory, self._rule, self._clock = memory, rule, clock
         self._error_decay = context.settings.error_decay
-        self._clips, self._outer = context.clips, context.settings.outer
+        self._clips, self._outer, self._node = context.clips, context.settings.outer, context.node
         self._kernels = kernels.select(context.weights.device)
 
     @torch.no_grad()
     def send(self, prepared: Prepared, buckets: Sequence[Bucket]) -> None:
         """Compress these buckets of a step and have them exchanged; their futures tell when that is done."""
+        if self._clips and prepared.update is None:
+            prepared.norms = self._node.gather(prepared.norm(self._weights.dtype))
         update = prepared.update or prepared.fix(self._make_update(prepared))
         for bucket in buckets:
             with self._transport.stream(), self._clock.span("compress"):
@@ -71,7 +73,10 @@ class Algorithm:
     def _make_update(self, prepared: Prepared) -> Update:
         """The rule for this step: the optimizer's settings, the loss scale and the clipping coefficient."""
         self._rule.grow(self._memory, prepared.hyper)
-        norm = prepared.norm(self._weights.dtype) if self._clips else 0.0
+        norm = 0.0
+        if self._clips:  # of the whole gradient, with this rank's part as it is now
+            prepared.norms[self._node.place] = prepared.norm(self._weights.dtype)
+            norm = self._node.norm(prepared.norms)
         return self._rule.update(prepared.hyper, norm, self._weights)
 
     def _worker(self, bucket: Bucket) -> Worker:

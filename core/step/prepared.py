@@ -14,7 +14,7 @@ from ..rules import AnyHyper
 from ..wire import kernels
 from ..wire.kernels.table import Update
 from ..wire.plan import Plan
-from .weights import Weights
+from .weights import Weights, held
 
 
 class Bucket(NamedTuple):
@@ -45,6 +45,7 @@ class Prepared:
 
     Attributes:
         hyper: the optimizer's settings that the messages contain; update: the same with the clipping, once known.
+        norms: of the parts of this worker's gradient that its node's ranks have, this rank's too; known to clip.
         gradients: address and version of each p.grad after the backward. prints: fingerprints of them, on CPU.
         parameters: those of all buckets.
     """
@@ -53,6 +54,7 @@ class Prepared:
     parameters: set[int] = field(default_factory=set)
     hyper: list[AnyHyper] = field(default_factory=list)
     update: Update | None = None
+    norms: list[float] = field(default_factory=list)
     gradients: list[tuple[int, int] | None] = field(default_factory=list)
     prints: Tensor | None = None
 
@@ -130,7 +132,8 @@ class Prepared:
         for bucket in self.buckets if other else []:
             touched = [(i, view) for i, view in zip(bucket.parameters, bucket.views, strict=True) if i in other]
             for i, view in touched:
-                if not _holds(weights.parameters[i].grad, view):
+                grad = weights.parameters[i].grad
+                if grad is None or not _holds(held(grad), view):
                     raise changed([weights.names[i]])
             if any((before := self.gradients[i]) and before[0] == view.data_ptr() for i, view in touched):
                 found.append(bucket)
@@ -150,7 +153,8 @@ class Prepared:
 
 def gradients(parameters: Sequence[Tensor]) -> list[tuple[int, int] | None]:
     """Address and version of each p.grad: different after any change in place or replacement."""
-    return [None if p.grad is None else (p.grad.data_ptr(), p.grad._version) for p in parameters]
+    every = [None if p.grad is None else held(p.grad) for p in parameters]
+    return [None if g is None else (g.data_ptr(), g._version) for g in every]
 
 
 _NONE = torch.empty(0, device="cpu")
@@ -158,7 +162,7 @@ _NONE = torch.empty(0, device="cpu")
 
 def _prints(parameters: Sequence[Tensor]) -> Tensor | None:
     """By the values: a write through `.data` or numpy leaves no other trace."""
-    return kernels.fingerprints([_NONE if p.grad is None else p.grad for p in parameters])
+    return kernels.fingerprints([_NONE if p.grad is None else held(p.grad) for p in parameters])
 
 
 def changed(names: Sequence[str]) -> RuntimeError:
@@ -169,9 +173,9 @@ def changed(names: Sequence[str]) -> RuntimeError:
     )
 
 
-def _holds(gradient: Tensor | None, sent: Tensor) -> bool:
+def _holds(gradient: Tensor, sent: Tensor) -> bool:
     """Whether this is the memory that was sent, or has the same values."""
-    if gradient is None or (gradient.shape, gradient.dtype) != (sent.shape, sent.dtype):
+    if (gradient.shape, gradient.dtype) != (sent.shape, sent.dtype):
         return False
     if (gradient.data_ptr(), gradient.stride()) == (sent.data_ptr(), sent.stride()):
         return True

@@ -66,6 +66,7 @@ class Sending:
         self._clips = context.clips
         self._plans = Plans(context.placement, self._weights.parameters, self._weights.dtype, since.left_out)
         self._buckets = Buckets(self._weights.parameters, self._send_own)
+        self._numbers = {id(p): i for i, p in enumerate(self._weights.parameters)}
         self._joined = {i for i, p in enumerate(self._weights.parameters) if id(p) in since.joined}
         self.since = since
         self.begun, self.prepared = False, Prepared()
@@ -80,6 +81,14 @@ class Sending:
             return self._send(parameters, views, flat, last)
         own, views = gather_gradients(parameters)
         return self._send(parameters, views, own, last).then(lambda _: flat)
+
+    def number_of(self, parameter: Tensor) -> int | None:
+        """Among those that are trained."""
+        return self._numbers.get(id(parameter))
+
+    def restart(self) -> None:
+        """A backward that will not end: of the next, all gradients are to become ready anew."""
+        self._buckets.restart()
 
     def ready(self, parameter: int) -> None:
         """p.grad of the parameter of this number is final."""

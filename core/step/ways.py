@@ -31,14 +31,13 @@ from .weights import Weights
 FULL = {torch.float32, torch.float64}
 
 
-@final
-class Copies(Weights):
+class Copying(Weights):
     """`flat` is x."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, s: float) -> None:
         super().__init__(model, optimizer, s)
         with torch.no_grad():
-            for p, x in zip(self.parameters, self.views, strict=True):
+            for p, x in zip(self.held, self.views, strict=True):
                 x.copy_(p)
         self._half = self.flat  # x_half, where it takes more than x and e: with `server`
         self._locals: list[Tensor] = []  # X, where an optimizer steps on it
@@ -46,7 +45,7 @@ class Copies(Weights):
     @torch.no_grad()
     def take_over(self, old: Weights) -> None:
         super().take_over(old)
-        if isinstance(old, Copies):  # a bf16 parameter is x rounded
+        if isinstance(old, Copying):  # a bf16 parameter is x rounded
             x = {id(p): view for p, view in zip(old.parameters, old.views, strict=True)}
             for p, mine in zip(self.parameters, self.views, strict=True):
                 if id(p) in x:
@@ -60,7 +59,7 @@ class Copies(Weights):
 
     @torch.no_grad()
     def _absorb(self) -> None:
-        for p, x in zip(self.parameters, self.views, strict=True):
+        for p, x in zip(self.held, self.views, strict=True):
             # A bf16 parameter is x rounded: only where it was changed does it replace the master.
             x.copy_(p if p.dtype == self.dtype else torch.where(x.to(p.dtype) == p, x, p.to(self.dtype)))
 
@@ -77,7 +76,7 @@ class Copies(Weights):
             self.server.step(self._half)
         if self.local:
             if not self._locals:
-                self._locals = [torch.empty_like(p) for p in self.parameters]
+                self._locals = [torch.empty_like(p) for p in self.held]
             halves = self.cut(self._half) if self.server is not None or not self._errors else None
             for i, mine in enumerate(self._locals):
                 mine.copy_(halves[i] if halves else step_ahead(self.views[i], self._errors[i], self.s))
@@ -85,21 +84,21 @@ class Copies(Weights):
     @torch.no_grad()
     def _show_half(self) -> None:
         if self.local:
-            torch._foreach_copy_(self.parameters, self._locals)
+            torch._foreach_copy_(self.held, self._locals)
             return
         if self.server is not None:
-            torch._foreach_copy_(self.parameters, self.cut(self._half))
+            torch._foreach_copy_(self.held, self.cut(self._half))
             return
-        for p, x, error in zip(self.parameters, self.views, self._errors, strict=True):
+        for p, x, error in zip(self.held, self.views, self._errors, strict=True):
             p.copy_(step_ahead(x, error, self.s))
 
     @torch.no_grad()
     def _show_x(self) -> None:
-        torch._foreach_copy_(self.parameters, self.views)
+        torch._foreach_copy_(self.held, self.views)
 
     @torch.no_grad()
     def _keep_local(self) -> None:
-        torch._foreach_copy_(self._locals, self.parameters)
+        torch._foreach_copy_(self._locals, self.held)
 
     def local_of(self, i: int) -> Tensor:
         return self._locals[i]
@@ -122,6 +121,11 @@ class Copies(Weights):
 
     def apply(self, plan: Plan, rates: Tensor, replies: Tensor) -> None:
         self._kernels.subtract(plan.apply.table, rates, replies, self.flat)
+
+
+@final
+class Copies(Copying):
+    """Of whole parameters."""
 
 
 class Swaps(Weights):

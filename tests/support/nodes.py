@@ -1,0 +1,143 @@
+"""Training with nodes of several ranks, and the reference: a worker is a node, blocks lie within the ranks' parts."""
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from saef import SAEFState
+from saef.wire.plan import partition
+from support import reference
+from support.cases import reference_of, reference_settings, start
+from support.training import Job, gradient, make_net, make_optimizer, micro_batches, set_lr
+
+AXES = ("replicate", "shard")
+
+
+@cache
+def mesh_of(nodes: int, ranks: int) -> DeviceMesh:
+    """Of the pool's ranks; made once, since each makes process groups."""
+    return init_device_mesh("cpu", (nodes, ranks), mesh_dim_names=AXES)
+
+
+def shard(net: nn.Module, mesh: DeviceMesh, **options: Any) -> nn.Module:
+    """As in torch's tutorial: each layer, then the whole."""
+    for layer in net.modules():
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer, mesh=mesh["shard"], **options)
+    return fully_shard(net, mesh=mesh["shard"], **options)
+
+
+def part(net: nn.Module) -> Tensor:
+    """x of this rank's part, flat."""
+    return torch.cat([p.detach().to_local().reshape(-1) for p in net.parameters()])
+
+
+def train_sharded(group: Any, job: Job, nodes: int, options: dict[str, Any] | None = None) -> dict[str, Any]:
+    """With FSDP2 in each of the nodes."""
+    mesh = mesh_of(nodes, dist.get_world_size(group) // nodes)
+    net = shard(make_net(job.dtype), mesh, **(options or {}))
+    optimizer = make_optimizer(net, job.groups, job.optimizer)
+    state = SAEFState(net, optimizer, mesh=mesh, **job.state)
+    trajectory = [part(net)]
+    for t, lr in enumerate(job.lrs):
+        set_lr(optimizer, job, lr)
+        optimizer.zero_grad()
+        step(net, job, dist.get_rank(group), t)
+        optimizer.step()
+        trajectory.append(part(net))
+    return outcome(state, trajectory)
+
+
+def step(net: Any, job: Job, rank: int, t: int) -> None:
+    """Forward and backward of all micro-batches."""
+    parts = micro_batches(job, rank, t)
+    for i, (x, y) in enumerate(parts):
+        net.set_requires_gradient_sync(i + 1 == len(parts))
+        (nn.functional.mse_loss(net(x), y) / len(parts)).backward()
+
+
+def outcome(state: SAEFState, trajectory: list[Tensor]) -> dict[str, Any]:
+    memory = {"e": state.e, "m": state.m, "e_server": state.e_server}
+    return {
+        "x": torch.stack(trajectory),
+        **{name: v.clone() for name, v in memory.items()},
+        "metrics": state.metrics(),
+        "strategy": state.strategy,
+        "text": repr(state),
+    }
+
+
+# ---- the reference: a worker is a node. Its parameters are the first rank's parts, then the second's ----------------
+
+
+def shards(t: Tensor, ranks: int) -> list[Tensor]:
+    """A parameter's parts as FSDP2 cuts it: rows, of which the last ranks may have fewer, or none."""
+    rows = [*t.chunk(ranks)]
+    return rows + [t[:0]] * (ranks - len(rows))
+
+
+def parts_of(tensors: list[Tensor], ranks: int) -> list[Tensor]:
+    return [shards(t, ranks)[place] for place in range(ranks) for t in tensors]
+
+
+def joined(parts: list[Tensor], ranks: int) -> list[Tensor]:
+    n = len(parts) // ranks
+    return [torch.cat(parts[i::n]) for i in range(n)]
+
+
+def gradient_of_nodes(ranks: int) -> reference.GradFn:
+    """A node's gradient is the mean of its ranks'."""
+
+    def mean_gradient(node: int, t: int, parts: list[Tensor]) -> list[Tensor]:
+        x = joined(parts, ranks)
+        every = [gradient(node * ranks + place, t, x) for place in range(ranks)]
+        return parts_of([torch.stack(g).mean(0) for g in zip(*every, strict=True)], ranks)
+
+    return mean_gradient
+
+
+def reference_of_nodes(case: dict[str, Any], nodes: int, ranks: int, **more: Any) -> reference.SAEF:
+    """Settings by parameter are repeated for each place; servers and protocols are of one place's coordinates."""
+    x0 = parts_of(start(), ranks)
+    settings = reference_settings(case, nodes)
+    protocol = settings.averaging
+    settings = replace(
+        settings,
+        weight_decay=settings.weight_decay * ranks,
+        averaging=protocol and each_place(protocol, x0, ranks),
+        servers=servers_of(case, x0, nodes, ranks) if case["exchange"] == "sharded" else None,
+        **more,
+    )
+    return reference_of(case)(settings, x0, nodes)
+
+
+def servers_of(case: dict[str, Any], x0: list[Tensor], nodes: int, ranks: int) -> list[int]:
+    found, n, C = [], len(x0) // ranks, case["compressor"]
+    for place in range(ranks):
+        numels = [p.numel() for p in x0[place * n : (place + 1) * n]]
+        found += sum(partition(numels, [0] * n, C, C, nodes).owner, [])
+    return found
+
+
+def each_place(protocol: tuple[str, int], x0: list[Tensor], ranks: int) -> reference.Protocol:
+    """The protocol over the coordinates of each place, which the ranks of that place average among themselves."""
+    n = len(x0) // ranks
+    sizes = [sum(p.numel() for p in x0[place * n : (place + 1) * n]) for place in range(ranks)]
+
+    def average(t: int, X: list[Tensor]) -> list[Tensor]:
+        kind, p = protocol
+        found = [[] for _ in X]
+        for vectors in zip(*(v.split(sizes) for v in X), strict=True):
+            d, j, mean = len(vectors[0]), t % p, reference.mean(vectors)
+            a, b = (0, d * ((t + 1) % p == 0)) if kind == "allreduce" else (d * j // p, d * (j + 1) // p)
+            for own, v in zip(found, vectors, strict=True):
+                own.append(torch.cat([v[:a], mean[a:b], v[b:]]))
+        return [torch.cat(own) for own in found]
+
+    return average
