@@ -8,12 +8,14 @@ Two forms, both loadable with torch.load(weights_only=True):
                     the mean momentum are kept, to rounding. So is AdamW's mean_k v_k: each v_k estimates the second
                     moment of the mean gradient among as many workers as there were, and their mean does it better.
 
-What differs between ranks lies under a key that names the rank, "rank_0" ..., because torch.distributed.checkpoint
-takes equal keys for copies and writes one of them. Tensors are by parameter name and in its shape:
+What differs between workers lies under a key that names the worker, "rank_0" ..., because torch.distributed.checkpoint
+takes equal keys for copies and writes one of them. Where a worker is a node of several ranks, what only one of these
+has lies under "rank_0_place_0" ...: node, and place in it. Tensors are by parameter name and in its shape, DTensors
+where the parameters are:
 
     format, kind, saef         int, "rank" or "consolidated", version that wrote it
     parameters, settings       {name: shape}, {field: repr}: what must be the same; a rule other than SGD is named
-    world_size, strategy       of the ranks that wrote it
+    world_size, strategy       of the workers that wrote it; ranks_a_node, where they are nodes of several
     steps, steps_skipped, steps_skipped_in_a_row
     momentum, outer_momentum   whether there is an m (and, of AdamW, a v), and an m~
     x                          weights, of the state's dtype (the float32 master of 16-bit parameters)
@@ -21,7 +23,7 @@ takes equal keys for copies and writes one of them. Tensors are by parameter nam
     rank_K / workers           e, m (and AdamW's v) of rank K / their means
     outer                      b of an outer optimizer
     rank_K / workers           rounds, of an optimizer that makes its own steps: its state (`saef.step.rounds`)
-    rank_K                     also e_server: flat, the blocks this rank serves (`saef.wire.plan.partition`); strides;
+    rank_K (_place_S)          also e_server: flat, the blocks this rank serves (`saef.wire.plan.partition`); strides;
                                bytes: what it has sent; random: torch's random state (and "random_cuda")
     e_server                   consolidated: the servers' errors
 
@@ -69,7 +71,6 @@ def rank_form(memory: Memory, context: Context, own: Saved | None) -> dict[str, 
     """
     weights, transport = context.weights, context.transport
     mine: dict[str, Any] = {
-        **_workers(memory, context),
         "strides": _strides(context),
         "bytes": dict(transport.sent_bytes),
         "counted_from": memory.counted_from,
@@ -81,7 +82,10 @@ def rank_form(memory: Memory, context: Context, own: Saved | None) -> dict[str, 
         mine["rounds"] = own
     if weights.device.type == "cuda":
         mine["random_cuda"] = torch.cuda.get_rng_state(weights.device)
-    return {**_common(memory, context, "rank"), f"rank_{transport.rank}": mine}
+    worker, own_rank = _keys(context)
+    parts = {worker: _workers(memory, context)}
+    parts[own_rank] = {**parts.get(own_rank, {}), **mine}
+    return {**_common(memory, context, "rank"), **parts}
 
 
 @torch.no_grad()
@@ -110,6 +114,12 @@ def consolidated_form(memory: Memory, context: Context, own: Callable[[bool], Sa
     return saved
 
 
+def _keys(context: Context) -> tuple[str, str]:
+    """Of what a worker has, and of what this rank of it has alone."""
+    worker, node = f"rank_{context.transport.rank}", context.node
+    return worker, worker if node.size == 1 else f"{worker}_place_{node.place}"
+
+
 def _common(memory: Memory, context: Context, kind: str) -> dict[str, Any]:
     saved = {
         "format": FORMAT,
@@ -126,6 +136,8 @@ def _common(memory: Memory, context: Context, kind: str) -> dict[str, Any]:
         "outer_momentum": memory.m_decay.numel() > 0,
         "x": _by_name(context, context.weights.x()),
     }
+    if context.node.size > 1:
+        saved["ranks_a_node"] = context.node.size
     if memory.m_decay.numel():
         saved["m_decay"] = _by_name(context, memory.m_decay)
     if memory.outer.numel():
@@ -167,7 +179,9 @@ def _workers(memory: Memory, context: Context) -> dict[str, Any]:
 
 
 def _by_name(context: Context, flat: Tensor) -> dict[str, Tensor]:
-    return {n: v.clone() for n, v in zip(context.weights.names, context.weights.cut(flat), strict=True)}
+    weights = context.weights
+    every = enumerate(zip(weights.names, weights.cut(flat), strict=True))
+    return {name: weights.like_parameter(i, part.clone()) for i, (name, part) in every}
 
 
 @torch.no_grad()
@@ -179,9 +193,9 @@ def load(saved: Mapping[str, Any], memory: Memory, context: Context) -> Saved | 
     """
     weights, transport = context.weights, context.transport
     consolidated = saved["kind"] == "consolidated"
-    own = saved["workers"] if consolidated else saved[f"rank_{transport.rank}"]
+    own = saved["workers"] if consolidated else {**saved[_keys(context)[0]], **saved[_keys(context)[1]]}
     weights.absorb()
-    weights.write([saved["x"][name] for name in weights.names])
+    weights.write([weights.part_of(i, saved["x"][name]) for i, name in enumerate(weights.names)])
     memory.grow(len(_vectors(saved, context)), saved["outer_momentum"])
     kept = [(m, own.get(key)) for key, m in zip(VECTORS, memory.m, strict=False)]
     alike = [(memory.m_decay, saved.get("m_decay")), (memory.outer, saved.get("outer"))]
@@ -209,8 +223,9 @@ def load(saved: Mapping[str, Any], memory: Memory, context: Context) -> Saved | 
 
 
 def _write(context: Context, flat: Tensor, values: Mapping[str, Tensor]) -> None:
-    for name, view in zip(context.weights.names, context.weights.cut(flat), strict=True):
-        view.copy_(values[name])
+    weights = context.weights
+    for i, (name, view) in enumerate(zip(weights.names, weights.cut(flat), strict=True)):
+        view.copy_(weights.part_of(i, values[name]))
 
 
 def check(saved: Mapping[str, Any], memory: Memory, context: Context) -> None:
@@ -241,9 +256,20 @@ def check(saved: Mapping[str, Any], memory: Memory, context: Context) -> None:
     if not context.rule.of_gradients:
         _check_rounds((workers or {}).get("rounds"), context.settings.local_steps)
     for what, tensors in expected.items():
-        found = {n: list(v.shape) for n, v in tensors.items()} if isinstance(tensors, Mapping) else None
-        if found != shapes:
+        if not _fits(tensors, context):
             raise ValueError(f"the checkpoint is damaged: its {what!r} is missing or not of the parameters' shapes")
+
+
+def _fits(tensors: object, context: Context) -> bool:
+    """Whether there is a tensor for each parameter, of its shape, or of that of this rank's part."""
+    weights = context.weights
+    every = zip(weights.names, weights.parameters, weights.held, strict=True)
+    allowed = {name: {p.shape, own.shape} for name, p, own in every}
+    return (
+        isinstance(tensors, Mapping)
+        and tensors.keys() == allowed.keys()
+        and all(v.shape in allowed[name] for name, v in tensors.items())
+    )
 
 
 def _check_rounds(rounds: Mapping[str, Any] | None, local_steps: int) -> None:
@@ -280,17 +306,21 @@ def _refuse(heading: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) ->
 
 def _rank_part(saved: Mapping[str, Any], memory: Memory, context: Context) -> Mapping[str, Any]:
     """This rank's part of a rank form."""
-    rank, size = context.transport.rank, context.transport.size
+    size, of_a_node = context.transport.size, context.node.size
     now, then = (size, context.placement.strategy), (saved["world_size"], saved["strategy"])
-    if now != then:
+    if now != then or saved.get("ranks_a_node", 1) != of_a_node:
+        nodes = f" of {saved.get('ranks_a_node', 1)} ranks each, and of {of_a_node} here" if of_a_node > 1 else ""
         raise ValueError(
-            f"this is the state of one of {then[0]} ranks with exchange={then[1]!r}, here are {now[0]} with "
+            f"this is the state of one of {then[0]} ranks with exchange={then[1]!r}{nodes}, here are {now[0]} with "
             f"{now[1]!r}, and errors belong to ranks: {LOAD_CONSOLIDATED}"
         )
-    if f"rank_{rank}" not in saved:
+    worker, own = _keys(context)
+    if missing := [key for key in (worker, own) if key not in saved]:
         found = [name for name in saved if name.startswith("rank_")]
-        raise ValueError(f"this is the state of {', '.join(found)}, here is rank {rank}: each rank loads its own")
-    mine: Mapping[str, Any] = saved[f"rank_{rank}"]
+        raise ValueError(
+            f"this is the state of {', '.join(found)}, here is {missing[0].replace('_', ' ')}: each rank loads its own"
+        )
+    mine: Mapping[str, Any] = {**saved[worker], **saved[own]}
     _complete(mine, OWN)
     if mine["strides"] != _strides(context):
         raise ValueError(f"the parameters had another memory format, and blocks follow memory: {LOAD_CONSOLIDATED}")

@@ -22,6 +22,7 @@ import torch
 
 from .comm.agreement import gather_values
 from .state import SAEFState
+from .step.weights import held
 
 COMPLETE = "complete"
 
@@ -55,13 +56,13 @@ def save_checkpoint(
     """
     if keep < 1:
         raise ValueError(f"keep must be at least 1 checkpoint, got {keep}")
-    transport, root = state.engine.transport, Path(folder)
+    transport, root = state.engine.node.everyone, Path(folder)
     rank, size = transport.rank, transport.size
     extra = dict(extra or {})
     transport.meet("saef.save_checkpoint()")
     _together(state, lambda: _check_plain(extra, "extra"))
-    mine = {"saef": state.state_dict(), "extra": extra}
-    whole = {"saef": state.consolidated_state_dict(), "extra": extra} if consolidate else None
+    mine = {"saef": _mapped(state.state_dict(), held), "extra": extra}
+    whole = {"saef": _mapped(state.consolidated_state_dict(), _whole), "extra": extra} if consolidate else None
 
     path = root / _together(state, lambda: _begin(root, state.steps), of_rank_0=True)[0]
 
@@ -118,7 +119,7 @@ def load_checkpoint(folder: str | os.PathLike[str], state: SAEFState) -> dict[st
     def newest() -> str:
         return next((p.name for p in reversed(_checkpoints(root)) if (p / COMPLETE).exists()), "")
 
-    transport = state.engine.transport
+    transport = state.engine.node.everyone
     transport.meet("saef.load_checkpoint()")
     (name,) = _together(state, newest, of_rank_0=True)
     if not name:
@@ -129,8 +130,9 @@ def load_checkpoint(folder: str | os.PathLike[str], state: SAEFState) -> dict[st
     def fits() -> str:
         if not (path / COMPLETE).exists():
             raise FileNotFoundError(f"{path} is not here: the folder must be the same for all ranks")
-        written = torch.load(own, weights_only=True, mmap=True)["saef"]["strategy"] if own.exists() else ""
-        return "yes" if written == state.strategy else "no"
+        saved = torch.load(own, weights_only=True, mmap=True)["saef"] if own.exists() else {}
+        found = saved.get("strategy"), saved.get("ranks_a_node", 1)
+        return "yes" if found == (state.strategy, state.engine.node.size) else "no"
 
     consolidated = "no" in _together(state, fits)
     extra: dict[str, Any] = {}
@@ -153,7 +155,7 @@ def load_checkpoint(folder: str | os.PathLike[str], state: SAEFState) -> dict[st
 
 def _together(state: SAEFState, work: Callable[[], str], of_rank_0: bool = False) -> list[str]:
     """The results of all ranks, or of rank 0 alone. If any rank fails, all do, once all have tried."""
-    transport, device = state.engine.transport, state.weights.device
+    transport, device = state.engine.node.everyone, state.weights.device
     rank = transport.rank
     result, failure = "", None
     if rank == 0 or not of_rank_0:
@@ -168,6 +170,19 @@ def _together(state: SAEFState, work: Callable[[], str], of_rank_0: bool = False
     if problems := [problem for _, problem in ranks if problem]:
         raise RuntimeError("; ".join(problems))
     return [result for result, _ in ranks][: 1 if of_rank_0 else None]
+
+
+def _mapped(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """The same with other tensors."""
+    if isinstance(value, dict):
+        return {key: _mapped(part, change) for key, part in value.items()}
+    return change(value) if isinstance(value, torch.Tensor) else value
+
+
+def _whole(tensor: Any) -> torch.Tensor:
+    """Of a DTensor what all ranks of a node have of it; of another itself. Collective within the node."""
+    found: torch.Tensor = tensor if held(tensor) is tensor else tensor.full_tensor()
+    return found
 
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)

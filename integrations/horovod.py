@@ -150,7 +150,7 @@ class SAEFCompression:
             raise TypeError("SAEFCompression exchanges among all Horovod ranks: it takes no transport or process_group")
         if "mesh" in settings:
             raise TypeError(
-                "SAEFCompression has a worker on each rank and takes no mesh: Horovod has no gradient of a node to give. "
+                "SAEFCompression has a worker on each rank, and takes no mesh: Horovod has no gradients of nodes. "
                 "Use torch.distributed, with SAEFState(mesh=...)"
             )
         check_known("SAEFCompression", settings, CompressionSettings.__annotations__, TypeError)

@@ -225,7 +225,7 @@ class Weights(ABC):
 
     def part_of(self, i: int, value: Tensor) -> Tensor:
         """What lies on this rank of a value for a parameter: `like_parameter`'s, this rank's part, or the whole."""
-        return held(value)
+        return value
 
     def codes(self, compressor: Compressor) -> list[Code]:
         """Of each parameter."""

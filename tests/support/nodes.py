@@ -141,3 +141,25 @@ def each_place(protocol: tuple[str, int], x0: list[Tensor], ranks: int) -> refer
         return [torch.cat(own) for own in found]
 
     return average
+
+
+# ---- what can go wrong, or must go on -----------------------------------------------------------------------------
+
+
+def make(group: Any, job: Job, nodes: int, **options: Any) -> tuple[Any, Any, SAEFState]:
+    """(sharded model, optimizer, state)."""
+    mesh = mesh_of(nodes, dist.get_world_size(group) // nodes)
+    model = shard(make_net(job.dtype), mesh, **options)
+    optimizer = make_optimizer(model, job.groups, job.optimizer)
+    return model, optimizer, SAEFState(model, optimizer, mesh=mesh, **job.state)
+
+
+def go_on(model: Any, optimizer: torch.optim.Optimizer, job: Job, rank: int, steps: range) -> None:
+    for t in steps:
+        optimizer.zero_grad()
+        step(model, job, rank, t)
+        optimizer.step()
+
+
+def everything(state: SAEFState) -> list[Tensor]:
+    return [v.clone() for v in (state.weights.x(), state.e, state.m, state.e_server)]
