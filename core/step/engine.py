@@ -100,6 +100,8 @@ class Engine:
         self.rule.read(step=0)
         self.form: Form = GradientForm(self) if self.rule.rule.of_gradients else Rounds(self, settings)
         check_model(model, process_group)
+        if mesh is not None:
+            check_mesh(mesh)
         check_sharded(model, mesh)
         self._optimizer, self._settings = optimizer, settings
         self.weights = weights = self._weights_of(model)
@@ -134,7 +136,8 @@ class Engine:
 
     def _check_nodes(self, model: nn.Module, mesh: DeviceMesh) -> None:
         """Raise TypeError or ValueError on what nodes cannot do."""
-        check_mesh(mesh, self.weights.device)
+        if mesh.device_type != self.weights.device.type:
+            raise ValueError(f"mesh is of {mesh.device_type} devices, and the parameters are on {self.weights.device}")
         if not self.rule.rule.of_gradients:
             raise ValueError(
                 "mesh is for SGD, AdamW and Adam with local_steps=1, whose steps are computed within saef: local steps "

@@ -163,3 +163,10 @@ def go_on(model: Any, optimizer: torch.optim.Optimizer, job: Job, rank: int, ste
 
 def everything(state: SAEFState) -> list[Tensor]:
     return [v.clone() for v in (state.weights.x(), state.e, state.m, state.e_server)]
+
+
+def x_tilde(state: SAEFState) -> Tensor:
+    """The whole model's, flat, from what the ranks of a node have of it."""
+    weights, found = state.weights, state.weights.cut(state.x_tilde())
+    whole: list[Any] = [weights.like_parameter(i, part) for i, part in enumerate(found)]
+    return torch.cat([v.full_tensor().reshape(-1) for v in whole])
