@@ -23,6 +23,7 @@ where the parameters are:
     rank_K / workers           e, m (and AdamW's v) of rank K / their means
     outer                      b of an outer optimizer
     rank_K / workers           rounds, of an optimizer that makes its own steps: its state (`saef.step.rounds`)
+    rank_K_place_S             of DDP's nodes: all that is named above, 1-D, this rank's part; and x_part, of x's master
     rank_K (_place_S)          also e_server: flat, the blocks this rank serves (`saef.wire.plan.partition`); strides;
                                bytes: what it has sent; random: torch's random state (and "random_cuda")
     e_server                   consolidated: the servers' errors
@@ -34,6 +35,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -43,6 +45,7 @@ from torch import Tensor
 from .rules import SGD, Difference
 from .step.memory import Context, Memory, all_server_errors, own_server_errors
 from .step.optimizer_state import Saved
+from .step.weights import Weights
 
 FORMAT = 1
 
@@ -82,10 +85,17 @@ def rank_form(memory: Memory, context: Context, own: Saved | None) -> dict[str, 
         mine["rounds"] = own
     if weights.device.type == "cuda":
         mine["random_cuda"] = torch.cuda.get_rng_state(weights.device)
+    named = partial(_named, context, _own)
+    saved = {**_common(memory, context, "rank"), "x": _named(context, lambda w, _: w.whole_x(), weights.flat)}
+    alike, workers = _alike(memory, named), _workers(memory, named)
     worker, own_rank = _keys(context)
-    parts = {worker: _workers(memory, context)}
-    parts[own_rank] = {**parts.get(own_rank, {}), **mine}
-    return {**_common(memory, context, "rank"), **parts}
+    if weights.joint:
+        saved |= alike
+    else:  # under one key only what all ranks have alike
+        mine |= {**alike, "x_part": named(weights.x())}
+    saved[worker] = workers
+    saved[own_rank] = {**saved.get(own_rank, {}), **mine}
+    return saved
 
 
 @torch.no_grad()
@@ -104,24 +114,27 @@ def consolidated_form(memory: Memory, context: Context, own: Callable[[bool], Sa
                 transport.mean(v, "checkpoint")
         return all_server_errors(memory, context, "checkpoint")
 
-    transport.meet("SAEFState.consolidated_state_dict()")
+    context.node.everyone.meet("SAEFState.consolidated_state_dict()")
     server = transport.call(together)
-    saved = {**_common(memory, context, "consolidated"), "workers": _workers(means, context)}
+    named = partial(_named, context, Weights.gathered)
+    saved = {**_common(memory, context, "consolidated"), "x": named(context.weights.x()), **_alike(memory, named)}
+    saved["workers"] = _workers(means, named)
     if (rounds := own(True)) is not None:
         saved["workers"]["rounds"] = rounds
     if server.numel():
-        saved["e_server"] = _by_name(context, server)
+        saved["e_server"] = named(server)
     return saved
 
 
 def _keys(context: Context) -> tuple[str, str]:
-    """Of what a worker has, and of what this rank of it has alone."""
+    """Of what the ranks of a worker save together, and of what this one saves alone."""
     worker, node = f"rank_{context.transport.rank}", context.node
-    return worker, worker if node.size == 1 else f"{worker}_place_{node.place}"
+    own = worker if node.size == 1 else f"{worker}_place_{node.place}"
+    return worker if context.weights.joint else own, own
 
 
 def _common(memory: Memory, context: Context, kind: str) -> dict[str, Any]:
-    saved = {
+    saved: dict[str, Any] = {
         "format": FORMAT,
         "kind": kind,
         "saef": version("saef"),
@@ -134,14 +147,9 @@ def _common(memory: Memory, context: Context, kind: str) -> dict[str, Any]:
         "steps_skipped_in_a_row": memory.skipped_in_a_row,
         "momentum": len(memory.m) > 0,
         "outer_momentum": memory.m_decay.numel() > 0,
-        "x": _by_name(context, context.weights.x()),
     }
     if context.node.size > 1:
         saved["ranks_a_node"] = context.node.size
-    if memory.m_decay.numel():
-        saved["m_decay"] = _by_name(context, memory.m_decay)
-    if memory.outer.numel():
-        saved["outer"] = _by_name(context, memory.outer)
     return saved
 
 
@@ -173,15 +181,26 @@ def _name(context: Context) -> str:
     return f"Difference of {rule.optimizer}" if isinstance(rule, Difference) else type(rule).__name__
 
 
-def _workers(memory: Memory, context: Context) -> dict[str, Any]:
+ByName = Callable[[Tensor], dict[str, Tensor]]  # a flat vector by parameter
+
+
+def _workers(memory: Memory, named: ByName) -> dict[str, Any]:
     held = (("e", memory.e), *zip(VECTORS, memory.m, strict=False))
-    return {name: _by_name(context, v) for name, v in held if v.numel()}
+    return {name: named(v) for name, v in held if v.numel()}
 
 
-def _by_name(context: Context, flat: Tensor) -> dict[str, Tensor]:
-    weights = context.weights
-    every = enumerate(zip(weights.names, weights.cut(flat), strict=True))
-    return {name: weights.like_parameter(i, part.clone()) for i, (name, part) in every}
+def _alike(memory: Memory, named: ByName) -> dict[str, Any]:
+    """What all workers have alike, besides x."""
+    return {name: named(v) for name, v in (("m_decay", memory.m_decay), ("outer", memory.outer)) if v.numel()}
+
+
+def _named(context: Context, cut: Callable[[Weights, Tensor], list[Tensor]], flat: Tensor) -> dict[str, Tensor]:
+    return dict(zip(context.weights.names, cut(context.weights, flat), strict=True))
+
+
+def _own(weights: Weights, flat: Tensor) -> list[Tensor]:
+    """What this rank has of each parameter, copies."""
+    return [weights.like_parameter(i, part.clone()) for i, part in enumerate(weights.cut(flat))]
 
 
 @torch.no_grad()
@@ -195,10 +214,12 @@ def load(saved: Mapping[str, Any], memory: Memory, context: Context) -> Saved | 
     consolidated = saved["kind"] == "consolidated"
     own = saved["workers"] if consolidated else {**saved[_keys(context)[0]], **saved[_keys(context)[1]]}
     weights.absorb()
-    weights.write([weights.part_of(i, saved["x"][name]) for i, name in enumerate(weights.names)])
+    weights.write([saved["x"][name] for name in weights.names])
+    if "x_part" in own:
+        _write(context, weights.flat, own["x_part"])
     memory.grow(len(_vectors(saved, context)), saved["outer_momentum"])
     kept = [(m, own.get(key)) for key, m in zip(VECTORS, memory.m, strict=False)]
-    alike = [(memory.m_decay, saved.get("m_decay")), (memory.outer, saved.get("outer"))]
+    alike = [(v, own.get(k, saved.get(k))) for v, k in ((memory.m_decay, "m_decay"), (memory.outer, "outer"))]
     for flat, values in ((memory.e, own.get("e")), *kept, *alike):
         flat.zero_()
         if values is not None:
@@ -244,13 +265,14 @@ def check(saved: Mapping[str, Any], memory: Memory, context: Context) -> None:
     theirs, ours = ({"rule": "SGD", **settings} for settings in (saved["settings"], _settings(context)))
     _refuse(f"the checkpoint is of other settings ({advice})", theirs, ours)
     workers = saved.get("workers") if saved["kind"] == "consolidated" else _rank_part(saved, memory, context)
-    expected = {"x": saved.get("x"), **{key: (workers or {}).get(key) for key in _vectors(saved, context)}}
+    held = {**saved, **(workers or {})}
+    expected = {key: held.get(key) for key in ("x", *_vectors(saved, context))}
     if saved["outer_momentum"]:
-        expected["m_decay"] = saved.get("m_decay")
+        expected["m_decay"] = held.get("m_decay")
     if context.settings.outer is not None:
-        expected["outer"] = saved.get("outer")
+        expected["outer"] = held.get("outer")
     if context.settings.feedback:
-        expected["e"] = (workers or {}).get("e")
+        expected["e"] = held.get("e")
     if context.serves_with_error and saved["kind"] == "consolidated":
         expected["e_server"] = saved.get("e_server")
     if not context.rule.of_gradients:

@@ -262,7 +262,7 @@ class SAEFState:
         """
         x_tilde = self._x_tilde("SAEFState.flush()")
         self.engine.abandon()
-        self.weights.write(self.weights.cut(x_tilde))
+        self.weights.move(x_tilde)
         self.engine.memory.owe_nothing()
         self.engine.share()
 

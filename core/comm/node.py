@@ -92,6 +92,26 @@ class Node:
         within = self.within
         return [value] if within is None else self._between.call(lambda: self._gather(within, value))
 
+    def for_this_place(self, parts: Sequence[Tensor]) -> Tensor:
+        """[S, n] what each rank of the node has for this place. Collective, in `Transport.call` or `submit`.
+
+        Args:
+            parts: for each place a vector, 1-D; all ranks have as long a one for the same place.
+        """
+        sizes = [part.numel() * part.element_size() for part in parts]
+        message = torch.cat([*parts]).view(torch.uint8)
+        if self.within is None:
+            return message.view(1, -1).view(parts[0].dtype)
+        return self.within.all_to_all(message, sizes, sizes[self.place], "phase1").view(parts[0].dtype)
+
+    def every_part(self, part: Tensor) -> Tensor:
+        """The vectors of all places, of one length, one after the other. Collective in the node, between steps."""
+        if self.within is None:
+            return part
+        within, sizes = self.within, [part.numel() * part.element_size()] * self.size
+        gathered = self._between.call(lambda: within.all_gather(part.view(torch.uint8), sizes, "phase2"))
+        return gathered.view(part.dtype)
+
     def norm(self, values: Sequence[float]) -> float:
         """L2 norm of a vector, from those of its parts."""
         return math.hypot(*values)

@@ -10,7 +10,7 @@ from typing import Any, final
 from ..comm.agreement import checksum, compare
 from ..comm.node import Node
 from .settings import Settings
-from .weights import Weights, held
+from .weights import Weights
 
 AFTER_A_CHANGE = "the first forward after SAEFState(), a load or reset_errors()"
 
@@ -25,7 +25,7 @@ def compare_settings(settings: Settings, weights: Weights, node: Node, scaled: b
     """
     fields = {field: getattr(settings, field) for field in settings.__dataclass_fields__}
     every = zip(weights.names, weights.parameters, weights.views, strict=True)
-    parameters = [(n, tuple(p.shape), (view if held(p) is p else p).stride(), p.dtype) for n, p, view in every]
+    parameters = [(n, tuple(p.shape), (view if view.shape == p.shape else p).stride(), p.dtype) for n, p, view in every]
     for way, compressor in (("to", settings.compressor), ("from", settings.reply_compressor)):
         runs = groupby(weights.codes(compressor))  # of neighbours with one code
         fields[f"codes {way} the servers"] = [(len([*run]), code) for code, run in runs]

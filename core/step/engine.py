@@ -45,6 +45,7 @@ from .local_rule import LocalRule
 from .loss_scale import LossScale
 from .memory import Context, Memory
 from .optimizer_state import Saved
+from .parts import Parts
 from .prepared import Prepared
 from .rounds import Rounds
 from .sending import Sending, Since
@@ -103,7 +104,7 @@ class Engine:
         if mesh is not None:
             check_mesh(mesh)
         check_sharded(model, mesh)
-        self._optimizer, self._settings = optimizer, settings
+        self._optimizer, self._settings, self._mesh = optimizer, settings, mesh
         self.weights = weights = self._weights_of(model)
         self.loss_scale.check_dtypes(p.dtype for p in weights.parameters)  # before any rank waits for another
         if sum(given is not None for given in (mesh, process_group, transport)) > 1:
@@ -143,15 +144,21 @@ class Engine:
                 "mesh is for SGD, AdamW and Adam with local_steps=1, whose steps are computed within saef: local steps "
                 "and other optimizers take steps of their own, on whole parameters. Leave mesh out, or local_steps"
             )
-        if mesh.size(1) > 1 and not is_sharded(model):
+        group = getattr(model, "process_group", None)
+        ours = sorted(mesh.mesh.flatten().tolist())
+        if group is not None and (theirs := sorted(torch.distributed.get_process_group_ranks(group))) != ours:
             raise ValueError(
-                "mesh with several ranks a node is for a model that FSDP2 has sharded within the node: "
-                'fully_shard(module, mesh=mesh["shard"]). With DistributedDataParallel leave mesh out'
+                f"mesh has ranks {ours}, DistributedDataParallel's process group has {theirs}: gradients would be "
+                "exchanged among other ranks than the model is. Give both the same ranks"
             )
 
     def _weights_of(self, model: nn.Module) -> Weights:
-        kind = Shards if is_sharded(model) else create
-        return kind(model, self._optimizer, self._settings.step_ahead)
+        s, mesh = self._settings.step_ahead, self._mesh
+        if is_sharded(model):
+            return Shards(model, self._optimizer, s)
+        if mesh is not None and mesh.size(1) > 1:
+            return Parts(model, self._optimizer, s, mesh.get_local_rank(1), mesh.size(1))
+        return create(model, self._optimizer, s)
 
     def _agree(self, weights: Weights, what: str = "SAEFState()") -> None:
         """Raise on all ranks if they train other parameters, or in another way, or are not all here. Collective."""
@@ -167,6 +174,8 @@ class Engine:
         self._watch = Watch(model, weights, self._optimizer)
         self.weights = weights
         weights.local = not self.rule.rule.of_gradients
+        if isinstance(weights, Parts):
+            weights.node = self.node
         self.context = Context.create(weights, self._settings, self.rule.rule, self.transport, self.node)
         self.memory: Memory = Memory.create(self.context) if old is None else carry(self.memory, old, self.context)
         if rate := self.context.server_ahead:
@@ -191,7 +200,7 @@ class Engine:
         if self.attached:
             self.leave()
             alike = self.transport.size == 1 or self._shared_at == self.memory.steps
-            self._kept.release(self._optimizer, keep=alike)
+            self._kept.release(self._optimizer, keep=alike and self.weights.joint)
             self._attachment.remove()
 
     def share(self) -> None:
@@ -229,7 +238,7 @@ class Engine:
         self._shared_at = None
         self.memory.owe_nothing()
         self._kept.adopt(self._optimizer)
-        self.weights.write(self.weights.cut(self.weights.x()))  # x_half is to be made anew
+        self.weights.renew()
         self.recheck()
 
     def snapshot(self) -> Memory:
@@ -296,6 +305,11 @@ class Engine:
             raise RuntimeError(
                 f"within a step, that is after a forward and before the step() of its backward: {changes}. Change what "
                 "is trained after step(), before the next forward"
+            )
+        if not self.weights.joint and self._watch.relaid:
+            raise RuntimeError(
+                f"{changes}: with mesh each rank of a node has a part of every parameter, cut where it lies in memory. "
+                "Lay the model out (memory_format) before SAEFState is created"
             )
         old, steps, model = self.context, self.memory.steps, self._watch.model
         weights = self._weights_of(model)

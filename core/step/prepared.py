@@ -24,6 +24,8 @@ class Bucket(NamedTuple):
         parameters: indices into the state's parameters.
         gradient: this worker's flat gradient; stays as it is until the step is committed.
         views: the parameters' gradients, views of `gradient`.
+        given, given_views: the same of this rank; others than those only where it has a part of the worker's.
+        parts: of `given`, what is for each place of the node, to be averaged into `gradient`; else empty.
         done: a future of `gradient`, complete when `received` and `replies` are there.
         received, replies: what `saef.comm.exchange.two_way` returned (empty lists until then).
     """
@@ -32,6 +34,9 @@ class Bucket(NamedTuple):
     plan: Plan
     gradient: Tensor
     views: Sequence[Tensor]
+    given: Tensor
+    given_views: Sequence[Tensor]
+    parts: Sequence[Sequence[Tensor]]
     message: Tensor
     done: Future[Tensor]
     received: list[Tensor]
@@ -130,12 +135,16 @@ class Prepared:
         if prints is not None and self.prints is not None:
             other.update((prints != self.prints).nonzero().view(-1).tolist())
         for bucket in self.buckets if other else []:
-            touched = [(i, view) for i, view in zip(bucket.parameters, bucket.views, strict=True) if i in other]
+            touched = [(i, view) for i, view in zip(bucket.parameters, bucket.given_views, strict=True) if i in other]
             for i, view in touched:
                 grad = weights.parameters[i].grad
                 if grad is None or not _holds(held(grad), view):
                     raise changed([weights.names[i]])
-            if any((before := self.gradients[i]) and before[0] == view.data_ptr() for i, view in touched):
+            inside = [i for i, view in touched if (before := self.gradients[i]) and before[0] == view.data_ptr()]
+            if inside and bucket.parts:  # what other ranks of the node have added is not here, to compare with
+                if prints is None or self.prints is None or not torch.equal(prints[inside], self.prints[inside]):
+                    raise changed([weights.names[i] for i in inside])
+            elif inside:
                 found.append(bucket)
         return found
 

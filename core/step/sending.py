@@ -15,6 +15,7 @@ from .buckets import SPARSE, Buckets, flatten_gradients, gather_gradients, group
 from .local_rule import LocalRule
 from .loss_scale import LossScale
 from .memory import Context, Memory
+from .parts import Parts
 from .prepared import Bucket, Prepared
 from .weights import Weights
 
@@ -144,18 +145,23 @@ class Sending:
                 "a gradient arrived that was not computed at x_half: run the forward through the wrapped model, with "
                 "gradients enabled"
             )
+        given, given_views, parts = flat, views, list[list[Tensor]]()
+        if isinstance(self._weights, Parts):
+            flat, views, parts = self._weights.apart(given_views)
+        given_views = [v for p, v in zip(parameters, given_views, strict=True) if id(p) in self._numbers]
         indices, views, plan = self._plans.find(parameters, views, flat)
         # Of a second backward before the step the gradients contain the first's, so what is prepared is made anew.
         if not self.prepared.buckets or self.prepared.contains(indices):
             self.prepared = Prepared(hyper=self._rule.read_scaled(self._memory.steps))
         message = torch.zeros(plan.send.message_bytes, dtype=torch.uint8, device=self._weights.device)
-        bucket = Bucket(indices, plan, flat, views, message, self._transport.future(), [], [])
+        done = self._transport.future()
+        bucket = Bucket(indices, plan, flat, views, given, given_views, parts, message, done, [], [])
         if indices:
             self.prepared.add(bucket)
         else:
-            bucket.done.set_result(flat)
+            done.set_result(given)
         if not self._clips:
             self._algorithm.send(self.prepared, [bucket] if indices else [])
         elif last and self._joined <= self.prepared.parameters:
             self._algorithm.send(self.prepared, self.prepared.buckets)
-        return bucket.done
+        return done

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, final
 
 import torch
@@ -45,6 +46,9 @@ class Shards(Copying):
     def _show_x(self) -> None:
         self.rest()
         super()._show_x()
+
+    def write(self, x: Sequence[Tensor]) -> None:
+        super().write([self.part_of(i, value) for i, value in enumerate(x)])
 
     @torch.no_grad()
     def like_parameter(self, i: int, part: Tensor) -> Tensor:

@@ -181,10 +181,10 @@ class Swaps(Weights):
         torch.autograd.graph.increment_version(self.parameters)
 
     def _show_half(self) -> None:
-        _exchange(self.parameters, self.views)
+        exchange(self.parameters, self.views)
 
     def _show_x(self) -> None:
-        _exchange(self.parameters, self._x)
+        exchange(self.parameters, self._x)
 
     def apply(self, plan: Plan, rates: Tensor, replies: Tensor) -> None:
         self._kernels.subtract(self._at_x(plan.apply.table), rates, replies, self._memory)
@@ -199,7 +199,7 @@ class Swaps(Weights):
         return self._x[i]
 
     def parts(self) -> list[Tensor]:
-        return [_line(x) for x in self._x]
+        return [line(x) for x in self._x]
 
 
 @final
@@ -318,7 +318,7 @@ def _captured(model: nn.Module) -> bool:
     return any(getattr(forward, "__module__", None) == torch.cuda.graphs.__name__ for forward in forwards)
 
 
-def _exchange(parameters: Sequence[Tensor], storages: Sequence[Tensor]) -> None:
+def exchange(parameters: Sequence[Tensor], storages: Sequence[Tensor]) -> None:
     """p.data = its storage, of thousands of small ones without a loop in Python."""
     deque(map(_SET_DATA, parameters, storages), maxlen=0)
 
@@ -326,6 +326,6 @@ def _exchange(parameters: Sequence[Tensor], storages: Sequence[Tensor]) -> None:
 _SET_DATA: Any = Tensor.data.__set__  # type: ignore[attr-defined]
 
 
-def _line(x: Tensor) -> Tensor:
+def line(x: Tensor) -> Tensor:
     """The entries of a tensor without gaps in memory order."""
     return x.as_strided((x.numel(),), (1,))

@@ -74,10 +74,19 @@ class Weights(ABC):
         self._e: Tensor | None = None  # the errors, and as they are cut
         self._errors: list[Tensor] = []
 
+    joint = (
+        True  # whether all ranks of a node have one tensor together for what belongs to a parameter (`like_parameter`)
+    )
+
     @property
     def held(self) -> list[Tensor]:
-        """What of each parameter lies on this rank: all of it, or a shard."""
+        """What of each parameter this rank has in its flat vectors: all of it, or a part."""
         return self.parameters
+
+    @property
+    def shown(self) -> list[Tensor]:
+        """The tensors that are x or x_half."""
+        return self.held
 
     def rest(self) -> None:  # noqa: B027 - most do
         """Have the model's modules hold `parameters`, and nothing that was made of their values."""
@@ -109,10 +118,10 @@ class Weights(ABC):
         return [self._places_now(), self._versions_now()]
 
     def _places_now(self) -> list[int]:
-        return [*map(Tensor.data_ptr, self.held)]
+        return [*map(Tensor.data_ptr, self.shown)]
 
     def _versions_now(self) -> list[int]:
-        return [*map(_VERSION, self.held)]
+        return [*map(_VERSION, self.shown)]
 
     def _cut_errors(self, e: Tensor) -> list[Tensor]:
         """e cut like the parameters, once for one vector; empty if there is none."""
@@ -146,7 +155,7 @@ class Weights(ABC):
         self._show_half()
         self._places = self._places_now()
         self.ahead = True
-        _set_versions(self.held, [self._half_version] * len(self.parameters))
+        _set_versions(self.shown, [self._half_version] * len(self.parameters))
 
     def leave(self) -> list[str]:
         """parameters <- x: the window closes. Names of the parameters that were written to in it, in vain."""
@@ -159,7 +168,7 @@ class Weights(ABC):
             written = [name for name, version, now, place in every if version != expected or now != place]
         self._show_x()
         self.ahead = False
-        _set_versions(self.held, self._versions)
+        _set_versions(self.shown, self._versions)
         return written
 
     def moved(self) -> list[str]:
@@ -169,7 +178,7 @@ class Weights(ABC):
         self._places = places
         self._keep_local()
         self.number += 1
-        _set_versions(self.held, [self._half_version] * len(self.parameters))
+        _set_versions(self.shown, [self._half_version] * len(self.parameters))
         return elsewhere
 
     def untouched(self, whole: bool) -> bool:
@@ -208,7 +217,7 @@ class Weights(ABC):
 
     def committed(self) -> None:
         """x has moved, by kernels that autograd does not see."""
-        torch.autograd.graph.increment_version(self.held)
+        torch.autograd.graph.increment_version(self.shown)
         self.number += 1
 
     @property
@@ -224,8 +233,24 @@ class Weights(ABC):
         return part
 
     def part_of(self, i: int, value: Tensor) -> Tensor:
-        """What lies on this rank of a value for a parameter: `like_parameter`'s, this rank's part, or the whole."""
+        """What this rank has of a value for a parameter: `like_parameter`'s, this rank's part, or the whole."""
         return value
+
+    def gathered(self, flat: Tensor) -> list[Tensor]:
+        """For each parameter a vector's part that all ranks of the node can save together. Collective within it."""
+        return [self.like_parameter(i, part.clone()) for i, part in enumerate(self.cut(flat))]
+
+    def whole_x(self) -> list[Tensor]:
+        """x for each parameter, for a checkpoint: copies, not collective."""
+        return [self.like_parameter(i, part.clone()) for i, part in enumerate(self.cut(self.x()))]
+
+    def move(self, x: Tensor) -> None:
+        """x <- `x`, flat; the parameters, which are at x, follow. Collective within the node."""
+        self.write(self.cut(x))
+
+    def renew(self) -> None:
+        """x_half is to be made anew, and what was computed at it does not count."""
+        self.write(self.cut(self.x()))
 
     def codes(self, compressor: Compressor) -> list[Code]:
         """Of each parameter."""

@@ -23,14 +23,19 @@ from saef.step import buckets
 from support import reference
 from support.cases import close, job_of, pairwise
 from support.nodes import (
+    Cut,
+    entries,
     everything,
     go_on,
     gradient_of_nodes,
+    joined,
     make,
     mesh_of,
     reference_of_nodes,
     shard,
+    shards,
     step,
+    train_ddp,
     train_sharded,
     x_tilde,
 )
@@ -47,15 +52,22 @@ VALUES: dict[str, list[Any]] = {
 FIXED = {"server": "same", "decay": "coupled", "step_ahead": 1.0}
 
 
-def matches(runs: list[dict[str, Any]], expected: reference.SAEF, lrs: list[float], nodes: int) -> None:
+def matches(
+    runs: list[dict[str, Any]], expected: reference.SAEF, lrs: list[float], nodes: int, cut: Cut = shards
+) -> None:
     """x at every step on every rank, and e and m of its part at the end. Tolerance: `support.cases`."""
     ranks = len(runs) // nodes
-    _, x, _ = reference.drive(expected, gradient_of_nodes(ranks), lrs)
+    _, x, _ = reference.drive(expected, gradient_of_nodes(ranks, cut), lrs)
     sizes = [run["e"].numel() for run in runs[:ranks]]
     assert sum(sizes) == expected.d and (max(sizes) < expected.d or ranks == 1)
     for rank, run in enumerate(runs):
         node, place = divmod(rank, ranks)
-        close(run["x"], x.split(sizes, dim=1)[place])
+        own = x.split(sizes, dim=1)[place]
+        if cut is entries:  # every rank has all of x
+            numels = [p.numel() for p in expected.tensors(expected.x)]
+            parts = [parts_of_row(row, numels) for row in x]
+            own = torch.stack([torch.cat([p.reshape(-1) for p in joined(row)]) for row in parts])
+        close(run["x"], own)
         close(run["e"], expected.e[node].split(sizes)[place])
         kept = [expected.m[node], expected.v[node]] if isinstance(expected, reference.AdamW) else [expected.m[node]]
         if run["m"].numel():
@@ -69,6 +81,22 @@ def test_sharded_nodes_equal_the_reference(pool: RankPool, case: dict[str, Any])
     job = replace(job_of(case), lrs=job_of(case).lrs[:22])  # up to the step with lr = 0 and one more
     runs = pool.run(train_sharded, job, 2, case["options"])
     matches(runs, reference_of_nodes(case, 2, 2), job.lrs, 2)
+    assert all(run["strategy"] == case["exchange"] for run in runs)
+
+
+def parts_of_row(row: Tensor, numels: list[int]) -> list[Tensor]:
+    return list(row.split(numels))
+
+
+@pytest.mark.parametrize(
+    "case", pairwise({k: v for k, v in VALUES.items() if k != "options"}), ids=lambda c: "-".join(map(str, c.values()))
+)
+def test_ddp_with_nodes_equals_the_reference(pool: RankPool, case: dict[str, Any]) -> None:
+    """2 x 2: each rank has half of each parameter's entries, or one more, or none."""
+    case = {**FIXED, **case}
+    job = replace(job_of(case), lrs=job_of(case).lrs[:22])
+    runs = pool.run(train_ddp, job, 2)
+    matches(runs, reference_of_nodes(case, 2, 2, entries), job.lrs, 2, entries)
     assert all(run["strategy"] == case["exchange"] for run in runs)
 
 

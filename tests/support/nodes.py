@@ -1,5 +1,7 @@
 """Training with nodes of several ranks, and the reference: a worker is a node, blocks lie within the ranks' parts."""
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -9,12 +11,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel as DDP
 
 from saef import SAEFState
+from saef.hooks import saef_hook
 from saef.wire.plan import partition
 from support import reference
 from support.cases import reference_of, reference_settings, start
-from support.training import Job, gradient, make_net, make_optimizer, micro_batches, set_lr
+from support.training import Job, flat, gradient, make_net, make_optimizer, micro_batches, set_lr
 
 AXES = ("replicate", "shard")
 
@@ -54,6 +58,32 @@ def train_sharded(group: Any, job: Job, nodes: int, options: dict[str, Any] | No
     return outcome(state, trajectory)
 
 
+def train_ddp(group: Any, job: Job, nodes: int) -> dict[str, Any]:
+    """With DDP over all ranks, which are as many nodes."""
+    net = make_net(job.dtype)
+    model, optimizer, state = wrap_nodes(group, job, nodes, net)
+    trajectory = [flat(net)]
+    for t, lr in enumerate(job.lrs):
+        set_lr(optimizer, job, lr)
+        optimizer.zero_grad()
+        parts = micro_batches(job, dist.get_rank(group), t)
+        for i, (x, y) in enumerate(parts):
+            with model.no_sync() if i + 1 < len(parts) else nullcontext():
+                (nn.functional.mse_loss(model(x), y) / len(parts)).backward()
+        optimizer.step()
+        trajectory.append(flat(net))
+    return outcome(state, trajectory)
+
+
+def wrap_nodes(group: Any, job: Job, nodes: int, net: nn.Module) -> tuple[DDP, torch.optim.Optimizer, SAEFState]:
+    model = DDP(net, process_group=group, bucket_cap_mb=0.0005, **job.ddp)
+    optimizer = make_optimizer(net, job.groups, job.optimizer)
+    mesh = mesh_of(nodes, dist.get_world_size(group) // nodes) if nodes else None
+    state = SAEFState(model, optimizer, mesh=mesh, **job.state)
+    model.register_comm_hook(state, saef_hook)
+    return model, optimizer, state
+
+
 def step(net: Any, job: Job, rank: int, t: int) -> None:
     """Forward and backward of all micro-batches."""
     parts = micro_batches(job, rank, t)
@@ -82,29 +112,37 @@ def shards(t: Tensor, ranks: int) -> list[Tensor]:
     return rows + [t[:0]] * (ranks - len(rows))
 
 
-def parts_of(tensors: list[Tensor], ranks: int) -> list[Tensor]:
-    return [shards(t, ranks)[place] for place in range(ranks) for t in tensors]
+def entries(t: Tensor, ranks: int) -> list[Tensor]:
+    """A parameter's parts as saef cuts it: entries in the order of memory."""
+    return shards(t.reshape(-1), ranks)
 
 
-def joined(parts: list[Tensor], ranks: int) -> list[Tensor]:
-    n = len(parts) // ranks
-    return [torch.cat(parts[i::n]) for i in range(n)]
+Cut = Callable[[Tensor, int], list[Tensor]]
 
 
-def gradient_of_nodes(ranks: int) -> reference.GradFn:
+def parts_of(tensors: list[Tensor], ranks: int, cut: Cut) -> list[Tensor]:
+    return [cut(t, ranks)[place] for place in range(ranks) for t in tensors]
+
+
+def joined(parts: list[Tensor]) -> list[Tensor]:
+    like = start()
+    return [torch.cat(parts[i :: len(like)]).view(t.shape) for i, t in enumerate(like)]
+
+
+def gradient_of_nodes(ranks: int, cut: Cut = shards) -> reference.GradFn:
     """A node's gradient is the mean of its ranks'."""
 
     def mean_gradient(node: int, t: int, parts: list[Tensor]) -> list[Tensor]:
-        x = joined(parts, ranks)
+        x = joined(parts)
         every = [gradient(node * ranks + place, t, x) for place in range(ranks)]
-        return parts_of([torch.stack(g).mean(0) for g in zip(*every, strict=True)], ranks)
+        return parts_of([torch.stack(g).mean(0) for g in zip(*every, strict=True)], ranks, cut)
 
     return mean_gradient
 
 
-def reference_of_nodes(case: dict[str, Any], nodes: int, ranks: int, **more: Any) -> reference.SAEF:
+def reference_of_nodes(case: dict[str, Any], nodes: int, ranks: int, cut: Cut = shards, **more: Any) -> reference.SAEF:
     """Settings by parameter are repeated for each place; servers and protocols are of one place's coordinates."""
-    x0 = parts_of(start(), ranks)
+    x0 = parts_of(start(), ranks, cut)
     settings = reference_settings(case, nodes)
     protocol = settings.averaging
     settings = replace(
