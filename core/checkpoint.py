@@ -85,8 +85,8 @@ def rank_form(memory: Memory, context: Context, own: Saved | None) -> dict[str, 
         mine["rounds"] = own
     if weights.device.type == "cuda":
         mine["random_cuda"] = torch.cuda.get_rng_state(weights.device)
-    named = partial(_named, context, _own)
-    saved = {**_common(memory, context, "rank"), "x": _named(context, lambda w, _: w.whole_x(), weights.flat)}
+    named = partial(_named, context, partial(_own, weights))
+    saved = {**_common(memory, context, "rank"), "x": dict(zip(weights.names, weights.whole_x(), strict=True))}
     alike, workers = _alike(memory, named), _workers(memory, named)
     worker, own_rank = _keys(context)
     if weights.joint:
@@ -116,7 +116,7 @@ def consolidated_form(memory: Memory, context: Context, own: Callable[[bool], Sa
 
     context.node.everyone.meet("SAEFState.consolidated_state_dict()")
     server = transport.call(together)
-    named = partial(_named, context, Weights.gathered)
+    named = partial(_named, context, context.weights.gathered)
     saved = {**_common(memory, context, "consolidated"), "x": named(context.weights.x()), **_alike(memory, named)}
     saved["workers"] = _workers(means, named)
     if (rounds := own(True)) is not None:
@@ -194,8 +194,8 @@ def _alike(memory: Memory, named: ByName) -> dict[str, Any]:
     return {name: named(v) for name, v in (("m_decay", memory.m_decay), ("outer", memory.outer)) if v.numel()}
 
 
-def _named(context: Context, cut: Callable[[Weights, Tensor], list[Tensor]], flat: Tensor) -> dict[str, Tensor]:
-    return dict(zip(context.weights.names, cut(context.weights, flat), strict=True))
+def _named(context: Context, cut: Callable[[Tensor], list[Tensor]], flat: Tensor) -> dict[str, Tensor]:
+    return dict(zip(context.weights.names, cut(flat), strict=True))
 
 
 def _own(weights: Weights, flat: Tensor) -> list[Tensor]:

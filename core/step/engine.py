@@ -454,6 +454,8 @@ class Engine:
     def gradient_norm(self) -> float:
         """L2 norm of this worker's own gradient, unscaled, before any clipping: after the exchange, before the step.
 
+        Of a node's, all its ranks must ask.
+
         Raises:
             RuntimeError: if nothing was exchanged since the last step.
         """
@@ -466,7 +468,9 @@ class Engine:
                 "the norm of a gradient that was not exchanged: ask for it, or clip, between the backward of a step's "
                 "last micro-batch and its step() (with Accelerate: if accelerator.sync_gradients)"
             )
-        return self.sending.prepared.norm(self.weights.dtype) * inverse
+        if self.node.size > 1:  # what is averaged within it may be on its way
+            self.sending.prepared.wait()
+        return self.node.norm(self.node.gather(self.sending.prepared.norm(self.weights.dtype))) * inverse
 
     # -- optimizer step: commit, or skip ------------------------------------------------------
 

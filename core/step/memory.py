@@ -45,8 +45,8 @@ class Context(NamedTuple):
         up, down = weights.codes(settings.compressor), weights.codes(settings.reply_compressor)
         strategy = settings.exchange
         if strategy == "auto":
-            sizes = (message_bytes(c, weights.numels, weights.dtype) for c in (up, down))
-            strategy = choose(transport.size, *sizes)
+            sizes = [message_bytes(c, weights.numels, weights.dtype) for c in (up, down)]
+            strategy = choose(transport.size, *(int(max(node.gather(size))) for size in sizes))  # alike in all places
         at = place(weights.numels, weights.groups, up, down, strategy, transport.size, transport.rank)
         return cls(weights, settings, rule, at, transport, node)
 

@@ -74,9 +74,7 @@ class Weights(ABC):
         self._e: Tensor | None = None  # the errors, and as they are cut
         self._errors: list[Tensor] = []
 
-    joint = (
-        True  # whether all ranks of a node have one tensor together for what belongs to a parameter (`like_parameter`)
-    )
+    joint = True  # whether `like_parameter` gives what all ranks of a node have together
 
     @property
     def held(self) -> list[Tensor]:
@@ -126,7 +124,7 @@ class Weights(ABC):
     def _cut_errors(self, e: Tensor) -> list[Tensor]:
         """e cut like the parameters, once for one vector; empty if there is none."""
         if self._e is not e:
-            self._e, self._errors = e, self.cut(e) if e.numel() else []
+            self._e, self._errors = e, self.cut(e) if e.numel() == self.flat.numel() else []
         return self._errors
 
     def absorb(self) -> None:

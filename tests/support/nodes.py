@@ -51,31 +51,25 @@ def train_sharded(group: Any, job: Job, nodes: int, options: dict[str, Any] | No
     trajectory = [part(net)]
     for t, lr in enumerate(job.lrs):
         set_lr(optimizer, job, lr)
-        optimizer.zero_grad()
-        step(net, job, dist.get_rank(group), t)
-        optimizer.step()
+        go_on(net, optimizer, job, dist.get_rank(group), range(t, t + 1))
         trajectory.append(part(net))
     return outcome(state, trajectory)
 
 
 def train_ddp(group: Any, job: Job, nodes: int) -> dict[str, Any]:
-    """With DDP over all ranks, which are as many nodes."""
-    net = make_net(job.dtype)
-    model, optimizer, state = wrap_nodes(group, job, nodes, net)
-    trajectory = [flat(net)]
+    """With DDP over all ranks, which are as many nodes; without a mesh, if 0."""
+    model, optimizer, state = wrap_nodes(group, job, nodes)
+    trajectory = [flat(model.module)]
     for t, lr in enumerate(job.lrs):
         set_lr(optimizer, job, lr)
-        optimizer.zero_grad()
-        parts = micro_batches(job, dist.get_rank(group), t)
-        for i, (x, y) in enumerate(parts):
-            with model.no_sync() if i + 1 < len(parts) else nullcontext():
-                (nn.functional.mse_loss(model(x), y) / len(parts)).backward()
-        optimizer.step()
-        trajectory.append(flat(net))
+        go_on(model, optimizer, job, dist.get_rank(group), range(t, t + 1))
+        trajectory.append(flat(model.module))
     return outcome(state, trajectory)
 
 
-def wrap_nodes(group: Any, job: Job, nodes: int, net: nn.Module) -> tuple[DDP, torch.optim.Optimizer, SAEFState]:
+def wrap_nodes(group: Any, job: Job, nodes: int) -> tuple[Any, Any, SAEFState]:
+    """(DDP, optimizer, state)."""
+    net = make_net(job.dtype)
     model = DDP(net, process_group=group, bucket_cap_mb=0.0005, **job.ddp)
     optimizer = make_optimizer(net, job.groups, job.optimizer)
     mesh = mesh_of(nodes, dist.get_world_size(group) // nodes) if nodes else None
@@ -84,12 +78,22 @@ def wrap_nodes(group: Any, job: Job, nodes: int, net: nn.Module) -> tuple[DDP, t
     return model, optimizer, state
 
 
-def step(net: Any, job: Job, rank: int, t: int) -> None:
-    """Forward and backward of all micro-batches."""
+def go_on(model: Any, optimizer: torch.optim.Optimizer, job: Job, rank: int, steps: range) -> None:
+    for t in steps:
+        optimizer.zero_grad()
+        step(model, job, rank, t)
+        optimizer.step()
+
+
+def step(model: Any, job: Job, rank: int, t: int) -> None:
+    """Forward and backward of all micro-batches, of which the last one's is reduced."""
     parts = micro_batches(job, rank, t)
     for i, (x, y) in enumerate(parts):
-        net.set_requires_gradient_sync(i + 1 == len(parts))
-        (nn.functional.mse_loss(net(x), y) / len(parts)).backward()
+        last = i + 1 == len(parts)
+        if not isinstance(model, DDP):
+            model.set_requires_gradient_sync(last)
+        with nullcontext() if last or not isinstance(model, DDP) else model.no_sync():
+            (nn.functional.mse_loss(model(x), y) / len(parts)).backward()
 
 
 def outcome(state: SAEFState, trajectory: list[Tensor]) -> dict[str, Any]:
@@ -181,30 +185,28 @@ def each_place(protocol: tuple[str, int], x0: list[Tensor], ranks: int) -> refer
     return average
 
 
-# ---- what can go wrong, or must go on -----------------------------------------------------------------------------
+# ---- what can go wrong, or must go on ------------------------------------------------------------------------------
 
 
-def make(group: Any, job: Job, nodes: int, **options: Any) -> tuple[Any, Any, SAEFState]:
-    """(sharded model, optimizer, state)."""
+def make(group: Any, job: Job, nodes: int, how: str = "fsdp", **options: Any) -> tuple[Any, Any, SAEFState]:
+    """(model, optimizer, state), "fsdp" or "ddp"."""
+    if how == "ddp":
+        return wrap_nodes(group, job, nodes)
     mesh = mesh_of(nodes, dist.get_world_size(group) // nodes)
     model = shard(make_net(job.dtype), mesh, **options)
     optimizer = make_optimizer(model, job.groups, job.optimizer)
     return model, optimizer, SAEFState(model, optimizer, mesh=mesh, **job.state)
 
 
-def go_on(model: Any, optimizer: torch.optim.Optimizer, job: Job, rank: int, steps: range) -> None:
-    for t in steps:
-        optimizer.zero_grad()
-        step(model, job, rank, t)
-        optimizer.step()
-
-
 def everything(state: SAEFState) -> list[Tensor]:
     return [v.clone() for v in (state.weights.x(), state.e, state.m, state.e_server)]
 
 
+def whole(state: SAEFState, flat: Tensor) -> list[Tensor]:
+    """For each parameter, what the ranks of a node have of a vector."""
+    found: list[Any] = state.weights.gathered(flat)
+    return [v.full_tensor() if hasattr(v, "full_tensor") else v for v in found]
+
+
 def x_tilde(state: SAEFState) -> Tensor:
-    """The whole model's, flat, from what the ranks of a node have of it."""
-    weights, found = state.weights, state.weights.cut(state.x_tilde())
-    whole: list[Any] = [weights.like_parameter(i, part) for i, part in enumerate(found)]
-    return torch.cat([v.full_tensor().reshape(-1) for v in whole])
+    return torch.cat([v.reshape(-1) for v in whole(state, state.x_tilde())])
