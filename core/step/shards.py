@@ -41,11 +41,11 @@ class Shards(Copying):
 
     def _show_half(self) -> None:
         self.rest()
-        super()._show_half()
+        self._copy_half()
 
     def _show_x(self) -> None:
         self.rest()
-        super()._show_x()
+        self._copy_x()
 
     def write(self, x: Sequence[Tensor]) -> None:
         super().write([self.part_of(i, value) for i, value in enumerate(x)])
