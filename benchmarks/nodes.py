@@ -2,9 +2,9 @@
 
     python benchmarks/nodes.py [--mbit 1000] [--layers 10] [--width 1024] [--batch 8] [--steps 5]
 
-Each node is a network namespace of its own, whose loopback is as it is; a pair of virtual interfaces of --mbit Mb/s joins
-the two (needs `unshare`, `nsenter`, `ip` and `tc`). Then what each node has sent to the other, as the interface counts it,
-and the memory of each arrangement on one rank.
+Each node is a network namespace of its own, whose loopback is as it is; a pair of virtual interfaces of --mbit Mb/s
+joins the two (needs `unshare`, `nsenter`, `ip` and `tc`). Then what each node has sent to the other, as the interface
+counts it, and the memory of each arrangement on one rank.
 """
 
 import argparse

@@ -82,8 +82,9 @@ class SAEFState:
             round behind; call flush() at the end of training.
         grad_scaler: the torch.amp.GradScaler that scales the loss, for float16. saef divides by the scale
             before clipping and momentum; call scaler.step(optimizer) and scaler.update() as ever.
-        mesh: a worker is a node: [nodes, ranks a node], `saef.node_mesh(device)` or another DeviceMesh of two axes, for
-            a model that FSDP2 has sharded over the inner one (docs/nodes.md). None: a worker is a rank.
+        mesh: a worker is a node: [nodes, ranks a node], `saef.node_mesh(device)` or another DeviceMesh of two axes; for
+            a DistributedDataParallel over all ranks, or a model that FSDP2 has sharded over the inner axis
+            (docs/nodes.md). None: a worker is a rank.
         process_group: the ranks that train together; None: the model's (DDP), or the default group.
         transport: what carries the bytes (a `saef.comm.transport.Transport`); None: torch.distributed.
 
@@ -91,7 +92,8 @@ class SAEFState:
         steps: exchanges committed so far, t: steps, or rounds of `local_steps` steps. skipped, skipped_in_a_row: those
             skipped, in all and just now. local_step: steps of the optimizer in the round so far; 0 between rounds.
         weights: parameters and kept x. e, m, e_server: flat errors and what the rule keeps (momentum; AdamW's m, then
-            v), of `weights.dtype`; e_server holds the blocks that this rank serves.
+            v), of `weights.dtype`; e_server holds the blocks that this rank serves. With `mesh` all are of this rank's
+            part of every parameter, of about d / S coordinates.
         settings: what was chosen, checked. strategy: "replicated" or "sharded".
         engine: what communication hooks and adapters of frameworks call (`saef.step.engine.Engine`).
 
@@ -237,7 +239,10 @@ class SAEFState:
         engine.loaded(checkpoint.load(state_dict, engine.memory, engine.context))
 
     def x_tilde(self) -> Tensor:
-        """x~ = x - (e + mean_k e_k), flat, of the state's dtype; the same bits on every rank. Collective."""
+        """x~ = x - (e + mean_k e_k), flat, of the state's dtype; the same bits on every rank. Collective.
+
+        With `mesh` of this rank's part, [d / S]; the same on ranks of the same place.
+        """
         return self._x_tilde("SAEFState.x_tilde()")
 
     def _x_tilde(self, what: str) -> Tensor:
@@ -275,7 +280,7 @@ class SAEFState:
         self.engine.reset_errors()
 
     def metrics(self) -> dict[str, float]:
-        """Counters, flat, ready for a logger. Not collective.
+        """Counters, flat, ready for a logger. Not collective. Bytes are those to other workers, also with `mesh`.
 
         steps, steps_skipped, steps_skipped_in_a_row; bytes_sent by this rank and its parts
         bytes_sent_{phase1,phase2,averaging,settings,checkpoint,telemetry}; bytes_per_step (its first three);

@@ -15,6 +15,7 @@ import os
 import shutil
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ def save_checkpoint(
         folder: made if it is missing; the same for all ranks.
         state: its weights, errors, momenta and counters are saved, so the model's parameters are.
         extra: tensors, numbers, strings and containers of them that are to come back: state_dict() of the
-            model (for its buffers), optimizer, scheduler and scaler, the epoch. Each rank's own.
+            model (for its buffers), optimizer, scheduler and scaler, the epoch. Each rank's own. DTensors come back as
+            they are, or whole where the consolidated form is loaded.
         keep: complete checkpoints to keep; older ones are deleted.
         consolidate: also write the form that any number of ranks can load (two dense all-reduces).
 
@@ -62,7 +64,9 @@ def save_checkpoint(
     transport.meet("saef.save_checkpoint()")
     _together(state, lambda: _check_plain(extra, "extra"))
     mine = {"saef": _mapped(state.state_dict(), held), "extra": extra}
-    whole = {"saef": _mapped(state.consolidated_state_dict(), _whole), "extra": extra} if consolidate else None
+    whole = None
+    if consolidate:
+        whole = _mapped({"saef": state.consolidated_state_dict(), "extra": extra}, partial(_whole, keep=rank == 0))
 
     path = root / _together(state, lambda: _begin(root, state.steps), of_rank_0=True)[0]
 
@@ -176,13 +180,22 @@ def _mapped(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """The same with other tensors."""
     if isinstance(value, dict):
         return {key: _mapped(part, change) for key, part in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_mapped(part, change) for part in value)
     return change(value) if isinstance(value, torch.Tensor) else value
 
 
-def _whole(tensor: Any) -> torch.Tensor:
-    """Of a DTensor what all ranks of a node have of it; of another itself. Collective within the node."""
-    found: torch.Tensor = tensor if held(tensor) is tensor else tensor.full_tensor()
-    return found
+def _whole(tensor: Any, keep: bool) -> torch.Tensor:
+    """Of a DTensor what all ranks of a node have of it, on the CPU; of another itself. Collective within the node.
+
+    Args:
+        keep: whether this rank needs it; else it gets an empty one, one by one.
+    """
+    if held(tensor) is tensor:
+        found: torch.Tensor = tensor
+        return found
+    found = tensor.full_tensor()
+    return found.cpu() if keep else found.new_empty(0)
 
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 import os
+import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar, final
 
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from .agreement import gather_values
-from .transport import Gathers, Purpose, Transport
+from .transport import Gathers, Ordered, Purpose, Transport
 
 T = TypeVar("T")
 
@@ -81,6 +83,10 @@ class Node:
         self._between, self.within, self._device = between, within, device
         self.place, self.size = (0, 1) if within is None else (within.rank, within.size)
         self.everyone: Gathers = between if within is None else Everyone(between, within)
+        both = [weakref.ref(one) for one in (between, within) if isinstance(one, Ordered)]
+        for one in both if within is not None else ():
+            if (transport := one()) is not None:
+                transport.after_failure(partial(_end, both))
 
     @property
     def part(self) -> str:
@@ -140,6 +146,13 @@ class Node:
         mine = torch.tensor([value], dtype=torch.float64, device=self._device).view(torch.uint8)
         found: list[float] = within.all_gather(mine, [8] * self.size, "settings").view(torch.float64).tolist()
         return found
+
+
+def _end(transports: Sequence[weakref.ref[Ordered]]) -> None:
+    """Whom this rank is joined to by one transport learns of a failure in the other: few are joined by both."""
+    for one in transports:
+        if (transport := one()) is not None:
+            transport.end()
 
 
 @final

@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import saef
 from saef.hooks import saef_hook
 from saef.step import buckets
+from saef.step.weights import held
 from support import reference
 from support.cases import close, job_of, pairwise
 from support.nodes import (
@@ -229,7 +231,8 @@ def resumes(group: Any, folder: str, form: str, how: str) -> None:
     model, optimizer, state = make(group, ADAM, 2, how)
     go_on(model, optimizer, ADAM, rank, range(6))
     if form == "folder":
-        saef.save_checkpoint(folder, state, {"note": 1})
+        saef.save_checkpoint(folder, state, {"note": 1, "model": model.state_dict()})
+        before = [held(p).clone() for p in model.parameters()]
     else:
         dcp.save({"saef": state}, checkpoint_id=folder)
     go_on(model, optimizer, ADAM, rank, range(6, 12))
@@ -237,7 +240,9 @@ def resumes(group: Any, folder: str, form: str, how: str) -> None:
     other, second, loaded = make(group, ADAM, 2, how)
     go_on(other, second, ADAM, rank, range(20, 22))  # it has states of its own, to be replaced
     if form == "folder":
-        assert saef.load_checkpoint(folder, loaded) == {"note": 1}
+        extra = saef.load_checkpoint(folder, loaded)
+        assert extra is not None and extra["note"] == 1
+        assert all(map(torch.equal, map(held, extra["model"].values()), before))
     else:
         dcp.load({"saef": loaded}, checkpoint_id=folder)
     assert loaded.steps == 6
@@ -298,12 +303,13 @@ def pool_of_two() -> Iterator[RankPool]:
 # ---- FSDP's options -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("nodes", [1, 4])
-def test_one_node_and_nodes_of_one_rank_equal_the_reference(pool: RankPool, nodes: int) -> None:
+@pytest.mark.parametrize(("how", "nodes"), [("fsdp", 1), ("fsdp", 4), ("ddp", 1)])
+def test_one_node_and_nodes_of_one_rank_equal_the_reference(pool: RankPool, how: str, nodes: int) -> None:
     """Of 1 x 4 some ranks have no part of the smallest parameters."""
     case = {**FIXED, "compressor": saef.ScaledSign(block=7), "rule": "adamw", "averaging": None, "exchange": "sharded"}
     job = replace(job_of(case), lrs=job_of(case).lrs[:22])
-    matches(pool.run(train_sharded, job, nodes), reference_of_nodes(case, nodes, 4 // nodes), job.lrs, nodes)
+    train, cut = HOW[how]
+    matches(pool.run(train, job, nodes), reference_of_nodes(case, nodes, 4 // nodes, cut), job.lrs, nodes, cut)
 
 
 def bf16(group: Any) -> float:
@@ -580,8 +586,8 @@ def test_memory_is_a_half_on_each_of_two_ranks_and_bytes_are_one_workers(
     """A message of one worker for all of the model, 2 x 2 blocks of 2048: bits and a float32 each; and 8-byte ends."""
     of_a_node = saef.message_bytes(saef.ScaledSign(block="layer"), [2048] * 4)
     runs = pool.run(costs, exchange, how)
-    for d, held, _ in runs:
-        assert held == {"e": d // 2, "m": d, "e_server": d // 2 if exchange == "replicated" else d // 4, "x": d // 2}
+    for d, memory, _ in runs:
+        assert memory == {"e": d // 2, "m": d, "e_server": d // 2 if exchange == "replicated" else d // 4, "x": d // 2}
     sent = [run[2]["bytes_sent_phase1"] + run[2]["bytes_sent_phase2"] for run in runs]
     assert len({*sent}) == 1  # spread over the ranks of a node
     expected = 3 * of_a_node  # K - 1 = 1 message a step, or half of one there and half of one back
@@ -610,6 +616,25 @@ def test_if_a_rank_cannot_step_none_of_its_node_does(pool: RankPool) -> None:
     said = pool.run(disagrees)
     assert said[:2] == ["", ""]
     assert "lr, momentum, weight_decay" in said[3] and said[2].startswith("rank 1 of this node: lr, momentum")
+
+
+def dies(group: Any, how: str) -> None:
+    model, optimizer, _ = make(group, JOB, 2, how)
+    rank = dist.get_rank(group)
+    go_on(model, optimizer, JOB, rank, range(2))
+    if rank == 3:
+        os._exit(1)
+    go_on(model, optimizer, JOB, rank, range(2, 4))
+
+
+def test_a_rank_that_dies_ends_all_nodes(pool: RankPool) -> None:
+    """Those of its node, those that exchange with it, and those that do neither."""
+    began = time.monotonic()
+    with pytest.raises(AssertionError) as caught:
+        pool.run(dies, "ddp")
+    said = str(caught.value)
+    assert "rank 3: died" in said and said.count("the exchange with the other ranks failed") >= 3
+    assert time.monotonic() - began < 60  # not after the process group's timeout, 120 s
 
 
 def odd(group: Any) -> str:
@@ -654,6 +679,8 @@ def refused(group: Any, what: str) -> str:
         settings["local_steps"] = 2
     if what == "a group, too":
         settings["process_group"] = mesh.get_group(0)
+    if what == "other ranks than DDP":
+        net = DDP(make_net(), process_group=mesh.get_group(1))
     kind = torch.optim.RMSprop if what == "another optimizer" else torch.optim.SGD
     with pytest.raises((TypeError, ValueError)) as caught:
         saef.SAEFState(net, kind(net.parameters(), lr=0.1), mesh=given, **settings)
@@ -669,6 +696,7 @@ REFUSED = {
     "in part": r"parameters \['2\.weight'.*are not sharded.*Shard the whole model too",
     "local steps": r"mesh is for SGD, AdamW and Adam with local_steps=1",
     "another optimizer": r"mesh is for SGD, AdamW and Adam with local_steps=1",
+    "other ranks than DDP": r"mesh has ranks \[0, 1, 2, 3\], DistributedDataParallel's process group has \[",
     "a group, too": r"give a mesh, a process_group or a transport",
 }
 
