@@ -51,7 +51,7 @@ from .rounds import Rounds
 from .sending import Sending, Since
 from .server_ahead import ServerAhead
 from .settings import Settings
-from .shards import Shards, check_sharded, is_sharded
+from .shards import Shards, check_sharded, is_sharded, lay_down
 from .unwrap import innermost, unwrap_model, unwrap_optimizer
 from .watch import Watch, check_model, check_moment, check_optimizer
 from .ways import create
@@ -100,6 +100,7 @@ class Engine:
         self.rule = LocalRule(optimizer, settings, self.loss_scale)
         self.rule.read(step=0)
         self.form: Form = GradientForm(self) if self.rule.rule.of_gradients else Rounds(self, settings)
+        lay_down(model)
         check_model(model, process_group)
         if mesh is not None:
             check_mesh(mesh)

@@ -20,8 +20,7 @@ class Shards(Copying):
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, s: float) -> None:
-        self._modules: list[Any] = [module for module in model.modules() if hasattr(module, "reshard")]
-        self.rest()
+        self._modules = _sharded_modules(model)
         super().__init__(model, optimizer, s)
 
     @property
@@ -76,6 +75,17 @@ class Shards(Copying):
         if value.shape == torch.Size(shape):
             return value
         return value[tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))]
+
+
+def _sharded_modules(model: nn.Module) -> list[Any]:
+    """Those that `fully_shard` was called for. By name: importing FSDP takes as long as half of torch."""
+    return [m for m in model.modules() if any(kind.__name__ == "FSDPModule" for kind in type(m).__mro__)]
+
+
+def lay_down(model: nn.Module) -> None:
+    """Have its modules hold shards, not what FSDP has gathered."""
+    for module in _sharded_modules(model):
+        module.reshard()
 
 
 def is_sharded(model: nn.Module) -> bool:

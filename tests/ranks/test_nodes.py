@@ -360,6 +360,27 @@ def test_activation_checkpointing_changes_nothing(pool: RankPool) -> None:
     pool.run(checkpointed)
 
 
+def later(group: Any) -> None:
+    """A state that is created when FSDP holds gathered parameters, from an evaluation before."""
+    runs = []
+    for evaluated in (False, True):
+        mesh = mesh_of(2, 2)
+        model: Any = shard(make_net(), mesh, reshard_after_forward=False)
+        optimizer = make_optimizer(model, JOB.groups, "SGD")
+        if evaluated:
+            with torch.no_grad():
+                model(batch(0, 0)[0])
+            assert not hasattr(model[0].weight, "full_tensor")
+        state = saef.SAEFState(model, optimizer, mesh=mesh, **JOB.state)
+        go_on(model, optimizer, JOB, dist.get_rank(group), range(3))
+        runs.append(everything(state))
+    assert all(map(torch.equal, *runs))
+
+
+def test_a_state_may_be_created_after_an_evaluation(pool: RankPool) -> None:
+    pool.run(later)
+
+
 def kept(group: Any) -> None:
     """Momentum lies in the optimizer's state as FSDP's optimizers have it, and what torch loads there counts."""
     model, optimizer, state = make(group, JOB, 2)
