@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..comm.node import Node
 from ..rules import step_ahead
 from ..wire import kernels
-from .ways import Copying, exchange, line
+from .ways import Copying, captured, check_storage, exchange, line
 from .weights import Weights, cut
 
 
@@ -33,6 +33,12 @@ class Parts(Copying):
     node: Node
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, s: float, place: int, ranks: int) -> None:
+        check_storage(model)
+        if captured(model):
+            raise ValueError(
+                "parts of the model were captured by torch.cuda.make_graphed_callables, whose graphs read the parameters' "
+                "own storage, while with mesh x_half lies elsewhere: leave one of the two out"
+            )
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         if gaps := [name for name, p in trained if not kernels.is_dense(p)]:
             raise ValueError(f"parameters {gaps[:5]} have gaps in memory: with mesh make them contiguous first")

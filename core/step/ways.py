@@ -305,14 +305,10 @@ class OnCUDA(Swaps):
 
 def create(model: nn.Module, optimizer: torch.optim.Optimizer, s: float) -> Weights:
     """Swaps where they are possible and pay, else Copies. `s`: the step-ahead coefficient."""
-    if isinstance(model, DistributedDataParallel) and model.mixed_precision is not None:
-        raise ValueError(
-            "DDP's mixed_precision exchanges the parameters' storage during a step, as saef does: use torch.autocast "
-            "or bfloat16 parameters"
-        )
+    check_storage(model)
     trainable = [p for p in model.parameters() if p.requires_grad]
     dtypes, devices = {p.dtype for p in trainable}, {p.device.type for p in trainable}
-    if len(dtypes) == 1 and dtypes <= FULL and all(map(kernels.is_dense, trainable)) and not _captured(model):
+    if len(dtypes) == 1 and dtypes <= FULL and all(map(kernels.is_dense, trainable)) and not captured(model):
         if devices == {"cpu"}:
             return OnCPU(model, optimizer, s)
         if devices == {"cuda"}:
@@ -320,7 +316,16 @@ def create(model: nn.Module, optimizer: torch.optim.Optimizer, s: float) -> Weig
     return Copies(model, optimizer, s)
 
 
-def _captured(model: nn.Module) -> bool:
+def check_storage(model: nn.Module) -> None:
+    """Raise ValueError if another exchanges the parameters' storage."""
+    if isinstance(model, DistributedDataParallel) and model.mixed_precision is not None:
+        raise ValueError(
+            "DDP's mixed_precision exchanges the parameters' storage during a step, as saef does: use torch.autocast "
+            "or bfloat16 parameters"
+        )
+
+
+def captured(model: nn.Module) -> bool:
     """Whether `torch.cuda.make_graphed_callables` has a part of it: its graphs read the parameters' own storage."""
     forwards = (module.__dict__.get("forward") for module in model.modules())
     return any(getattr(forward, "__module__", None) == torch.cuda.graphs.__name__ for forward in forwards)
