@@ -9,6 +9,7 @@ each vector once for each time that a kernel reads or writes it, and the message
 import argparse
 import json
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import saef
 from saef.hooks import saef_hook
+from saef.rules.adamw import AdamW
 from saef.rules.sgd import PLAIN, SGD
 from saef.wire.codec import Block, block_ranges, lay_out
 from saef.wire.compressors import Code
@@ -55,14 +57,22 @@ def microseconds(run: Callable[[], object], rounds: int = 15) -> float:
     return median(times)
 
 
-def kernels(n: int, code: Code, workers: int = 4) -> dict[str, tuple[Callable[[], object], float]]:
+RULES = {
+    "SGD": (SGD.kind, PLAIN._replace(lr=0.1, momentum=0.9)),
+    "AdamW": (AdamW.kind, AdamW().read(torch.optim.AdamW([torch.zeros(1)], lr=0.1), 7, 4)[0]),
+}
+
+
+def kernels(n: int, code: Code, rule: str, workers: int = 4) -> dict[str, tuple[Callable[[], object], float]]:
     """Name: (what runs, bytes it must move) for each kernel, n coordinates in float32."""
     parts = [Block(code, code, s, s, s, m, 0) for s, m in block_ranges(n, code.block_numel(n))]
     layout = lay_out(parts, 4, reply=False, served=False)
     table, size = layout.table.to(CUDA), layout.message_bytes
-    g, m, e, x, half = (torch.randn(n, device=CUDA) for _ in range(5))
-    hyper = torch.tensor([PLAIN._replace(lr=0.1, momentum=0.9)], dtype=torch.float32, device=CUDA)
-    update, worker = Update(SGD.kind, hyper, 0.0, True), Worker(g, m[None], e, x)
+    kind, columns = RULES[rule]
+    kept = 2 if kind == AdamW.kind else 1
+    g, e, x, half, *m = (torch.randn(n, device=CUDA) for _ in range(4 + kept))
+    hyper = torch.tensor([columns], dtype=torch.float32, device=CUDA)
+    update, worker = Update(kind, hyper, 0.0, True), Worker(g, torch.stack(m).abs_(), e, x)
     backend, once = select(CUDA), torch.ones(1, device=CUDA)
     message, reply = torch.zeros(2, size, dtype=torch.uint8, device=CUDA)
     backend.compress(table, update, worker, message)
@@ -72,8 +82,8 @@ def kernels(n: int, code: Code, workers: int = 4) -> dict[str, tuple[Callable[[]
     share = 1.0 if isinstance(code, saef.ScaledSign) else code.scalars(n) / n  # of x that is written
     v = 4.0 * n
     return {
-        "compress": (lambda: backend.compress(table, update, worker, message), 3 * v + size),
-        "commit": (lambda: backend.commit(table, update, worker, message), 5 * v + size),
+        "compress": (lambda: backend.compress(table, update, worker, message), (2 + kept) * v + size),
+        "commit": (lambda: backend.commit(table, update, worker, message), (3 + 2 * kept) * v + size),
         f"serve {workers} messages": (lambda: backend.serve(table, table, messages, error, reply), v + 5 * size),
         "settle": (lambda: backend.settle(table, table, messages, error, reply), 2 * v + 5 * size),
         "subtract from x": (lambda: backend.subtract(table, once, reply, x), 2 * v * share + size),
@@ -93,10 +103,14 @@ def measure_kernels(n: int, blocks: list[str]) -> list[dict[str, Any]]:
     bandwidth = 8.0 * n / copy  # bytes a microsecond
     rows = [{"what": "copy", "us": copy, "copies": 1.0, "of_bandwidth": 1.0}]
     rows.append({"what": "torch.topk of the magnitudes, 1 %", "us": topk, "copies": topk / copy})
-    codes = [("sign", saef.ScaledSign(block=int(s) if s != "layer" else s)) for s in blocks[:1]]
-    codes += [("top-1 %", saef.TopK(0.01, block=int(s) if s != "layer" else s)) for s in blocks]
+    codes = [
+        (f"sign, {rule}", saef.ScaledSign(block=int(s) if s != "layer" else s)) for s in blocks[:1] for rule in RULES
+    ]
+    codes += [("top-1 %, SGD", saef.TopK(0.01, block=int(s) if s != "layer" else s)) for s in blocks]
+    codes += [("top-1 %, AdamW", codes[-1][1])]
     for name, code in codes:
-        found = {what: (microseconds(run), size) for what, (run, size) in kernels(n, code).items()}
+        rule = name.split(", ")[1]
+        found = {what: (microseconds(run), size) for what, (run, size) in kernels(n, code, rule).items()}
         for what, (us, size) in found.items():
             label = f"{name}, block {code.block}: {what}"
             rows.append({"what": label, "us": us, "copies": us / copy, "of_bandwidth": size / us / bandwidth})
@@ -146,13 +160,15 @@ class GPT(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
 
 
-def step_of(layers: int, width: int, heads: int, batch: int, code: Code | None) -> dict[str, Any]:
+def step_of(
+    layers: int, width: int, heads: int, batch: int, kind: type[torch.optim.Optimizer], code: Code | None
+) -> dict[str, Any]:
     """One rank trains in bf16 autocast: median ms a step, launches and waits a step; `code` None: plain DDP."""
     torch.manual_seed(0)
     with CUDA:
         net = GPT(layers, width, heads)
     model = DDP(net, gradient_as_bucket_view=True)
-    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9)
+    optimizer = kind(net.parameters(), lr=1e-4, **({"momentum": 0.9} if kind is torch.optim.SGD else {"fused": True}))
     state = None
     if code is not None:
         state = saef.SAEFState(model, optimizer, compressor=code)
@@ -198,16 +214,17 @@ def measure_steps(big: bool) -> list[dict[str, Any]]:
     shapes = [(12, 768, 12, 16)] + ([(20, 1920, 15, 8)] if big else [])
     ways = {"plain DDP": None, "SAEF sign": saef.ScaledSign(), "SAEF top-1 %": saef.TopK(0.01)}
     rows: list[dict[str, Any]] = []
-    for shape in shapes:
+    for shape, kind in product(shapes, (torch.optim.SGD, torch.optim.AdamW)):
         plain = 0.0
         for name, code in ways.items():
-            row = {"what": name, "batch": shape[3], **step_of(*shape, code)}
+            row = {"what": name, "optimizer": kind.__name__, "batch": shape[3], **step_of(*shape, kind, code)}
             plain = plain or row["ms"]
             row["share"] = 1 - plain / row["ms"]
             rows.append(row)
             print(
                 f"{row['parameters'] / 1e6:5.0f} M parameters in {row['tensors']} tensors, {shape[3]} x 1024 tokens, "
-                f"{name:12}: {row['ms']:6.1f} ms a step, {row['launches']} launches, {row['waits']} waits; "
+                f"{kind.__name__:5}, {name:12}: {row['ms']:6.1f} ms a step, {row['launches']} launches, "
+                f"{row['waits']} waits; "
                 f"{100 * row['share']:.1f} % of it more than plain DDP",
                 flush=True,
             )

@@ -8,8 +8,8 @@
 Methods: adamw (plain DDP, also of Muon); saef (1 bit a coordinate, full step ahead, noise-corrected v); paper (the step
 ahead of the paper, without the server's error); plain-v (v of each worker's own gradient); ef (error feedback);
 saef-topk (1 % of the coordinates); topk-single (3 % of them to the servers, and their mean back); dense (uncompressed,
-for local steps). The text is what every machine has, the sources of Python's standard library, or a file; its last 5 %
-are held out.
+for local steps). The text is what every machine has, the sources of Python's standard library, or a file, or the Python
+sources in a folder; its last 5 % are held out.
 """
 
 import argparse
@@ -45,6 +45,7 @@ METHODS: dict[str, dict | None] = {  # settings of the state; None: plain DDP
     "dense": {"compressor": saef.Identity()},
 }
 BYTES = 256  # a token is a byte
+SHARED = "cuda: also where ranks have to share a GPU, which NCCL refuses: by gloo, in step but not fast"
 
 
 class Block(nn.Module):
@@ -110,7 +111,8 @@ def parse(arguments: list[str] | None = None) -> Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HELP_FORMAT)
     add = parser.add_argument
     add("--method", choices=METHODS, default="saef")
-    add("--data", type=Path, help="a text (default: the sources of Python's standard library)")
+    add("--data", type=Path, help="a text, or a folder of Python sources (default: Python's standard library)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help=SHARED)
     add("--steps", type=int, default=300)
     add("--lr", type=float, default=8e-3, help="the highest, after a warm-up over a tenth of the steps; then a cosine")
     add("--local-steps", type=int, default=1, help="of the optimizer between two exchanges")
@@ -147,7 +149,9 @@ def parse(arguments: list[str] | None = None) -> Namespace:
 
 def read(data: Path | None) -> Tensor:
     """The text as bytes."""
-    files = [data] if data else sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    if data:
+        files = sorted(data.rglob("*.py")) if data.is_dir() else [data]
     return torch.frombuffer(bytearray(b"\n".join(f.read_bytes() for f in files)), dtype=torch.uint8)
 
 
@@ -251,12 +255,15 @@ def main() -> None:
     args = parse()
     if "RANK" not in os.environ:
         raise SystemExit("start this with torchrun: torchrun --nproc_per_node 4 train_gpt.py ...")
-    local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count() if dist.is_nccl_available() else 0
-    cuda = gpus >= int(os.environ["LOCAL_WORLD_SIZE"])  # nccl wants one GPU for each rank
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
-    if cuda:
+    local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    nccl = dist.is_nccl_available() and gpus >= int(os.environ["LOCAL_WORLD_SIZE"])  # a GPU for each rank
+    if args.device == "cuda" and not gpus:
+        raise SystemExit("--device cuda: there is no GPU here")
+    device = torch.device("cpu")
+    if args.device == "cuda" or (args.device == "auto" and nccl):
+        device = torch.device("cuda", local % gpus)
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo", **rendezvous())
+    dist.init_process_group("nccl" if nccl and device.type == "cuda" else "gloo", **rendezvous())
     records = train(args, device)
     if dist.get_rank() == 0 and args.out:
         report(records, args.out)

@@ -53,13 +53,13 @@ class Context(NamedTuple):
     @property
     def serves_with_error(self) -> bool:
         """Whether servers keep an error: not where all they send is uncompressed, D - C(D) = 0."""
-        return self.settings.feedback and not self._dense(self.settings.reply_compressor)
+        return self.settings.feedback and not self._exact(self.settings.reply_compressor)
 
     @property
     def owes(self) -> bool:
         """Whether any error can be other than 0: not where all that travels is uncompressed."""
-        dense = self._dense(self.settings.compressor) and self._dense(self.settings.reply_compressor)
-        return self.settings.feedback and not dense
+        exact = self._exact(self.settings.compressor) and self._exact(self.settings.reply_compressor)
+        return self.settings.feedback and not exact
 
     @property
     def server_ahead(self) -> float:
@@ -81,8 +81,8 @@ class Context(NamedTuple):
         """Whether what is sent is clipped: all of it must be there first. Before local steps gradients are, alone."""
         return self.settings.max_grad_norm is not None and self.rule.of_gradients
 
-    def _dense(self, compressor: Compressor) -> bool:
-        return all(code.kind == DENSE for code in self.weights.codes(compressor))
+    def _exact(self, compressor: Compressor) -> bool:
+        return all(code.kind == DENSE and not code.half for code in self.weights.codes(compressor))
 
 
 @final

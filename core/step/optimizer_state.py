@@ -28,13 +28,18 @@ def capture(optimizer: torch.optim.Optimizer, weights: Weights) -> Saved:
 def restore(optimizer: torch.optim.Optimizer, weights: Weights, saved: Saved, own: Collection[str]) -> None:
     """Make an optimizer's state what `capture` found. In place where it can be: others may hold on to the tensors.
 
+    Tensors may come from another device, a file's. They go to their parameter's, but for "step", which torch keeps on
+    the host, unless the optimizer is capturable or fused.
+
     Args:
         own: those of the groups' settings that the optimizer itself changes, as `changed` finds them. The others are
             the user's, or a scheduler's, and stay.
     """
+    of_step = {p: p.device for group in optimizer.param_groups if _steps_there(group) for p in group["params"]}
     for name, p in zip(weights.names, weights.parameters, strict=True):
         if name in saved["state"]:
-            optimizer.state[p] = _put_back(optimizer.state.get(p, {}), saved["state"][name])
+            places = {"step": of_step.get(p)}
+            optimizer.state[p] = _put_back(optimizer.state.get(p, {}), saved["state"][name], p.device, places)
         else:
             optimizer.state.pop(p, None)
     for group, before in zip(optimizer.param_groups, saved["groups"], strict=True):
@@ -99,11 +104,25 @@ def _copied(value: Any) -> Any:
     return value
 
 
-def _put_back(now: Mapping[Any, Any], before: Mapping[Any, Any]) -> dict[Any, Any]:
+def _steps_there(group: Mapping[str, Any]) -> bool:
+    """Whether torch keeps the "step" of these parameters where they are."""
+    return bool(group.get("capturable") or group.get("fused"))
+
+
+def _put_back(
+    now: Mapping[Any, Any],
+    before: Mapping[Any, Any],
+    device: torch.device,
+    places: Mapping[Any, torch.device | None],
+) -> dict[Any, Any]:
+    """places: of entries that do not go to `device`; None: they stay where they are."""
     found: dict[Any, Any] = {}
     for k, v in before.items():
         there = now.get(k)
-        both = isinstance(there, Tensor) and isinstance(v, Tensor)
-        fits = both and all(getattr(there, of) == getattr(v, of) for of in ("shape", "dtype", "device"))
-        found[k] = there.copy_(v) if fits and there is not None else _copied(v)
+        if isinstance(there, Tensor) and isinstance(v, Tensor) and (there.shape, there.dtype) == (v.shape, v.dtype):
+            found[k] = there.copy_(v)
+        elif isinstance(v, Tensor):
+            found[k] = v.detach().to(places.get(k, device), copy=True)
+        else:
+            found[k] = _copied(v)
     return found

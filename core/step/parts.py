@@ -36,8 +36,8 @@ class Parts(Copying):
         check_storage(model)
         if captured(model):
             raise ValueError(
-                "parts of the model were captured by torch.cuda.make_graphed_callables, whose graphs read the parameters' "
-                "own storage, while with mesh x_half lies elsewhere: leave one of the two out"
+                "parts of the model were captured by torch.cuda.make_graphed_callables: its graphs read their own "
+                "storage, while with mesh x_half lies elsewhere. Leave one of the two out"
             )
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         if gaps := [name for name, p in trained if not kernels.is_dense(p)]:

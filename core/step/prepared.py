@@ -51,7 +51,7 @@ class Prepared:
     Attributes:
         hyper: the optimizer's settings that the messages contain; update: the same with the clipping, once known.
         norms: of the parts of this worker's gradient that its node's ranks have, this rank's too; known to clip.
-        gradients: address and version of each p.grad after the backward. prints: fingerprints of them, on CPU.
+        gradients: address and version of each p.grad after the backward. prints: fingerprints of them.
         parameters: those of all buckets.
     """
 
@@ -166,12 +166,9 @@ def gradients(parameters: Sequence[Tensor]) -> list[tuple[int, int] | None]:
     return [None if g is None else (g.data_ptr(), g._version) for g in every]
 
 
-_NONE = torch.empty(0, device="cpu")
-
-
 def _prints(parameters: Sequence[Tensor]) -> Tensor | None:
     """By the values: a write through `.data` or numpy leaves no other trace."""
-    return kernels.fingerprints([_NONE if p.grad is None else held(p.grad) for p in parameters])
+    return kernels.fingerprints([None if p.grad is None else held(p.grad) for p in parameters], parameters[0].device)
 
 
 def changed(names: Sequence[str]) -> RuntimeError:

@@ -146,6 +146,8 @@ class Swaps(Weights):
         super().__init__(model, optimizer, s)
         self._x: list[Tensor] = []
         self._addresses: list[int] = []
+        self._sizes = [n * self.dtype.itemsize for n in self.numels]
+        self._made_from: Tensor | None = None  # [parameters] fingerprints of the x that `flat` was made from
         self._starts = torch.tensor(self.offsets, device=self.device)
         self.absorb()
 
@@ -209,20 +211,30 @@ class Swaps(Weights):
     def parts(self) -> list[Tensor]:
         return [line(x) for x in self._x]
 
+    def untouched(self, whole: bool) -> bool:
+        return super().untouched(whole) and not (whole and self._differs(self._prints()))
+
+    def _prints(self) -> Tensor:
+        """[parameters] fingerprints of x: writes through `.data` and numpy leave no other trace."""
+        return kernels.fingerprints_at(self._addresses, self._sizes, self.device)
+
+    def _differs(self, found: Tensor) -> bool:
+        """Whether x, with these fingerprints, is not what `flat` was made from."""
+        return self._made_from is None or not torch.equal(found, self._made_from)
+
 
 @final
 class OnCPU(Swaps):
     """`flat` is made ready by the commit of the step before, unless x or e has changed since.
 
-    That a fingerprint of every x tells, for half of what a copy costs: writes through `.data` and numpy leave no trace.
+    That a fingerprint of every x tells, for half of what a copy costs.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, s: float) -> None:
         from ..wire.kernels import cpu  # numba
 
         super().__init__(model, optimizer, s)
-        self._cpu, self._sizes = cpu, [n * self.dtype.itemsize for n in self.numels]
-        self._made_from: Tensor | None = None  # [parameters] fingerprints of the x that `flat` was made from
+        self._cpu = cpu
         self._to_come = torch.zeros(
             len(self.numels), dtype=torch.int64, device="cpu"
         )  # of what x becomes in the commit under way
@@ -237,7 +249,7 @@ class OnCPU(Swaps):
         return torch.frombuffer(memory, dtype=self.dtype)
 
     def _derive(self, e: Tensor, averaged: slice) -> None:
-        errors, found = self._cut_errors(e), self._cpu.fingerprints(self._addresses, self._sizes)
+        errors, found = self._cut_errors(e), self._prints()
         stale = torch.ones_like(found, dtype=torch.bool) if self._made_from is None else found != self._made_from
         if averaged.stop > averaged.start:
             ends = self._starts + torch.tensor(self.numels, device="cpu")
@@ -260,12 +272,6 @@ class OnCPU(Swaps):
         super().restart()
         self._made_from = None
 
-    def untouched(self, whole: bool) -> bool:
-        if not whole or not super().untouched(whole):
-            return super().untouched(whole)
-        found = self._cpu.fingerprints(self._addresses, self._sizes)
-        return self._made_from is not None and torch.equal(found, self._made_from)
-
     def committed(self) -> None:
         super().committed()
         if self.server is not None:
@@ -284,7 +290,10 @@ class OnCPU(Swaps):
 
 @final
 class OnCUDA(Swaps):
-    """`flat` is made from x at every forward: whatever has been done to x counts."""
+    """`flat` is made from x at every forward: whatever has been done to x counts.
+
+    Where it would count before that, by a fingerprint of every x, as `OnCPU`.
+    """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, s: float) -> None:
         super().__init__(model, optimizer, s)
@@ -295,6 +304,12 @@ class OnCUDA(Swaps):
         self._kernels.step_ahead(self._whole, self._at_x(self._whole), self._memory, e, self.flat, self.s)
         if self.server is not None:
             self.server.step(self.flat)
+        self._made_from = self._prints()
+
+    def follow(self, e: Tensor) -> None:
+        self.absorb()
+        if self._marks != self._seen or self._differs(self._prints()):
+            self.step_ahead(e, slice(0, 0))
 
     def commit(
         self, plan: Plan, update: Update, rates: Tensor, worker: Worker, message: Tensor, replies: Tensor

@@ -3,6 +3,7 @@
 Layout of a message for blocks 1..B, in this order (no header: ranks know the layout):
 
     scalars of block 1 | ... | scalars of block B      state's dtype, 4 or 8 bytes each
+    halves of block 1  | ... | halves of block B       bfloat16, 2 bytes each
     bytes of block 1   | ... | bytes of block B        packed bits or indices
     zeros up to a multiple of 8 bytes                  so that messages can lie one after the other
 
@@ -10,6 +11,9 @@ Layout of a message for blocks 1..B, in this order (no header: ranks know the la
     sign        1: the scale                    ceil(n / 8): bit i % 8 of byte i // 8 is D[i] >= 0
     top-k       k: the values, by index         k * w: indices, ascending, little-endian, w = 1..4 bytes
     dense       n: the values                   0
+
+Where a code's values are bfloat16 they are halves instead of scalars: the upper 16 bits of a float32, rounded to
+nearest, ties to even; any NaN is 0x7FC0.
 
 Little-endian machines only (all that PyTorch supports today). A message that is not exactly of this form
 is refused: wrong length, an index out of range or out of order, a scalar that is not finite.
@@ -33,6 +37,7 @@ from .kernels.table import (
     FLOAT,
     GRAD,
     GROUP,
+    HALF,
     KIND,
     NUMEL,
     STATE,
@@ -42,7 +47,7 @@ from .kernels.table import (
     check_kinds,
 )
 
-ALIGNMENT_BYTES = 8
+ALIGNMENT_BYTES, HALF_BYTES = 8, 2
 CODES = (Identity, ScaledSign, MajorityVote, TopK)  # what the format has a code for
 
 
@@ -73,12 +78,13 @@ class Layout(NamedTuple):
     Attributes:
         table: [B, COLUMNS] int64, as the kernels read it.
         message_bytes: length of the message; used_bytes: without the padding.
-        scalars: number of floating-point scalars at its head.
+        scalars: number of floating-point scalars at its head; halves: of bfloat16 ones behind them.
     """
 
     table: Tensor
     message_bytes: int
     scalars: int
+    halves: int
     used_bytes: int
 
 
@@ -102,21 +108,25 @@ def lay_out(blocks: Sequence[Block], itemsize: int, *, reply: bool, served: bool
                 f"the wire format has no code for {type(code).__name__}; it has for "
                 f"{', '.join(c.__name__ for c in CODES)}: let `for_tensor` return one of these"
             )
-    scalars = [code.scalars(b.numel) for code, b in zip(codes, blocks, strict=True)]
-    at_float, at_byte = start // itemsize, start + sum(scalars) * itemsize
+    counts = [code.scalars(b.numel) for code, b in zip(codes, blocks, strict=True)]
+    halves = sum(n for code, n in zip(codes, counts, strict=True) if code.half)
+    scalars = sum(counts) - halves
+    at_half = start + scalars * itemsize
+    at, at_byte = [start // itemsize, at_half // HALF_BYTES], at_half + halves * HALF_BYTES  # at: by whether half
     rows = []
-    for code, block, count in zip(codes, blocks, scalars, strict=True):
+    for code, block, count in zip(codes, blocks, counts, strict=True):
         row = [0] * COLUMNS
-        row[KIND], row[UNIT] = code.kind, code.unit_scale
+        row[KIND], row[UNIT], row[HALF] = code.kind, code.unit_scale, code.half
         row[GRAD], row[STATE] = block.grad, block.served if served else block.state
         row[NUMEL], row[GROUP], row[COUNT] = block.numel, block.group, count
-        row[FLOAT], row[BYTE] = at_float, at_byte
-        at_float, at_byte = at_float + count, at_byte + code.raw_bytes(block.numel)
+        row[FLOAT], row[BYTE] = at[code.half], at_byte
+        at[code.half] += count
+        at_byte += code.raw_bytes(block.numel)
         rows.append(row)
     check_kinds(row[KIND] for row in rows)
     table = torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, COLUMNS)
     length = -(-(at_byte - start) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-    return Layout(table, length, sum(scalars), at_byte - start)
+    return Layout(table, length, scalars, halves, at_byte - start)
 
 
 def block_ranges(numel: int, block_numel: int | None) -> list[tuple[int, int]]:
@@ -186,7 +196,7 @@ class Codec:
         if message.numel() != self.message_bytes:
             raise ValueError(f"malformed message: expected {self.message_bytes} bytes, got {message.numel()}")
         message = message.clone()  # aligned, whatever it was a slice of
-        if not bool(torch.isfinite(scalars(self.layout.scalars, message, self.dtype)).all()):
+        if not bool(finite(self.layout.scalars, self.layout.halves, message, self.dtype)):
             raise ValueError("malformed message: a scale or value is not finite")
         padding = message[self.layout.used_bytes :]
         if bool(padding.any()):
@@ -204,3 +214,10 @@ class Codec:
 def scalars(count: int, message: Tensor, dtype: torch.dtype) -> Tensor:
     """The `count` scales and values at the head of a message, a view."""
     return message[: count * dtype.itemsize].view(dtype)
+
+
+def finite(count: int, halves: int, message: Tensor, dtype: torch.dtype) -> Tensor:
+    """0-dim bool tensor: whether the scalars and halves at the head of a message are finite numbers."""
+    rest = message[count * dtype.itemsize :]
+    found = torch.isfinite(scalars(count, message, dtype)).all()
+    return found & torch.isfinite(scalars(halves, rest, torch.bfloat16)).all() if halves else found

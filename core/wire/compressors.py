@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from numbers import Real
 from typing import ClassVar, Literal, final
@@ -27,6 +27,7 @@ BlockSize = Literal["layer"] | int
 DEFAULT_BLOCK = 1 << 16  # 16-bit indices suffice, and a large tensor is shared by all servers
 
 DENSE, SIGN, TOPK = 0, 1, 2  # how a block is coded; a column of the kernels' tables
+Values = torch.dtype | Literal["bfloat16"] | None
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,11 @@ class Code(Compressor):
     def block_numel(self, numel: int) -> int | None:
         """Block size for a tensor of `numel` entries; None if any partition gives the same C."""
 
+    @property
+    def half(self) -> bool:
+        """Whether its numbers are bfloat16 on the wire, where others are of the state's dtype."""
+        return False
+
     @abstractmethod
     def scalars(self, numel: int) -> int:
         """Floating-point numbers in the code of a block of `numel` coordinates."""
@@ -109,10 +115,45 @@ def index_bytes(numel: int) -> int:
     return max(1, ((numel - 1).bit_length() + 7) // 8)
 
 
+@dataclass(frozen=True, repr=False)
+class Valued(Code):
+    """A code that sends entries as they are, or rounded.
+
+    Args:
+        values: None: in the state's dtype; torch.bfloat16, or its name: rounded to that, to nearest, from float32.
+            What rounding takes away stays in the error.
+    """
+
+    values: Values = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.values == "bfloat16":
+            object.__setattr__(self, "values", torch.bfloat16)  # one form, which ranks compare
+        elif self.values is not None and self.values != torch.bfloat16:
+            raise ValueError(f"values must be None (the state's dtype) or torch.bfloat16, got {self.values!r}")
+
+    def __repr__(self) -> str:
+        """Without values where they are None, as in checkpoints from before there were any."""
+        names = [f.name for f in fields(self) if f.name != "values"] + ["values"] * self.half
+        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
+
+    @property
+    def half(self) -> bool:
+        return self.values is not None
+
+    def rounded(self, v: Tensor) -> Tensor:
+        """As it arrives."""
+        return v.to(torch.float32).to(torch.bfloat16).to(v.dtype) if self.half else v
+
+
 @final
-@dataclass(frozen=True)
-class Identity(Code):
-    """C(v) = v: no compression, the yardstick. Turns SAEF and EF into plain momentum SGD."""
+@dataclass(frozen=True, repr=False)
+class Identity(Valued):
+    """C(v) = v: no compression, the yardstick. Turns SAEF and EF into plain momentum SGD.
+
+    Args:
+        values: None, or torch.bfloat16: C(v) = v rounded to that.
+    """
 
     kind: ClassVar[int] = DENSE
 
@@ -126,7 +167,7 @@ class Identity(Code):
         return 0
 
     def compress_block(self, v: Tensor) -> Tensor:
-        return v.clone()
+        return self.rounded(v.clone())
 
 
 @dataclass(frozen=True)
@@ -191,15 +232,16 @@ class MajorityVote(Sign):
 
 
 @final
-@dataclass(frozen=True)
-class TopK(Code):
+@dataclass(frozen=True, repr=False)
+class TopK(Valued):
     """C(v) keeps the k = max(1, ceil(ratio n)) entries of largest magnitude of each block of n.
 
-    Values travel at full precision, so e is exactly 0 where a coordinate was sent.
+    Values travel at full precision unless it is said otherwise, so e is exactly 0 where a coordinate was sent.
 
     Args:
         ratio: share of the coordinates that is sent, in (0, 1].
         block: "layer", or the largest number of coordinates among which is selected.
+        values: None, or torch.bfloat16: two bytes a value instead of four.
     """
 
     ratio: float = 0.01
@@ -207,6 +249,7 @@ class TopK(Code):
     kind: ClassVar[int] = TOPK
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_block(self.block)
         if isinstance(self.ratio, bool) or not isinstance(self.ratio, Real):
             raise TypeError(f"ratio must be a number in (0, 1], got {self.ratio!r}; 0.01 sends 1 %")
@@ -224,7 +267,7 @@ class TopK(Code):
 
     def compress_block(self, v: Tensor) -> Tensor:
         kept = v.abs().sort(descending=True, stable=True).indices[: self.scalars(v.numel())]
-        return torch.zeros_like(v).index_copy(0, kept, v[kept])
+        return torch.zeros_like(v).index_copy(0, kept, self.rounded(v[kept]))
 
 
 @final

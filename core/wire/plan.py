@@ -127,7 +127,7 @@ class Plan(NamedTuple):
         reply: R of the blocks this server serves (phase 2, out).
         reply_bytes: length of each server's reply.
         apply: R of all blocks, the servers' replies one after the other (phase 2, in).
-        heads: (start, scalars) of each server's reply in `apply`, in bytes and scalars.
+        heads: (start in bytes, scalars, halves) of each server's reply in `apply`.
     """
 
     send: Layout
@@ -136,7 +136,7 @@ class Plan(NamedTuple):
     reply: Layout
     reply_bytes: list[int]
     apply: Layout
-    heads: list[tuple[int, int]]
+    heads: list[tuple[int, int, int]]
 
     def to(self, device: torch.device) -> Plan:
         """The same plan with its tables on `device`."""
@@ -148,8 +148,13 @@ class Plan(NamedTuple):
 
     def finite(self, replies: Tensor, dtype: torch.dtype) -> Tensor:
         """0-dim bool tensor: whether every scale and value of the replies is a finite number."""
-        parts = [scalars(count, replies[start:], dtype) for start, count in self.heads]
-        return torch.isfinite(torch.cat(parts)).all()
+        parts = [scalars(count, replies[start:], dtype) for start, count, _ in self.heads]
+        found = torch.isfinite(torch.cat(parts)).all()
+        if any(halves for *_, halves in self.heads):
+            behind = [(start + count * dtype.itemsize, halves) for start, count, halves in self.heads]
+            halved = [scalars(halves, replies[start:], torch.bfloat16) for start, halves in behind]
+            found &= torch.isfinite(torch.cat(halved)).all()
+        return found
 
 
 def plan_bucket(blocks: Blocks, parameters: Sequence[tuple[int, int]], servers: int, rank: int, itemsize: int) -> Plan:
@@ -174,7 +179,7 @@ def plan_bucket(blocks: Blocks, parameters: Sequence[tuple[int, int]], servers: 
         reply=lay_out(own, itemsize, reply=True, served=True),
         reply_bytes=apply[1],
         apply=apply[0],
-        heads=list(zip(starts, apply[2], strict=True)),
+        heads=[(start, *counts) for start, counts in zip(starts, apply[2], strict=True)],
     )
 
 
@@ -220,12 +225,15 @@ class Plans:
         return tuple(i for i, _ in where), own, self._plans[key]
 
 
-def _concatenate(sections: list[list[Block]], itemsize: int, *, reply: bool) -> tuple[Layout, list[int], list[int]]:
+def _concatenate(
+    sections: list[list[Block]], itemsize: int, *, reply: bool
+) -> tuple[Layout, list[int], list[tuple[int, int]]]:
     layouts: list[Layout] = []
     start = 0
     for section in sections:
         layouts.append(lay_out(section, itemsize, reply=reply, served=False, start=start))
         start += layouts[-1].message_bytes
     table = torch.cat([layout.table for layout in layouts]).view(-1, COLUMNS)
-    count = [layout.scalars for layout in layouts]
-    return Layout(table, start, sum(count), start), [layout.message_bytes for layout in layouts], count
+    counts = [(layout.scalars, layout.halves) for layout in layouts]
+    scalars, halves = (sum(c[i] for c in counts) for i in range(2))
+    return Layout(table, start, scalars, halves, start), [layout.message_bytes for layout in layouts], counts

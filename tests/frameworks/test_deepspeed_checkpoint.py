@@ -22,7 +22,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "sign": {**SIGN, "averaging": {"type": "allreduce", "period": 10}, "exchange": "sharded"},
     "topk": {**TOPK, "averaging": {"type": "rotating", "period": 7}, "exchange": "replicated"},
     "dist-EF": {**SIGN, "step_ahead": 0.0, "weight_decay_mode": "outer", "max_grad_norm": 0.5},
-    "bf16 topk": {**TOPK, "averaging": {"type": "rotating", "period": 7}},
+    "bf16 topk": {
+        "compressor": {**TOPK["compressor"], "values": "bfloat16"},
+        "averaging": {"type": "rotating", "period": 7},
+    },
 }
 
 

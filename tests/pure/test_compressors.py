@@ -101,7 +101,10 @@ def test_block_sizes():
     assert Identity().block_numel(70000) is None  # every partition gives the same C
 
 
-@pytest.mark.parametrize("C", [ScaledSign(2), TopK(0.5, 2), MajorityVote(2), Identity(), MinSize(2, TopK(0.5))])
+@pytest.mark.parametrize(
+    "C",
+    [ScaledSign(2), TopK(0.5, 2), MajorityVote(2), Identity(), MinSize(2, TopK(0.5)), Identity(values=torch.bfloat16)],
+)
 def test_shape_is_kept_and_entries_are_taken_in_row_major_order(C):
     v = torch.arange(-6, 6.0).view(3, 4)
     assert torch.equal(C(v), C(v.reshape(-1)).view(3, 4))
@@ -327,3 +330,34 @@ def test_different_settings_are_different_values():
     different = [ScaledSign(), ScaledSign(8), MajorityVote(), MajorityVote(8), TopK(), TopK(0.02), TopK(0.01, 8),
                  Identity(), MinSize(4, TopK()), MinSize(5, TopK())]  # fmt: skip
     assert all(a != b and repr(a) != repr(b) for a, b in itertools.combinations(different, 2))
+
+
+# --- bfloat16 values ----------------------------------------------------------------------------------------
+
+
+def test_values_are_rounded_to_bfloat16_and_nothing_else_changes():
+    v = torch.tensor([1.0, -(1 + 2**-8), 1 + 3 * 2**-8, 2.0**-130, -7.0, 0.1])  # two are half way, to even
+    half = torch.bfloat16
+    assert Identity(values=half)(v).tolist() == [
+        1.0,
+        -1.0,
+        1 + 2**-6,
+        2.0**-130,
+        -7.0,
+        float(torch.tensor(0.1).bfloat16()),
+    ]
+    kept = TopK(0.5, values=half)(v)
+    assert torch.equal(kept, Identity(values=half)(TopK(0.5)(v))) and int((kept != 0).sum()) == 3
+    assert kept.dtype == v.dtype and Identity(values=half)(v.double()).dtype == torch.float64
+
+
+def test_values_have_one_form_and_others_are_refused():
+    assert TopK(0.1, values="bfloat16") == TopK(0.1, values=torch.bfloat16)
+    assert repr(TopK(0.1)) == "TopK(ratio=0.1, block=65536)" and repr(Identity()) == "Identity()"
+    assert repr(Identity(values="bfloat16")) == "Identity(values=torch.bfloat16)"
+    assert "values=torch.bfloat16" in repr(TopK(values="bfloat16"))
+    for wrong in (torch.float16, "float16", 16, True):
+        with pytest.raises(ValueError, match="None .* or torch.bfloat16, got"):
+            Identity(values=wrong)
+    with pytest.raises(TypeError):
+        TopK(0.1, 64, torch.bfloat16)  # by its name only

@@ -275,7 +275,9 @@ def check(codes, dtype, data="normal", K=2, hyper=ONE_GROUP, step_ahead=1.0, vec
 
 
 def codes_for(block) -> list[Compressor]:
-    return [ScaledSign(block), TopK(0.01, block), TopK(0.6, block), TopK(1.0, block), Identity()]
+    half = torch.bfloat16
+    whole = [ScaledSign(block), TopK(0.01, block), TopK(0.6, block), TopK(1.0, block), Identity()]
+    return [*whole, TopK(0.3, block, values=half), Identity(values=half)]
 
 
 MIXED = [
@@ -288,6 +290,8 @@ MIXED = [
     (TopK(0.5, "layer"), Identity(), 10),
     (Identity(), ScaledSign("layer"), 9),
     (Identity(), TopK(0.3, "layer"), CHUNK + 952),
+    (Identity(values=torch.bfloat16), TopK(0.3, "layer", values=torch.bfloat16), CHUNK + 951),
+    (TopK(0.1, "layer", values=torch.bfloat16), Identity(values=torch.bfloat16), 301),
     (TopK(1e-9, "layer"), TopK(1.0, "layer"), CHUNK + 452),
     (ScaledSign("layer"), ScaledSign("layer"), 1),
 ]
@@ -553,9 +557,10 @@ def test_fingerprints(dtype, threads, monkeypatch):
         assert changed(edit) == [k]
     assert changed(lambda v: None) == []
     odd = [torch.ones(n, dtype=torch.bfloat16) for n in (3, 0, 5)]
-    before = fingerprints(odd)
+    before = fingerprints(odd, x.device)
     odd[2][4] = 2
-    assert (fingerprints(odd) != before).tolist() == [False, False, True] and len(fingerprints([])) == 0
+    assert (fingerprints(odd, x.device) != before).tolist() == [False, False, True]
+    assert len(fingerprints([], x.device)) == 0
     assert changed(lambda v: v.copy_(torch.nextafter(v, v + 1))) == list(range(len(starts)))
 
 
@@ -931,7 +936,7 @@ def test_compiling_ahead_of_time():
 
 @both_dtypes
 @pytest.mark.parametrize("K", [1, 2, 3, 4, 8])
-@pytest.mark.parametrize("C", [ScaledSign(64), TopK(0.1, 64), MinSize(20, TopK(0.1, 100))])
+@pytest.mark.parametrize("C", [ScaledSign(64), TopK(0.1, 64), MinSize(20, TopK(0.1, 100, values=torch.bfloat16))])
 def test_sharded_and_replicated_servers_give_the_same_bits(C, K, dtype):
     """K ranks in this process: each compresses; servers answer; the replies move x. Two buckets, two steps."""
     numels, gen = [300, 1, 65, 10, 128], torch.Generator().manual_seed(29)

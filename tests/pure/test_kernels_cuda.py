@@ -12,7 +12,7 @@ import importlib
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ from saef.rules.sgd import DECAY, PLAIN, SGD
 from saef.step.ways import Copies, OnCUDA
 from saef.wire import codec
 from saef.wire.compressors import Compressor, Identity, MajorityVote, ScaledSign, TopK, index_bytes
-from saef.wire.kernels import reference
+from saef.wire.kernels import cpu, reference
 from saef.wire.kernels.table import BYTE, COUNT, FLOAT, GRAD, KIND, NUMEL, STATE, UNIT, Update, Worker
 from saef.wire.plan import Plans, place
 from support import fuzz
@@ -37,6 +37,7 @@ with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
     pytest.importorskip("triton")
     from saef.wire.kernels import cuda
+    from saef.wire.kernels.cuda import prints as cuda_prints
 
 pytestmark = pytest.mark.slow
 SCALE_TOLERANCE = {torch.float32: 2.0**-23, torch.float64: 2.0**-46}
@@ -225,6 +226,7 @@ def agree_on_all(device: torch.device, scene: Scene, rule: Update, K: int, *, mo
 
 SIZES = [1, 7, 8, 9, 1000, 2047, 2048, 2049, 4100]
 CODES = [ScaledSign(), MajorityVote(), TopK(0.1), Identity()]
+CODES += [TopK(0.1, values=torch.bfloat16), Identity(values=torch.bfloat16)]
 
 
 @both_dtypes
@@ -244,6 +246,8 @@ MIXTURE = [
     (TopK(0.1), TopK(0.02), 2100),
     (Identity(), TopK(1.0), 300),
     (ScaledSign(), ScaledSign(), 2500),
+    (TopK(0.1, values=torch.bfloat16), Identity(values=torch.bfloat16), 700),
+    (Identity(values=torch.bfloat16), TopK(0.05, values=torch.bfloat16), 2300),
 ]
 
 
@@ -563,6 +567,40 @@ def test_the_good_path_does_not_wait_for_the_device(device: torch.device) -> Non
         finally:
             torch.cuda.set_sync_debug_mode("default")
     cuda.check(device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_fingerprints(device: torch.device, dtype: torch.dtype) -> None:
+    """Any change of an entry's bits shows, and where; each is what the CPU's kernel gives."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(n, generator=generator).to(device, dtype) for n in (1, 5, 0, 16_384, 16_385, 70_000)]
+    addresses = [v.data_ptr() for v in tensors]
+    sizes = [v.numel() * v.element_size() for v in tensors]
+
+    def prints() -> Tensor:
+        return cuda_prints.fingerprints(addresses, sizes, device).cpu()
+
+    found = prints()
+    assert torch.equal(found, prints())
+    if dtype.itemsize >= 4:  # else what follows the last entry counts
+        assert all(
+            int(f) == int(cpu.fingerprints([v.data_ptr()], [v.numel() * v.element_size()]))
+            for f, v in zip(found, (v.cpu() for v in tensors), strict=True)
+        )
+
+    def changed(edit: Callable[[Tensor], object], k: int) -> list[int]:
+        before = tensors[k].clone()
+        edit(tensors[k])
+        where = (prints() != found).nonzero().view(-1).tolist()
+        tensors[k].copy_(before)
+        return where
+
+    for k, v in enumerate(tensors):
+        if len(v):
+            assert changed(lambda v: v[-1].neg_(), k) == changed(lambda v: v.mul_(2), k) == [k]
+        if len(v) > 1:
+            assert changed(lambda v: v.copy_(v.roll(1)), k) == changed(lambda v: v.neg_(), k) == [k]
+    assert len(cuda_prints.fingerprints([], [], device)) == 0
 
 
 # ---- malformed messages ------------------------------------------------------------------------------------

@@ -581,7 +581,7 @@ def test_messages_are_divided_without_gap_or_overlap(model, size, itemsize):
                     used |= code
                 assert section.message_bytes - len(used) < 8  # only padding is left
                 if way == "apply":
-                    assert plans[0].heads[r] == (start, section.scalars)
+                    assert plans[0].heads[r] == (start, section.scalars, section.halves)
                 start += section.message_bytes
 
 
@@ -598,7 +598,7 @@ def test_replicated_is_one_section():
     plan = plan_bucket(partition(numels, [0] * 3, C, C, 1), [(0, 0), (1, 300), (2, 301)], 1, 0, 4)
     assert plan.send_bytes == plan.reply_bytes == [message_bytes(C, numels)]
     assert plan.send.message_bytes == plan.receive.message_bytes == plan.reply.message_bytes == message_bytes(C, numels)
-    assert plan.heads == [(0, plan.apply.scalars)]
+    assert plan.heads == [(0, plan.apply.scalars, plan.apply.halves)]
 
 
 def test_rebuilding_buckets_moves_no_server_error():

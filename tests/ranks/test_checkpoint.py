@@ -21,7 +21,7 @@ from support.checkpoint_runs import END, SIGN, TOPK, Run
 from support.equal import assert_equal, snapshot
 from support.ranks import RankPool
 from support.slopes import setup, slope
-from support.training import batch
+from support.training import batch, randn
 
 STOP = 17
 
@@ -492,7 +492,7 @@ def another_memory_format(group: dist.ProcessGroup) -> str:
         for t in range(4):
             gen = torch.Generator().manual_seed(10 * t + dist.get_rank(group))
             optimizer.zero_grad()
-            model(torch.randn(4, 3, 4, 4, generator=gen, dtype=torch.float64)).square().mean().backward()
+            model(randn(gen, 4, 3, 4, 4)).square().mean().backward()
             optimizer.step()
 
     model, optimizer, state = make_conv(False)

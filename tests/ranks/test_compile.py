@@ -17,13 +17,12 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import saef
 from saef.hooks import saef_hook
-from saef.step.ways import Copies, OnCPU
 from support.ranks import RankPool
-from support.training import batch, flat, make_net
+from support.training import batch, flat, make_net, way_of_keeping_x
 
 pytestmark = pytest.mark.slow
 
-WAYS = {"copies": Copies, "swaps": OnCPU}
+WAYS = ["copies", "swaps"]
 ERRORS = saef.TopK(0.2, block=10)
 
 
@@ -52,7 +51,7 @@ class Run:
 
     def attach(self, model: Any) -> None:
         if self.compressor is not None:
-            with mock.patch("saef.step.engine.create", WAYS[self.way]):
+            with mock.patch("saef.step.engine.create", way_of_keeping_x(self.way)):
                 self.state = saef.SAEFState(model, self.optimizer, compressor=self.compressor)
             model.register_comm_hook(self.state, saef_hook)
 

@@ -27,6 +27,7 @@ from support.training import (
     gradient,
     make_net,
     make_optimizer,
+    randn,
     train,
     wild_lrs,
     wrap,
@@ -182,8 +183,8 @@ def make_conv() -> nn.Sequential:
 def conv_batch(k: int, t: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(77 * k + t)
     return (
-        torch.randn(4, 3, 6, 6, generator=generator, dtype=torch.float64),
-        torch.randint(2, (4,), generator=generator),
+        randn(generator, 4, 3, 6, 6),
+        torch.randint(2, (4,), generator=generator, device="cpu").to(torch.get_default_device()),
     )
 
 
@@ -238,7 +239,7 @@ def train_16_bit(group: dist.ProcessGroup, kind: str) -> tuple[Tensor, Tensor, l
     for t in range(150):
         optimizer.zero_grad()
         x, y = batch(dist.get_rank(group), t % 10, next(net.parameters()).dtype)
-        with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
+        with torch.autocast(torch.get_default_device().type, torch.bfloat16, enabled=kind == "autocast"):
             out = model(x)
         loss = F.mse_loss(out.float(), y.float())
         loss.backward()

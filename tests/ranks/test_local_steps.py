@@ -17,11 +17,10 @@ import saef
 from saef import SAEFState
 from saef.hooks import saef_hook
 from saef.step import engine
-from saef.step.ways import Copies, OnCPU
 from support import reference
 from support.cases import close, operator, pairwise, servers_of, start
 from support.ranks import RankPool
-from support.training import batch, flat, gradient, make_net, wild_lrs
+from support.training import batch, flat, gradient, make_net, way_of_keeping_x, wild_lrs
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "SGD": {"momentum": 0.9, "weight_decay": 1e-2},
@@ -167,7 +166,7 @@ CASE: dict[str, Any] = {
 
 def moved(group: Any, way: str, server_step_ahead: bool) -> None:
     """Over ten rounds: x~' = x~ - mean_k (x_half - X); full step ahead starts at x~ in the mean."""
-    with mock.patch.object(engine, "create", {"copies": Copies, "swaps": OnCPU}[way]):
+    with mock.patch.object(engine, "create", way_of_keeping_x(way)):
         net, model, optimizer, state = make(group, CASE, server_step_ahead=server_step_ahead)
     for t in range(30):
         begins, x_tilde = state.local_step == 0, state.x_tilde()
@@ -325,9 +324,9 @@ def consolidate(group: Any) -> dict[str, Any]:
 def take_over(group: Any, saved: dict[str, Any], x_tilde: Tensor, v: list[Tensor]) -> None:
     net, model, optimizer, state = make(group, CASE)
     state.load_state_dict(saved)
-    torch.testing.assert_close(state.x_tilde(), x_tilde, rtol=0, atol=1e-12)
+    torch.testing.assert_close(state.x_tilde().cpu(), x_tilde, rtol=0, atol=1e-12)
     for p, second in zip(net.parameters(), v, strict=True):
-        torch.testing.assert_close(optimizer.state[p]["exp_avg_sq"], second, rtol=0, atol=1e-12)
+        torch.testing.assert_close(optimizer.state[p]["exp_avg_sq"].cpu(), second, rtol=0, atol=1e-12)
     for t in range(6):
         step(model, optimizer, dist.get_rank(group), t, 0.01)
     assert state.steps == 5
@@ -397,7 +396,7 @@ def test_overlapping_rounds_equal_the_reference(pool: RankPool, case: dict[str, 
 def overlapping(group: Any, way: str) -> None:
     """x~ moves by the mean difference at the end of each round; bad rounds, checkpoints, flush."""
     case, rank = {**CASE, "overlap": True}, dist.get_rank(group)
-    with mock.patch.object(engine, "create", {"copies": Copies, "swaps": OnCPU}[way]):
+    with mock.patch.object(engine, "create", way_of_keeping_x(way)):
         net, model, optimizer, state = make(group, case)
         twin_net, twin, twin_optimizer, twin_state = make(group, case)
         _, other, other_optimizer, other_state = make(group, case)

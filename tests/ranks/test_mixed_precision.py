@@ -43,7 +43,7 @@ class Run:
 
     def loss(self, t: int, part: slice = slice(None), factor: float = 1.0) -> Tensor:
         x, y = batch(self.rank, t, self.dtype)
-        with torch.autocast("cpu", torch.float16, enabled=self.autocast):
+        with torch.autocast(torch.get_default_device().type, torch.float16, enabled=self.autocast):
             loss = F.mse_loss(self.model(x[part]).float(), y[part].float()) * factor
         return self.scaler.scale(loss) if self.scaler else loss
 
@@ -69,7 +69,7 @@ class Run:
 
 
 def scaler(scale: float = 2.0**10, **options: Any) -> torch.amp.GradScaler:
-    return torch.amp.GradScaler("cpu", init_scale=scale, **options)
+    return torch.amp.GradScaler(torch.get_default_device().type, init_scale=scale, **options)
 
 
 def train_scaled(group: dist.ProcessGroup, settings: dict[str, Any], scaled: bool, parts: int) -> list[Tensor]:

@@ -17,14 +17,13 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import saef
 from saef.hooks import saef_hook
-from saef.step.ways import Copies, OnCPU
 from support.ranks import RankPool
-from support.training import batch, flat, make_net
+from support.training import batch, flat, make_net, way_of_keeping_x
 from support.writes import OTHER_VALUES, SAME_VALUES
 
 pytestmark = pytest.mark.slow
 
-WAYS = {"copies": Copies, "swaps": OnCPU}
+WAYS = ["copies", "swaps"]
 both_ways = pytest.mark.parametrize("way", WAYS)
 both_layouts = pytest.mark.parametrize("views", [False, True], ids=["p.grad is a copy", "p.grad is a view"])
 COMPRESSORS = [saef.TopK(0.2, block=10), saef.ScaledSign(block=7), saef.Identity()]
@@ -36,7 +35,7 @@ class Run:
         options = {"gradient_as_bucket_view": views, "find_unused_parameters": True}
         self.model = DDP(self.net, process_group=group, bucket_cap_mb=0.0005, **options)
         self.optimizer = torch.optim.SGD(self.net.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2)
-        with mock.patch("saef.step.engine.create", WAYS[way]):
+        with mock.patch("saef.step.engine.create", way_of_keeping_x(way)):
             self.state = saef.SAEFState(self.model, self.optimizer, **settings)
         self.model.register_comm_hook(self.state, saef_hook)
 

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import saef
 from saef.hooks import saef_hook
 from support.ranks import RankPool
-from support.training import MOMENTUM, Job, batch, flat, wrap
+from support.training import MOMENTUM, Job, batch, flat, randn, wrap
 
 pytestmark = pytest.mark.slow
 
@@ -46,7 +46,7 @@ def images(group: dist.ProcessGroup) -> tuple[Images, DDP, torch.optim.SGD, saef
 def train(group: dist.ProcessGroup, model: nn.Module, optimizer: torch.optim.Optimizer, t: int) -> None:
     optimizer.zero_grad()
     generator = torch.Generator().manual_seed(10 * t + dist.get_rank(group))
-    model(torch.randn(2, 3, 5, 5, generator=generator)).pow(2).mean().backward()
+    model(randn(generator, 2, 3, 5, 5, dtype=torch.float32)).pow(2).mean().backward()
     optimizer.step()
 
 

@@ -23,7 +23,7 @@ from saef.wire.codec import Block, block_ranges, lay_out
 from saef.wire.kernels import cpu
 from saef.wire.kernels.table import Update, Worker
 from support.ranks import RankPool
-from support.training import MOMENTUM, SETTINGS, Job, batch, flat, make_net, train, wild_lrs, wrap
+from support.training import MOMENTUM, SETTINGS, Job, batch, flat, make_net, train, way_of_keeping_x, wild_lrs, wrap
 
 COMPRESSORS = [saef.ScaledSign(block=100), saef.TopK(0.1, block=5000), saef.Identity()]
 
@@ -83,7 +83,7 @@ def test_names_are_those_of_the_module_that_was_wrapped() -> None:
 
 def train_with(group: dist.ProcessGroup, job: Job, way: str) -> dict[str, Any]:
     original = engine.create
-    engine.create = {"copies": Copies, "swaps": OnCPU}[way]
+    engine.create = way_of_keeping_x(way)
     try:
         return train(group, job)
     finally:

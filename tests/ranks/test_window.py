@@ -20,9 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 import saef
 from saef.hooks import saef_hook
-from saef.step.ways import Copies, OnCPU
 from support.ranks import RankPool
-from support.training import SIZES, batch, flat, make_net
+from support.training import SIZES, batch, flat, make_net, way_of_keeping_x
 
 pytestmark = pytest.mark.slow
 
@@ -45,7 +44,7 @@ class Setting:
         self.optimizer = torch.optim.SGD(self.net.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2)
         self.state: Any = None
         if compressor is not None:
-            with mock.patch("saef.step.engine.create", {"copies": Copies, "swaps": OnCPU}[way]):
+            with mock.patch("saef.step.engine.create", way_of_keeping_x(way)):
                 self.state = saef.SAEFState(self.model, self.optimizer, compressor=compressor)
             self.model.register_comm_hook(self.state, saef_hook)
 
@@ -98,7 +97,7 @@ LOOKS: list[Callable[[nn.Module], Tensor]] = [
     averaged,
     pickled,
     lambda net: torch.cat([v.reshape(-1) for layer in net for v in layer.state_dict().values()]),
-    lambda net: torch.from_numpy(flat(net).numpy().copy()),
+    lambda net: torch.from_numpy(flat(net).cpu().numpy().copy()).to(next(net.parameters()).device),
 ]
 
 
@@ -168,7 +167,8 @@ def one_entry(at: Setting) -> None:
 
 
 def a_row_by_numpy(at: Setting) -> None:
-    at.net[2].weight.detach().numpy()[5] = 0.0
+    w = at.net[2].weight.detach()
+    (w.numpy() if w.device.type == "cpu" else w)[5] = 0.0
 
 
 def swapped_entries(at: Setting) -> None:
@@ -495,9 +495,10 @@ def with_default(group: dist.ProcessGroup, way: str, device: str | None, setting
     """All that a state does beside `device`, which may have no memory: whatever is made must say where it lies."""
     at = Setting(group, way, None)
     batches = [batch(at.rank, t) for t in range(4)]
-    torch.set_default_device(device)
+    before, kept = torch.get_default_device(), way_of_keeping_x(way)
+    torch.set_default_device(device or before)
     try:
-        with mock.patch("saef.step.engine.create", {"copies": Copies, "swaps": OnCPU}[way]):
+        with mock.patch("saef.step.engine.create", kept):
             state = saef.SAEFState(at.model, at.optimizer, audit_every=2, **settings)
         at.model.register_comm_hook(state, saef_hook)
         for x, y in batches:
@@ -511,7 +512,7 @@ def with_default(group: dist.ProcessGroup, way: str, device: str | None, setting
         state.flush()
         state.reset_errors()
     finally:
-        torch.set_default_device(None)
+        torch.set_default_device(before)
     return [flat(at.net), state.m]
 
 

@@ -21,13 +21,12 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import saef
 from saef.hooks import saef_hook
-from saef.step.ways import Copies, OnCPU
 from support.ranks import RankPool
-from support.training import batch, flat, make_net
+from support.training import batch, flat, make_net, way_of_keeping_x
 
 pytestmark = pytest.mark.slow
 
-WAYS = {"copies": Copies, "swaps": OnCPU}
+WAYS = ["copies", "swaps"]
 both_ways = pytest.mark.parametrize("way", WAYS)
 ERRORS = saef.TopK(0.2, block=10)
 
@@ -90,7 +89,7 @@ class Shell(nn.Module):
 
 
 def attach(way: str, model: nn.Module, optimizer: Any, compressor: saef.Compressor) -> saef.SAEFState:
-    with mock.patch("saef.step.engine.create", WAYS[way]):
+    with mock.patch("saef.step.engine.create", way_of_keeping_x(way)):
         return saef.SAEFState(model, optimizer, compressor=compressor)
 
 

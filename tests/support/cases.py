@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 import saef
+from saef.wire.compressors import Valued
 from saef.wire.plan import partition
 from support import reference
 from support.training import ADAMW, STEPS, Job, make_net, wild_lrs
@@ -24,9 +25,9 @@ def operator(compressor: saef.Compressor) -> tuple[reference.Compressor, Any]:
     """The reference's C and block size for one of ours."""
     if isinstance(compressor, saef.ScaledSign):
         return reference.scaled_sign, compressor.block
-    if isinstance(compressor, saef.TopK):
-        return reference.top_k(compressor.ratio), compressor.block
-    return reference.identity, "layer"
+    kept = reference.top_k(compressor.ratio) if isinstance(compressor, saef.TopK) else reference.identity
+    half = isinstance(compressor, Valued) and compressor.half
+    return reference.in_bfloat16(kept) if half else kept, getattr(compressor, "block", "layer")
 
 
 def protocol_of(averaging: saef.Averaging | None) -> tuple[str, int] | None:
@@ -36,11 +37,12 @@ def protocol_of(averaging: saef.Averaging | None) -> tuple[str, int] | None:
 
 def reference_settings(case: dict[str, Any], ranks: int) -> reference.Settings:
     C, block = operator(case["compressor"])
+    server = case["server"]
     matrix = [True, False] * 3  # the parameters in order: weight, bias, ...
     mu, nesterov = SGD.get(case["rule"], SGD["sgd"])
     return reference.Settings(
         C,
-        server=case["server"],
+        server=operator(server)[0] if isinstance(server, saef.Compressor) else server,
         block=block,
         step_ahead=case["step_ahead"],
         averaging=protocol_of(case["averaging"]),

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from support.training import ADAMW
+from support.training import ADAMW, randn
 
 CHANGED_AT, THAWED_AT, STEPS = 3, 5, 7
 
@@ -19,10 +19,11 @@ class Images(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        torch.manual_seed(2)
-        self.conv, self.first, self.second = nn.Conv2d(3, 4, 3), nn.Linear(4, 4), nn.Linear(4, 4)
-        self.frozen, self.more = nn.Linear(4, 4).requires_grad_(False), nn.ModuleList()
-        self.double()
+        with torch.device("cpu"):
+            torch.manual_seed(2)
+            self.conv, self.first, self.second = nn.Conv2d(3, 4, 3), nn.Linear(4, 4), nn.Linear(4, 4)
+            self.frozen, self.more = nn.Linear(4, 4).requires_grad_(False), nn.ModuleList()
+        self.to(torch.get_default_device(), torch.float64)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.frozen(self.second(torch.tanh(self.first(self.conv(x).mean((2, 3))))))
@@ -44,7 +45,7 @@ def make_optimizer(net: Images, kind: str = "SGD") -> torch.optim.Optimizer:
 def images(rank: int, t: int, parts: int = 1) -> list[Tensor]:
     """A worker's micro-batches of step t."""
     generator = torch.Generator().manual_seed(10 * t + rank)
-    return [torch.randn(2, 3, 5, 5, generator=generator, dtype=torch.float64) for _ in range(parts)]
+    return [randn(generator, 2, 3, 5, 5) for _ in range(parts)]
 
 
 def loss_of(model: nn.Module, x: Tensor) -> Tensor:

@@ -32,6 +32,8 @@ CODECS = {
     "sign": (ScaledSign(9), [20, 3]),
     "vote": (MajorityVote(9), [20, 3]),
     "top-k": (TopK(0.3, 10), [25, 3]),
+    "top-k in bfloat16": (TopK(0.3, 10, values=torch.bfloat16), [25, 3]),
+    "dense in bfloat16": (Identity(values=torch.bfloat16), [5, 2]),
     "top-k, two-byte indices": (TopK(0.02, "layer"), [300, 3]),
     "dense": (Identity(), [5, 2]),
     "mixed": (MinSize(4, TopK(0.2, 12)), [3, 30]),
@@ -67,7 +69,10 @@ class Target:
             assert "malformed message: " in str(error)
             decoded = None
         else:
-            numbers = codec.scalars(self.codec.layout.scalars, message, self.dtype)
+            layout = self.codec.layout
+            numbers = codec.scalars(layout.scalars, message, self.dtype)
+            if layout.halves:
+                numbers = codec.scalars(layout.halves, message[numbers.nbytes :], torch.bfloat16)
             assert len(message) == self.n and bool(torch.isfinite(decoded).all())
             assert float(decoded.abs().max()) <= float(numbers.abs().max())
         if with_kernels and len(message) == self.n:  # a collective receives no other length

@@ -6,6 +6,9 @@ are pickled. A job that fails on any rank fails the test with every rank's trace
 anew, since a rank may still be waiting for the others; so it is if a rank has died since the last job.
 
 Ranks are forked from one server that has loaded torch and saef (`support.preload`), so starting one is cheap.
+
+With SAEF_TEST_DEVICE=cuda in the environment tensors of a job are made on a GPU, which all ranks share, and what it
+returns is brought back.
 """
 
 import multiprocessing
@@ -109,8 +112,11 @@ def receive(pipes: list[Any], timeout_s: float) -> tuple[list[Any], list[str]]:
 
 def answer(job: Callable[..., Any], *args: Any) -> bytes:
     """What `receive` takes: the job's result, or its traceback."""
+    import torch
+    from torch.utils._pytree import tree_map_only
+
     try:
-        return pickle.dumps((True, job(*args)))
+        return pickle.dumps((True, tree_map_only(torch.Tensor, torch.Tensor.cpu, job(*args))))
     except BaseException:
         return pickle.dumps((False, traceback.format_exc()))
 
@@ -121,6 +127,7 @@ def _serve(rank: int, world: int, store: str, pipe: Any) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    torch.set_default_device(os.environ.get("SAEF_TEST_DEVICE", "cpu"))
     dist.init_process_group(
         "gloo",
         init_method=f"file://{store}",

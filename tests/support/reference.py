@@ -45,6 +45,11 @@ def top_k(ratio: float) -> Compressor:
     return C
 
 
+def in_bfloat16(C: Compressor) -> Compressor:
+    """C(v), (n,) -> (n,), rounded from float32 to bfloat16, as it then travels."""
+    return lambda v: C(v).float().bfloat16().to(v.dtype)
+
+
 def identity(v: Tensor) -> Tensor:
     """C(v) = v, (n,) -> (n,): full precision."""
     return v

@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import saef
 from saef.hooks import saef_hook
-from support.training import ADAMW
+from support.training import ADAMW, randn
 
 SHAPES = [(5, 3), (1,), (0,), (33,), (), (2, 0, 3)]
 
@@ -20,9 +20,7 @@ class Slope(nn.Module):
     def __init__(self, dtype: torch.dtype, start: float = 1.0) -> None:
         super().__init__()
         gen = torch.Generator().manual_seed(7)
-        self.p = nn.ParameterList(
-            [nn.Parameter((start * torch.randn(s, generator=gen, dtype=torch.float64)).to(dtype)) for s in SHAPES]
-        )
+        self.p = nn.ParameterList([nn.Parameter((start * randn(gen, *s)).to(dtype)) for s in SHAPES])
 
     def forward(self, c: list[Tensor]) -> Tensor:
         return sum((p * v).sum() for p, v in zip(self.p, c, strict=True))  # type: ignore[return-value]
@@ -31,7 +29,7 @@ class Slope(nn.Module):
 def slope(k: int, t: int, scale: float = 1.0) -> list[Tensor]:
     """Worker k's c in step t."""
     gen = torch.Generator().manual_seed(1000 * k + t)
-    return [scale * torch.randn(s, generator=gen, dtype=torch.float64) for s in SHAPES]
+    return [scale * randn(gen, *s) for s in SHAPES]
 
 
 def setup(

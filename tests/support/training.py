@@ -11,6 +11,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from saef import SAEFState, ScaledSign
 from saef.hooks import saef_hook
+from saef.step.ways import Copies, OnCPU, OnCUDA
+from saef.step.weights import Weights
 
 SIZES = (6, 9, 7, 1)
 SETTINGS = {"compressor": ScaledSign(block=7), "exchange": "sharded"}
@@ -21,9 +23,10 @@ ADAMW = {"betas": (0.8, 0.95), "eps": 1e-3}  # an eps at which u does not amplif
 
 def make_net(dtype: torch.dtype = torch.float64, sizes: tuple[int, ...] = SIZES) -> nn.Sequential:
     """A small network with tensors of many sizes, among them one of a single entry."""
-    torch.manual_seed(1)
-    layers = [[nn.Linear(a, b), nn.Tanh()] for a, b in zip(sizes[:-1], sizes[1:], strict=True)]
-    return nn.Sequential(*sum(layers, [])[:-1]).to(dtype)
+    with torch.device("cpu"):  # the same wherever it goes
+        torch.manual_seed(1)
+        layers = [[nn.Linear(a, b), nn.Tanh()] for a, b in zip(sizes[:-1], sizes[1:], strict=True)]
+    return nn.Sequential(*sum(layers, [])[:-1]).to(torch.get_default_device(), dtype)
 
 
 class Branches(nn.Module):
@@ -31,21 +34,27 @@ class Branches(nn.Module):
 
     def __init__(self, rank: int, dtype: torch.dtype = torch.float64) -> None:
         super().__init__()
-        torch.manual_seed(1)
-        self.branches = nn.ModuleList(nn.Linear(6, n) for n in (5, 3, 8, 4))
-        self.unused, self.head = nn.Parameter(torch.ones(3)), nn.Linear(20, 1)
+        with torch.device("cpu"):
+            torch.manual_seed(1)
+            self.branches = nn.ModuleList(nn.Linear(6, n) for n in (5, 3, 8, 4))
+            self.unused, self.head = nn.Parameter(torch.ones(3)), nn.Linear(20, 1)
         self.order = [0, 1, 2, 3] if rank % 2 else [3, 1, 0, 2]
-        self.to(dtype)
+        self.to(torch.get_default_device(), dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         found = {i: torch.tanh(self.branches[i](x)) for i in self.order}  # the last one's backward is the first
         return self.head(torch.cat([found[i] for i in range(4)], dim=1))  # type: ignore[no-any-return]
 
 
+def randn(generator: torch.Generator, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Drawn on the CPU, so that they are the same on every device; on the default device."""
+    return torch.randn(shape, generator=generator, dtype=dtype, device="cpu").to(torch.get_default_device())
+
+
 def batch(k: int, t: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     """Worker k's batch in step t: the same wherever it is asked for, different for each worker."""
     generator = torch.Generator().manual_seed(1000 * k + t)
-    x = torch.randn(8, 6, generator=generator, dtype=torch.float64)
+    x = randn(generator, 8, 6)
     y = torch.sin(x.sum(1, keepdim=True)) + 0.1 * k
     return x.to(dtype), y.to(dtype)
 
@@ -62,7 +71,8 @@ class Job:
     """What one run varies. `groups`: options of two param groups (weights, biases), or of one.
 
     optimizer: the name of its class in torch.optim;
-    sizes: of the network's layers; first: the number of its first batch; branches: train `Branches` instead.
+    sizes: of the network's layers; first: the number of its first batch; branches: train `Branches` instead;
+    device: None: where the rank makes its tensors.
     """
 
     state: dict[str, Any] = field(default_factory=dict)
@@ -75,12 +85,12 @@ class Job:
     preset: str | None = None
     sizes: tuple[int, ...] = SIZES
     first: int = 0
-    device: str = "cpu"
+    device: str | None = None
     branches: bool = False
 
 
 def make_model(job: Job, rank: int) -> nn.Module:
-    return (Branches(rank, job.dtype) if job.branches else make_net(job.dtype, job.sizes)).to(job.device)
+    return (Branches(rank, job.dtype) if job.branches else make_net(job.dtype, job.sizes)).to(device=job.device)
 
 
 def param_groups(net: nn.Module, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -142,7 +152,7 @@ def set_lr(optimizer: torch.optim.Optimizer, job: Job, lr: float) -> None:
 
 
 def micro_batches(job: Job, rank: int, t: int) -> list[tuple[Tensor, Tensor]]:
-    x, y = (v.to(job.device) for v in batch(rank, job.first + t, job.dtype))
+    x, y = (v.to(job.device or v.device) for v in batch(rank, job.first + t, job.dtype))
     return list(zip(x.chunk(job.micro_batches), y.chunk(job.micro_batches), strict=True))
 
 
@@ -159,8 +169,13 @@ def outcome(state: SAEFState, trajectory: list[Tensor]) -> dict[str, Any]:
     }
 
 
+def way_of_keeping_x(name: str) -> type[Weights]:
+    """By "copies" or "swaps", for `saef.step.engine.create`."""
+    return {"copies": Copies, "swaps": OnCUDA if torch.get_default_device().type == "cuda" else OnCPU}[name]
+
+
 def flat(net: nn.Module) -> Tensor:
-    return torch.cat([p.detach().reshape(-1).cpu() for p in net.parameters()])
+    return torch.cat([p.detach().reshape(-1) for p in net.parameters()])
 
 
 def gradient(k: int, t: int, parameters: list[Tensor], sizes: tuple[int, ...] = SIZES) -> list[Tensor]:

@@ -108,7 +108,8 @@ def one_entry_of_data(net: nn.Module) -> None:
 
 
 def by_numpy(net: nn.Module) -> None:
-    gradients(net)[0].numpy()[1] = 50.0
+    g = gradients(net)[0]
+    (g.numpy() if g.device.type == "cpu" else g.data)[1] = 50.0
 
 
 OTHER_VALUES: list[Callable[[nn.Module], None]] = [clip, clip_values, half_of_one, turned, another_tensor]

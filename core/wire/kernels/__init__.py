@@ -74,14 +74,29 @@ def select(device: torch.device) -> Kernels:
     return reference
 
 
-def fingerprints(tensors: Sequence[Tensor]) -> Tensor | None:
-    """[n] int64 by which a change of any bit of n tensors on CPU shows; None on other devices."""
-    if not all(t.device.type == "cpu" for t in tensors):
-        return None
-    from . import cpu
+def fingerprints(tensors: Sequence[Tensor | None], device: torch.device) -> Tensor | None:
+    """[n] int64 by which a change of any bit of n tensors shows; None for devices without kernels of ours.
 
-    dense = [t if t.is_contiguous() or is_dense(t) else t.contiguous() for t in tensors]  # a copy looks changed
-    return cpu.fingerprints([t.data_ptr() for t in dense], [t.numel() * t.element_size() for t in dense])
+    Args:
+        tensors: on `device`, which is where the result is; None counts as one without entries. One elsewhere: None.
+    """
+    there = [t for t in tensors if t is not None]
+    if device.type not in ("cpu", "cuda") or any(t.device.type != device.type for t in there):
+        return None
+    dense = [t if t is None or t.is_contiguous() or is_dense(t) else t.contiguous() for t in tensors]  # looks changed
+    addresses = [0 if t is None else t.data_ptr() for t in dense]
+    return fingerprints_at(addresses, [0 if t is None else t.numel() * t.element_size() for t in dense], device)
+
+
+def fingerprints_at(addresses: Sequence[int], sizes: Sequence[int], device: torch.device) -> Tensor:
+    """The same by where tensors without gaps lie, and by their sizes in bytes. device: a CPU or a GPU."""
+    if device.type == "cpu":
+        from . import cpu
+
+        return cpu.fingerprints(addresses, sizes)
+    from .cuda import prints
+
+    return prints.fingerprints(addresses, sizes, device)
 
 
 def is_dense(t: Tensor) -> bool:

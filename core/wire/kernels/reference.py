@@ -19,6 +19,7 @@ from .table import (
     FLOAT,
     GRAD,
     GROUP,
+    HALF,
     KIND,
     NUMEL,
     STATE,
@@ -129,16 +130,31 @@ def _floats(row: Row, message: Tensor, dtype: torch.dtype) -> Tensor:
     return message.view(dtype)[row[FLOAT] : row[FLOAT] + row[COUNT]]
 
 
+def _write(row: Row, values: Tensor, message: Tensor) -> None:
+    if not row[HALF]:
+        _floats(row, message, values.dtype).copy_(values)
+        return
+    bits = values.float().view(torch.int32)
+    nearest = bits + 0x7FFF + (bits >> 16 & 1) >> 16  # ties to even
+    _floats(row, message, torch.int16).copy_(torch.where(values.isnan(), 0x7FC0, nearest))
+
+
+def _read(row: Row, message: Tensor, dtype: torch.dtype) -> Tensor:
+    if not row[HALF]:
+        return _floats(row, message, dtype)
+    return (_floats(row, message, torch.int16).int() << 16).view(torch.float32).to(dtype)
+
+
 def _encode(row: Row, D: Tensor, message: Tensor) -> None:
     """message <- code of C(D) for one block; layout in `saef.wire.codec`."""
-    floats, n = _floats(row, message, D.dtype), row[NUMEL]
+    n = row[NUMEL]
     if row[KIND] == DENSE:
-        floats.copy_(D)
+        _write(row, D, message)
     elif row[KIND] == SIGN:
         scale = D.abs().sum(dtype=torch.float64) / n
         if row[UNIT]:
             scale = torch.where(torch.isfinite(scale), 1.0, torch.nan)
-        floats.fill_(scale)
+        _floats(row, message, D.dtype).fill_(scale)
         bits = torch.zeros((n + 7) // 8 * 8, dtype=torch.uint8, device=D.device)
         bits[:n] = D >= 0  # sign(0) = +1
         weights = 1 << torch.arange(8, dtype=torch.uint8, device=D.device)
@@ -146,14 +162,14 @@ def _encode(row: Row, D: Tensor, message: Tensor) -> None:
     else:
         k, width = row[COUNT], index_bytes(n)
         kept = D.abs().sort(descending=True, stable=True).indices[:k].sort().values
-        floats.copy_(D[kept])
+        _write(row, D[kept], message)
         lowest = kept.view(-1, 1) >> (8 * torch.arange(width, device=D.device)) & 255
         message[row[BYTE] : row[BYTE] + k * width] = lowest.view(-1).to(torch.uint8)
 
 
 def _decode(i: int, row: Row, message: Tensor, dtype: torch.dtype, factor: Tensor | None = None) -> Tensor:
     """C(D) of one block, its scalars multiplied by `factor` (before use, as the fused kernels do)."""
-    floats, n = _floats(row, message, dtype), row[NUMEL]
+    floats, n = _read(row, message, dtype), row[NUMEL]
     if factor is not None:
         floats = floats * factor
     if row[KIND] == DENSE:

@@ -31,11 +31,12 @@ GRAD = 1  # block's offset in the gradient vector g
 STATE = 2  # block's offset in m, e, x (worker tables) or in the server error (reply tables)
 NUMEL = 3  # coordinates of the block
 GROUP = 4  # row of update.hyper: the optimizer's parameter group
-FLOAT = 5  # offset of the block's scalars in the message, counted in scalars
+FLOAT = 5  # offset of the block's scalars in the message, counted in scalars; of bfloat16 ones in these
 BYTE = 6  # offset of the block's bits or indices in the message, in bytes
 COUNT = 7  # scalars of the block: 1 for SIGN, k for TOPK, n for DENSE
 UNIT = 8  # 1: the SIGN scale is fixed to 1 (majority vote)
-COLUMNS = 9
+HALF = 9  # 1: the scalars of a DENSE or TOPK block are bfloat16
+COLUMNS = 10
 
 
 class Update(NamedTuple):

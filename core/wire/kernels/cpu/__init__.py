@@ -11,8 +11,8 @@ Arguments, as `saef.wire.kernels.table` has them, and what the loops get (T is t
     table, reply_table   [B, COLUMNS] int64
     update               Update(kind int64, hyper [groups, columns] T, step_ahead T, feedback bool)
     worker               Worker(g [n] T, m [S, d] T, e [d] T, x [d] T)
-    message, reply       [bytes] uint8            Message(floats [scalars] T, bytes [bytes] uint8), one memory
-    messages             [K, bytes] uint8         Message(floats [K, scalars] T, bytes [K, bytes] uint8)
+    message, reply       [bytes] uint8            Message(floats T, halves uint16, bytes uint8), one memory
+    messages             [K, bytes] uint8         the same, [K, ...] each
     replies              as message
     e                    [served] T
     rates                [groups] T
@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import boolean, from_dtype, int64, types, uint8, uint32, uint64
+from numba import boolean, from_dtype, int64, types, uint8, uint16, uint32, uint64
 from torch import Tensor
 
 from ..reference import step_ahead
@@ -130,8 +130,8 @@ def prepare(dtype: torch.dtype) -> bool:
     vector, matrix, table = T[::1], T[:, ::1], int64[:, ::1]
     update = types.NamedTuple((int64, matrix, T, boolean), Update)
     worker = types.NamedTuple((vector, matrix, vector, vector), Worker)
-    message = types.NamedTuple((vector, uint8[::1]), Message)
-    every = types.NamedTuple((matrix, uint8[:, ::1]), Message)
+    message = types.NamedTuple((vector, uint16[::1], uint8[::1]), Message)
+    every = types.NamedTuple((matrix, uint16[:, ::1], uint8[:, ::1]), Message)
     wanted = [
         (loops.compress, (table, update, worker, message)),
         (loops.commit, (table, update, worker, message)),
@@ -150,7 +150,8 @@ def _array(v: Tensor) -> Array:
 
 
 def _message(message: Tensor, like: Tensor) -> Message:
-    return Message(message.view(like.dtype).numpy(), message.numpy())
+    packed = message.numpy()
+    return Message(message.view(like.dtype).numpy(), packed.view(np.uint16), packed)
 
 
 def _update(update: Update) -> Any:

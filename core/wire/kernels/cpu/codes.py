@@ -8,7 +8,7 @@ Arguments of all functions:
     v             [n]           what is added to or subtracted from
     message       `Message`     its floats and bytes
     cursor        int           of a top-k block, the first entry that the chunks before have not used
-    half, spread                of `Scratch`
+    half, room                  of `Scratch`; spread, words: of `Room`
 
 Slices everywhere: an index that is a sum may be negative for the compiler, which then does not vectorize.
 """
@@ -18,9 +18,9 @@ from __future__ import annotations
 import numpy as np
 
 from ...compressors import DENSE, SIGN, TOPK
-from ..table import BYTE, COUNT, FLOAT, KIND, NUMEL, UNIT
+from ..table import BYTE, COUNT, FLOAT, HALF, KIND, NUMEL, UNIT
 from .compiling import helper
-from .records import CHUNK, WIDTH, ZERO, Progress, Scratch
+from .records import CHUNK, WIDTH, ZERO, Message, Progress, Room, Scratch
 from .select import guess_bar, keep_largest, offer
 
 _BITS = np.uint64(0x0102040810204080)
@@ -28,7 +28,12 @@ _BITS = np.uint64(0x0102040810204080)
 
 @helper
 def make_scratch(like):  # type: ignore[no-untyped-def]
-    return Scratch(np.empty(CHUNK, like.dtype), np.empty(WIDTH), np.empty(CHUNK, np.uint8))
+    return Scratch(np.empty(CHUNK, like.dtype), np.empty(WIDTH), make_room())
+
+
+@helper
+def make_room():  # type: ignore[no-untyped-def]
+    return Room(np.empty(CHUNK, np.uint8), np.empty(CHUNK, np.uint32))
 
 
 @helper
@@ -49,37 +54,56 @@ def clear(v):  # type: ignore[no-untyped-def]
 
 
 @helper
-def average(row, lo, n, messages, cursor, D, spread):  # type: ignore[no-untyped-def]
+def average(row, lo, n, messages, cursor, D, room):  # type: ignore[no-untyped-def]
     """D <- mean_k C(D_k), in rank order; False if a message is malformed. `cursor`: [K]."""
     share = D.dtype.type(1.0 / len(messages.bytes))
     clear(D[:n])
     for k in range(len(messages.bytes)):
         at = row[FLOAT]
         if row[KIND] == SIGN:
-            add_signs(messages.bytes[k, row[BYTE] + lo // 8 :], messages.floats[k, at] * share, D[:n], spread)
+            add_signs(messages.bytes[k, row[BYTE] + lo // 8 :], messages.floats[k, at] * share, D[:n], room.spread)
         elif row[KIND] == DENSE:
-            values = messages.floats[k, at + lo : at + lo + n]
-            for i in range(n):
-                D[i] += values[i] * share
+            if row[HALF]:
+                add_values(widen(messages.halves[k, at + lo : at + lo + n], room.words), share, D[:n])
+            else:
+                add_values(messages.floats[k, at + lo : at + lo + n], share, D[:n])
         else:
-            cursor[k] = add_kept(row, lo, n, messages.floats[k], messages.bytes[k], cursor[k], share, D)
+            message = Message(messages.floats[k], messages.halves[k], messages.bytes[k])
+            cursor[k] = add_kept(row, lo, n, message, cursor[k], share, D, room.words)
             if cursor[k] < 0:
                 return False
     return True
 
 
 @helper
-def take(row, lo, n, rate, message, cursor, v, spread):  # type: ignore[no-untyped-def]
+def take(row, lo, n, rate, message, cursor, v, room):  # type: ignore[no-untyped-def]
     """v -= rate * C; the next cursor, or -1 if the message is malformed."""
     if row[KIND] == SIGN:
-        add_signs(message.bytes[row[BYTE] + lo // 8 :], -(message.floats[row[FLOAT]] * rate), v[:n], spread)
+        add_signs(message.bytes[row[BYTE] + lo // 8 :], -(message.floats[row[FLOAT]] * rate), v[:n], room.spread)
     elif row[KIND] == DENSE:
-        values = message.floats[row[FLOAT] + lo : row[FLOAT] + lo + n]
-        for i in range(n):
-            v[i] -= values[i] * rate
+        at = row[FLOAT] + lo
+        if row[HALF]:
+            add_values(widen(message.halves[at : at + n], room.words), -rate, v[:n])
+        else:
+            add_values(message.floats[at : at + n], -rate, v[:n])
     else:
-        return add_kept(row, lo, n, message.floats, message.bytes, cursor, -rate, v)
+        return add_kept(row, lo, n, message, cursor, -rate, v, room.words)
     return cursor
+
+
+@helper
+def add_values(values, factor, v):  # type: ignore[no-untyped-def]
+    """v += factor * value."""
+    for i in range(v.size):
+        v[i] += values[i] * factor
+
+
+@helper
+def widen(halves, words):  # type: ignore[no-untyped-def]
+    """bfloat16 as float32, in `words`."""
+    for i in range(halves.size):
+        words[i] = np.uint32(halves[i]) << np.uint32(16)
+    return words.view(np.float32)
 
 
 @helper
@@ -104,12 +128,12 @@ def add_signs(bits, scale, v, spread):  # type: ignore[no-untyped-def]
 
 
 @helper
-def add_kept(row, lo, n, floats, packed, cursor, factor, v):  # type: ignore[no-untyped-def]
+def add_kept(row, lo, n, message, cursor, factor, v, words):  # type: ignore[no-untyped-def]
     """v[index - lo] += factor * value for the entries from `cursor` on whose index is below lo + n.
 
     Returns the next cursor, or -1 if an index is not above its predecessor or not inside the block.
     """
-    width = index_bytes(row[NUMEL])
+    width, packed = index_bytes(row[NUMEL]), message.bytes
     last = index_at(packed, row[BYTE], width, cursor - 1) if cursor > 0 else np.int64(-1)
     while cursor < row[COUNT]:
         index = index_at(packed, row[BYTE], width, cursor)
@@ -117,7 +141,11 @@ def add_kept(row, lo, n, floats, packed, cursor, factor, v):  # type: ignore[no-
             return np.int64(-1)
         if index >= lo + n:
             break
-        v[index - lo] += floats[row[FLOAT] + cursor] * factor
+        at = row[FLOAT] + cursor
+        if row[HALF]:
+            v[index - lo] += widen(message.halves[at : at + 1], words)[0] * factor
+        else:
+            v[index - lo] += message.floats[at] * factor
         last = index
         cursor += 1
     return cursor
@@ -154,14 +182,30 @@ def encode(row, lo, n, guess, scratch, candidates, progress, message):  # type: 
     D, (found, bar, total) = scratch.D, progress
     if row[KIND] == SIGN:
         total += sum_abs(D, n, scratch.half)
-        pack(D, n, message.bytes[row[BYTE] + lo // 8 :], scratch.spread)
+        pack(D, n, message.bytes[row[BYTE] + lo // 8 :], scratch.room.spread)
     elif row[KIND] == DENSE:
-        copy(D, message.floats[row[FLOAT] + lo : row[FLOAT] + lo + n])
+        at = row[FLOAT] + lo
+        if row[HALF]:
+            narrow(D, message.halves[at : at + n], scratch.room.words)
+        else:
+            copy(D, message.floats[at : at + n])
     else:
         if lo == 0:
             found, bar = ZERO, guess_bar(D, n, row) if guess else D.dtype.type(-1)
         found, bar = offer(D, lo, n, row[COUNT], candidates, found, bar)
     return Progress(found, bar, total)
+
+
+@helper
+def narrow(values, halves, words):  # type: ignore[no-untyped-def]
+    """bfloat16 of a chunk's first values: nearest, ties to even; any NaN is 0x7FC0."""
+    floats = words.view(np.float32)
+    for i in range(halves.size):
+        floats[i] = values[i]
+    for i in range(halves.size):
+        bits = np.uint64(words[i])
+        nearest = (bits + np.uint64(0x7FFF) + (bits >> np.uint64(16) & np.uint64(1))) >> np.uint64(16)
+        halves[i] = np.uint16(nearest) if bits & np.uint64(0x7FFFFFFF) <= np.uint64(0x7F800000) else np.uint16(0x7FC0)
 
 
 @helper
@@ -171,7 +215,7 @@ def missed(row, lo, progress):  # type: ignore[no-untyped-def]
 
 
 @helper
-def finish(row, candidates, progress, message):  # type: ignore[no-untyped-def]
+def finish(row, candidates, progress, message, words):  # type: ignore[no-untyped-def]
     """What only the whole block tells: its scale, or which entries are kept."""
     if row[KIND] == SIGN:
         scale = progress.total / row[NUMEL]
@@ -179,7 +223,7 @@ def finish(row, candidates, progress, message):  # type: ignore[no-untyped-def]
             scale = 1.0 if np.isfinite(scale) else np.nan
         message.floats[row[FLOAT]] = scale
     elif row[KIND] == TOPK:
-        write_kept(row, candidates, progress.found, message)
+        write_kept(row, candidates, progress.found, message, words)
 
 
 @helper
@@ -221,12 +265,16 @@ def pack_bits(n, bits, spread):  # type: ignore[no-untyped-def]
 
 
 @helper
-def write_kept(row, candidates, found, message):  # type: ignore[no-untyped-def]
+def write_kept(row, candidates, found, message, words):  # type: ignore[no-untyped-def]
     k, (value, index) = row[COUNT], candidates
     if found > k:
         keep_largest(k, candidates, found)
     width = index_bytes(row[NUMEL])
     for j in range(k):
-        message.floats[row[FLOAT] + j] = value[j]
+        at = row[FLOAT] + j
+        if row[HALF]:
+            narrow(value[j : j + 1], message.halves[at : at + 1], words)
+        else:
+            message.floats[at] = value[j]
         for b in range(width):
             message.bytes[row[BYTE] + j * width + b] = np.uint8((index[j] >> (8 * b)) & 255)

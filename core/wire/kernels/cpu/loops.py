@@ -21,6 +21,7 @@ from .codes import (
     fold,
     index_at,
     index_bytes,
+    make_room,
     make_scratch,
     missed,
     pack_bits,
@@ -37,7 +38,8 @@ from .select import make_candidates
 def compress(table, update, worker, message):  # type: ignore[no-untyped-def]
     g, m, e, x = worker
     scratch, candidates = make_scratch(g), make_candidates(table, g)
-    (D, half, spread), packed = scratch, message.bytes
+    D, half, (spread, words) = scratch
+    packed = message.bytes
     for r in range(len(table)):
         row = table[r]
         h = update.hyper[row[GROUP]]
@@ -56,7 +58,7 @@ def compress(table, update, worker, message):  # type: ignore[no-untyped-def]
             lo += n
             if missed(row, lo, progress):
                 lo, guess = ZERO, NO
-        finish(row, candidates, Progress(progress.found, progress.bar, total + progress.total), message)
+        finish(row, candidates, Progress(progress.found, progress.bar, total + progress.total), message, words)
     return -1
 
 
@@ -72,7 +74,7 @@ def commit(table, update, worker, message):  # type: ignore[no-untyped-def]
             a, b = row[GRAD] + lo, row[STATE] + lo
             produce(update, update.hyper[row[GROUP]], YES, g[a : a + n], m, b, e[b : b + n], x[b : b + n], D)
             if update.feedback:
-                cursor = take(row, lo, n, once, message, cursor, D, scratch.spread)
+                cursor = take(row, lo, n, once, message, cursor, D, scratch.room)
                 if cursor < 0:
                     return r
                 copy(D, e[b : b + n])
@@ -93,9 +95,9 @@ def advance(table, reply_table, prints, update, worker, message, rates, replies,
             xx, hh = x[c : c + n], half[b : b + n]
             produce(update, update.hyper[row[GROUP]], YES, g[a : a + n], m, b, e[b : b + n], hh, D)
             if update.feedback:
-                cursor = take(row, lo, n, once, message, cursor, D, scratch.spread)
+                cursor = take(row, lo, n, once, message, cursor, D, scratch.room)
                 copy(D, e[b : b + n])
-            taken = take(out, lo, n, rates[out[GROUP]], replies, taken, xx, scratch.spread)
+            taken = take(out, lo, n, rates[out[GROUP]], replies, taken, xx, scratch.room)
             if cursor < 0 or taken < 0:
                 return r
             if ahead != 0:
@@ -119,7 +121,7 @@ def serve(table, reply_table, messages, e, reply):  # type: ignore[no-untyped-de
             n = min(CHUNK, row[NUMEL] - lo)
             if lo == 0:
                 clear(cursor)
-            if not average(row, lo, n, messages, cursor, scratch.D, scratch.spread):
+            if not average(row, lo, n, messages, cursor, scratch.D, scratch.room):
                 return r
             if e.size:
                 c = out[STATE] + lo
@@ -128,7 +130,7 @@ def serve(table, reply_table, messages, e, reply):  # type: ignore[no-untyped-de
             lo += n
             if missed(out, lo, progress):
                 lo, guess = ZERO, NO
-        finish(out, candidates, progress, reply)
+        finish(out, candidates, progress, reply, scratch.room.words)
     return -1
 
 
@@ -141,11 +143,11 @@ def settle(table, reply_table, messages, e, reply):  # type: ignore[no-untyped-d
         clear(cursor)
         for lo in range(0, row[NUMEL], CHUNK):
             n = min(CHUNK, row[NUMEL] - lo)
-            if not average(row, lo, n, messages, cursor, D, scratch.spread):
+            if not average(row, lo, n, messages, cursor, D, scratch.room):
                 return r
             c = out[STATE] + lo
             add(e[c : c + n], D)
-            taken = take(out, lo, n, once, reply, taken, D, scratch.spread)
+            taken = take(out, lo, n, once, reply, taken, D, scratch.room)
             if taken < 0:
                 return r
             copy(D, e[c : c + n])
@@ -154,14 +156,14 @@ def settle(table, reply_table, messages, e, reply):  # type: ignore[no-untyped-d
 
 @kernel
 def subtract(table, rates, message, v):  # type: ignore[no-untyped-def]
-    spread = np.empty(CHUNK, np.uint8)
+    room = make_room()
     for r in range(len(table)):
         row, cursor = table[r], ZERO
         rate = rates[row[GROUP]]
         for lo in range(0, row[NUMEL], CHUNK):
             n = min(CHUNK, row[NUMEL] - lo)
             b = row[STATE] + lo
-            cursor = take(row, lo, n, rate, message, cursor, v[b : b + n], spread)
+            cursor = take(row, lo, n, rate, message, cursor, v[b : b + n], room)
             if cursor < 0:
                 return r
     return -1

@@ -19,15 +19,29 @@ YES: Any = np.bool_(True)
 
 
 class Message(NamedTuple):
-    """One message, or one from every worker, seen twice.
+    """One message, or one from every worker, seen three times.
 
     Attributes:
         floats: [scalars] or [K, scalars] of the state's dtype.
+        halves: [bytes / 2] or [K, bytes / 2] uint16: bfloat16; the same memory.
         bytes: [bytes] or [K, bytes] uint8; the same memory.
     """
 
     floats: Array
+    halves: Array
     bytes: Array
+
+
+class Room(NamedTuple):
+    """Where a chunk is unpacked, and packed.
+
+    Attributes:
+        spread: [CHUNK] uint8: one byte a bit, since loops over bytes vectorize.
+        words: [CHUNK] uint32: float32 by their bits.
+    """
+
+    spread: Array
+    words: Array
 
 
 class Scratch(NamedTuple):
@@ -36,12 +50,12 @@ class Scratch(NamedTuple):
     Attributes:
         D: [CHUNK] of the state's dtype: what is compressed.
         half: [WIDTH] float64: sums of magnitudes.
-        spread: [CHUNK] uint8: one byte a bit, since loops over bytes vectorize.
+        room: for its code.
     """
 
     D: Array
     half: Array
-    spread: Array
+    room: Room
 
 
 class Candidates(NamedTuple):

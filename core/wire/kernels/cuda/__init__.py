@@ -33,7 +33,8 @@ Arguments of the kernels (T is the state's dtype), all in device memory but the 
     ALIGN                     divides NUMEL, GRAD and STATE: `constants.entry`
     TILE, K                   coordinates of a tile, number of messages; LANES: a power of two, at least 2 K
     RULE, FEEDBACK            update.kind, update.feedback
-    HAS_M, HAS_E, HAS_TOPK, AHEAD   what there is: m, e, blocks of kind TOPK in the table that is coded, ahead != 0
+    HAS_M, HAS_E, AHEAD   what there is: m, e, ahead != 0
+    SENT, CODED      `Tiling.kinds` of what is decoded, and of what is coded or replied
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...compressors import SIGN, TOPK
 from ..table import Update, Worker, malformed, unknown_rule
 
 try:
@@ -73,7 +75,8 @@ def commit(table: Tensor, update: Update, worker: Worker, message: Tensor) -> No
     args, flags = _worker_args(update, worker)
     if update.feedback or worker.m.numel():
         codes = (message.view(worker.g.dtype), message, _bad(worker.g.device))
-        launch(programs.commit, tiling_of(table), table, *args, *codes, **flags)
+        tiling = tiling_of(table)
+        launch(programs.commit, tiling, table, *args, *codes, SENT=tiling.kinds, **flags)
     _check_now(worker.g)
 
 
@@ -96,9 +99,9 @@ def advance(
 
 def serve(table: Tensor, reply_table: Tensor, messages: Tensor, e: Tensor, reply: Tensor) -> None:
     tiling, floats = tiling_of(reply_table), reply.view(e.dtype)
-    work = make_work(tiling, e, mean=tiling_of(table).topk)
+    work = make_work(tiling, e, mean=_has_topk(table))
     args, flags = _server_args(messages, e)
-    flags["HAS_E"] = e.numel() > 0
+    flags |= {"SENT": tiling_of(table).kinds, "HAS_E": e.numel() > 0}
     if flags["HAS_E"]:
         launch(programs.sample_error, tiling, reply_table, tiling.large, e, work.bars, programs=tiling.large.size(0))
     else:
@@ -109,14 +112,16 @@ def serve(table: Tensor, reply_table: Tensor, messages: Tensor, e: Tensor, reply
 
 def settle(table: Tensor, reply_table: Tensor, messages: Tensor, e: Tensor, reply: Tensor) -> None:
     tiling = tiling_of(reply_table)
-    vector = e.new_empty(tiling.numel if tiling_of(table).topk else 0)
+    vector = e.new_empty(tiling.numel if _has_topk(table) else 0)
     args, flags = _server_args(messages, e)
+    flags |= {"SENT": tiling_of(table).kinds, "CODED": tiling.kinds}
     launch(programs.settle, tiling, table, reply_table, *args, reply.view(e.dtype), reply, vector, **flags)
     _check_now(e)
 
 
 def subtract(table: Tensor, rates: Tensor, message: Tensor, v: Tensor) -> None:
-    launch(programs.subtract, tiling_of(table), table, rates, message.view(v.dtype), message, v, _bad(v.device))
+    tiling, codes = tiling_of(table), (message.view(v.dtype), message)
+    launch(programs.subtract, tiling, table, rates, *codes, v, _bad(v.device), SENT=tiling.kinds)
     _check_now(v)
 
 
@@ -129,7 +134,7 @@ def step_ahead(table: Tensor, x_table: Tensor, x: Tensor, e: Tensor, half: Tenso
 
 def inspect(table: Tensor, message: Tensor) -> None:
     tiling = tiling_of(table)
-    if tiling.topk:
+    if _has_topk(table):
         launch(programs.inspect, tiling, table, message, _bad(message.device), programs=table.size(0))
     _check_now(message)
 
@@ -179,6 +184,10 @@ def _worker_args(update: Update, worker: Worker) -> Args:
     return (hyper, s, g, m, d, e, x), flags
 
 
+def _has_topk(table: Tensor) -> bool:
+    return bool(tiling_of(table).kinds & 1 << TOPK)
+
+
 def _server_args(messages: Tensor, e: Tensor) -> Args:
     floats, K = messages.view(e.dtype), messages.size(0)
     args = (floats, floats.stride(0), messages, messages.stride(0), e, _bad(e.device))
@@ -188,9 +197,9 @@ def _server_args(messages: Tensor, e: Tensor) -> Args:
 def _encode(program: Any, tiling: Tiling, work: Work, table: Tensor, *args: Any, **flags: Any) -> None:
     """Run `program`, which codes D tile by tile, and finish what one tile cannot tell. `table`: of what is coded."""
     floats, message = args[-2:]
-    flags["HAS_TOPK"] = tiling.topk
+    flags["CODED"] = tiling.kinds
     launch(program, tiling, *args, *work, REFILL=False, **flags)
-    if tiling.signs:
+    if tiling.kinds & 1 << SIGN:
         launch(programs.write_scale, tiling, tiling.first, table, work.partial, floats, programs=table.size(0))
     if slots := tiling.large.size(0):
         launch(program, tiling, *args, *work, REFILL=True, **flags)
@@ -201,10 +210,10 @@ def _encode(program: Any, tiling: Tiling, work: Work, table: Tensor, *args: Any,
         for known in range(digits):
             _select(radix.narrow, tiling, *candidates, known)
         _select(radix.count_kept, tiling, *candidates, digits, kept)
-        _select(radix.keep, tiling, *candidates, digits, kept, work.where, floats, message)
+        _select(radix.keep, tiling, *candidates, digits, kept, work.where, floats, message, CODED=tiling.kinds)
 
 
-def _select(program: Any, tiling: Tiling, *args: Any) -> None:
+def _select(program: Any, tiling: Tiling, *args: Any, **flags: Any) -> None:
     """One program per group."""
-    group = {"SPAN": constants.SPAN, "WIDTH": constants.WIDTH}
-    launch(program, tiling._replace(tiles=tiling.groups), *args, **group)
+    flags |= {"SPAN": constants.SPAN, "WIDTH": constants.WIDTH}
+    launch(program, tiling._replace(tiles=tiling.groups), *args, **flags)

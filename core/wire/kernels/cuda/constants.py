@@ -12,7 +12,7 @@ import triton.language as tl
 
 from ....rules.rule import LR
 from ...compressors import DENSE, SIGN, TOPK
-from ..table import BYTE, COLUMNS, COUNT, FLOAT, GRAD, GROUP, KIND, NUMEL, STATE, UNIT
+from ..table import BYTE, COLUMNS, COUNT, FLOAT, GRAD, GROUP, HALF, KIND, NUMEL, STATE, UNIT
 
 TILE = 4096  # coordinates of a program, at most; a power of two
 LEAST = 256  # at least
@@ -20,10 +20,13 @@ A_THREAD = 16  # coordinates of a thread: many enough to keep memory busy, few e
 SPAN, WIDTH = 16, 128  # tiles, and candidates of each, that a program of the radix selection looks at together
 NO_ROW = 2**31 - 1
 
-_KIND, _GRAD, _STATE, _NUMEL, _GROUP, _FLOAT, _BYTE, _COUNT, _UNIT, _COLUMNS = (
-    tl.constexpr(c) for c in (KIND, GRAD, STATE, NUMEL, GROUP, FLOAT, BYTE, COUNT, UNIT, COLUMNS)
+_KIND, _GRAD, _STATE, _NUMEL, _GROUP, _FLOAT, _BYTE, _COUNT, _UNIT, _HALF, _COLUMNS = (
+    tl.constexpr(c) for c in (KIND, GRAD, STATE, NUMEL, GROUP, FLOAT, BYTE, COUNT, UNIT, HALF, COLUMNS)
 )
 _DENSE, _SIGN, _TOPK = tl.constexpr(DENSE), tl.constexpr(SIGN), tl.constexpr(TOPK)
+HALVES = 1 << 3  # of `Tiling.kinds`
+_HAS_DENSE, _HAS_SIGN, _HAS_TOPK = tl.constexpr(1 << DENSE), tl.constexpr(1 << SIGN), tl.constexpr(1 << TOPK)
+_HAS_HALVES = tl.constexpr(HALVES)
 _LR = tl.constexpr(LR)
 _TILE_COLUMNS = tl.constexpr(4)  # of Tiling.tiles
 _DIGIT = tl.constexpr(8)  # bits of a digit of the radix selection

@@ -46,7 +46,7 @@ def is_needed(slot, row, found, REFILL: tl.constexpr):  # type: ignore[no-untype
 def compress(  # type: ignore[no-untyped-def]
     tiles, table, hyper, s, g, m, d, e, x, floats, message, partial, vector, where, bars, found, counts,
     TILE: tl.constexpr, ALIGN: tl.constexpr, RULE: tl.constexpr, FEEDBACK: tl.constexpr,
-    HAS_M: tl.constexpr, HAS_E: tl.constexpr, SPACING: tl.constexpr, HAS_TOPK: tl.constexpr, REFILL: tl.constexpr,
+    HAS_M: tl.constexpr, HAS_E: tl.constexpr, SPACING: tl.constexpr, CODED: tl.constexpr, REFILL: tl.constexpr,
 ):
     r, lo, at, slot = tile_of(tiles, TILE)
     row = table + r * _COLUMNS
@@ -56,7 +56,7 @@ def compress(  # type: ignore[no-untyped-def]
         D = produce(row, hyper, s, g, m, d, e, x, i, inside, False, RULE, FEEDBACK, HAS_M, HAS_E, SPACING, ALIGN)
         encode(
             row, lo, at, slot, i, inside, D, floats, message, partial, vector, where, bars, found, counts,
-            TILE, HAS_TOPK, REFILL,
+            TILE, CODED, REFILL,
         )
 
 
@@ -87,7 +87,7 @@ def sample_error(tiles, table, large, e, bars, TILE: tl.constexpr, ALIGN: tl.con
 def commit(  # type: ignore[no-untyped-def]
     tiles, table, hyper, s, g, m, d, e, x, floats, message, bad,
     TILE: tl.constexpr, ALIGN: tl.constexpr, RULE: tl.constexpr, FEEDBACK: tl.constexpr,
-    HAS_M: tl.constexpr, HAS_E: tl.constexpr, SPACING: tl.constexpr,
+    HAS_M: tl.constexpr, HAS_E: tl.constexpr, SPACING: tl.constexpr, SENT: tl.constexpr,
 ):
     r, lo, at, slot = tile_of(tiles, TILE)
     row = table + r * _COLUMNS
@@ -96,7 +96,7 @@ def commit(  # type: ignore[no-untyped-def]
     D = produce(row, hyper, s, g, m, d, e, x, i, inside, True, RULE, FEEDBACK, HAS_M, HAS_E, SPACING, ALIGN)
     if FEEDBACK:
         once = tl.full((), 1.0, floats.dtype.element_ty)
-        take(r, row, lo, i, inside, D, once, floats, message, e + entry(row, _STATE, ALIGN), bad, False, TILE)
+        take(r, row, lo, i, inside, D, once, floats, message, e + entry(row, _STATE, ALIGN), bad, False, SENT, TILE)
 
 
 @kernel
@@ -104,7 +104,7 @@ def serve(  # type: ignore[no-untyped-def]
     tiles, table, reply_table, messages_floats, float_stride, messages, byte_stride, e, bad,
     floats, reply, partial, vector, where, bars, found, counts,
     TILE: tl.constexpr, ALIGN: tl.constexpr, K: tl.constexpr, LANES: tl.constexpr,
-    HAS_E: tl.constexpr, HAS_TOPK: tl.constexpr, REFILL: tl.constexpr,
+    HAS_E: tl.constexpr, SENT: tl.constexpr, CODED: tl.constexpr, REFILL: tl.constexpr,
 ):
     r, lo, at, slot = tile_of(tiles, TILE)
     row, out = table + r * _COLUMNS, reply_table + r * _COLUMNS
@@ -113,13 +113,13 @@ def serve(  # type: ignore[no-untyped-def]
         inside = i < entry(row, _NUMEL, ALIGN)
         D = average(
             r, row, lo, i, inside, messages_floats, float_stride, messages, byte_stride, bad, vector + at,
-            K, LANES, TILE,
+            K, LANES, SENT, TILE,
         )
         if HAS_E:
             D = tl.load(e + entry(out, _STATE, ALIGN) + i, mask=inside, other=0) + D
         encode(
             out, lo, at, slot, i, inside, D, floats, reply, partial, vector, where, bars, found, counts,
-            TILE, HAS_TOPK, REFILL,
+            TILE, CODED, REFILL,
         )
 
 
@@ -127,22 +127,25 @@ def serve(  # type: ignore[no-untyped-def]
 def settle(  # type: ignore[no-untyped-def]
     tiles, table, reply_table, floats, float_stride, messages, byte_stride, e, bad,
     reply_floats, reply, vector, TILE: tl.constexpr, ALIGN: tl.constexpr, K: tl.constexpr, LANES: tl.constexpr,
+    SENT: tl.constexpr, CODED: tl.constexpr,
 ):
     r, lo, at, slot = tile_of(tiles, TILE)
     row, out = table + r * _COLUMNS, reply_table + r * _COLUMNS
     i = lo + tl.arange(0, TILE)
     inside = i < entry(row, _NUMEL, ALIGN)
     D = average(
-        r, row, lo, i, inside, floats, float_stride, messages, byte_stride, bad, vector + at, K, LANES, TILE
+        r, row, lo, i, inside, floats, float_stride, messages, byte_stride, bad, vector + at, K, LANES, SENT, TILE
     )
     v = e + entry(out, _STATE, ALIGN)
     D = tl.load(v + i, mask=inside, other=0) + D
     once = tl.full((), 1.0, floats.dtype.element_ty)
-    take(r, out, lo, i, inside, D, once, reply_floats, reply, v, bad, False, TILE)
+    take(r, out, lo, i, inside, D, once, reply_floats, reply, v, bad, False, CODED, TILE)
 
 
 @kernel
-def subtract(tiles, table, rates, floats, message, v, bad, TILE: tl.constexpr, ALIGN: tl.constexpr):  # type: ignore[no-untyped-def]
+def subtract(  # type: ignore[no-untyped-def]
+    tiles, table, rates, floats, message, v, bad, TILE: tl.constexpr, ALIGN: tl.constexpr, SENT: tl.constexpr
+):
     r, lo, at, slot = tile_of(tiles, TILE)
     row = table + r * _COLUMNS
     i = lo + tl.arange(0, TILE)
@@ -150,7 +153,7 @@ def subtract(tiles, table, rates, floats, message, v, bad, TILE: tl.constexpr, A
     v += entry(row, _STATE, ALIGN)
     D = tl.load(v + i, mask=inside, other=0)
     rate = tl.load(rates + tl.load(row + _GROUP))
-    take(r, row, lo, i, inside, D, rate, floats, message, v, bad, True, TILE)
+    take(r, row, lo, i, inside, D, rate, floats, message, v, bad, True, SENT, TILE)
 
 
 @kernel

@@ -126,7 +126,7 @@ def count_kept(  # type: ignore[no-untyped-def]
 @kernel
 def keep(  # type: ignore[no-untyped-def]
     groups, tiles, table, vector, counts, hist, slots, digits, kept, where, floats, message,
-    TILE: tl.constexpr, ALIGN: tl.constexpr, SPAN: tl.constexpr, WIDTH: tl.constexpr,
+    CODED: tl.constexpr, TILE: tl.constexpr, ALIGN: tl.constexpr, SPAN: tl.constexpr, WIDTH: tl.constexpr,
 ):
     r, slot, start, count = group_of(groups, tiles, counts, TILE, SPAN)
     row = table + r * _COLUMNS
@@ -144,6 +144,6 @@ def keep(  # type: ignore[no-untyped-def]
         a, t = ranks(key > bar, key == bar)
         a, t = above[:, None] + a, ties[:, None] + t
         i = tl.load(where + at, mask=key >= bar, other=0)
-        write_kept(row, i, D, key, bar, need, a, t, floats, message)
+        write_kept(row, i, D, key, bar, need, a, t, floats, message, CODED)
         above += tl.sum((key > bar).to(tl.int32), 1)
         ties += tl.sum((key == bar).to(tl.int32), 1)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ...compressors import SIGN, TOPK
-from ..table import GRAD, KIND, NUMEL, STATE, check_kinds
+from ..table import GRAD, HALF, KIND, NUMEL, STATE, check_kinds
 from . import constants
 
 
@@ -25,7 +25,7 @@ class Tiling(NamedTuple):
         large: [slots] int64: rows of the blocks of kind TOPK that are more than one tile.
         groups: [G, 3] int64: their tiles by SPAN: first tile, number of tiles, the block's first group.
         numel: length of a scratch vector, the coordinates of all blocks.
-        signs, topk: whether there are blocks of kind SIGN, TOPK.
+        kinds: bit k: whether there are blocks of kind k; HALVES: whether there are bfloat16 scalars.
         tile: coordinates of a tile: a power of two in which each block fits, at most TILE.
         align: 4 if all NUMEL, GRAD and STATE are multiples of it, else 1.
         limit: what TILE was.
@@ -36,8 +36,7 @@ class Tiling(NamedTuple):
     large: Tensor
     groups: Tensor
     numel: int
-    signs: bool
-    topk: bool
+    kinds: int
     tile: int
     align: int
     limit: int
@@ -74,7 +73,8 @@ def tiling_of(table: Tensor) -> Tiling:
 
 
 def _tiling(table: Tensor, device: torch.device) -> Tiling:
-    check_kinds(table[:, KIND].unique().tolist())
+    kinds = table[:, KIND].unique().tolist()
+    check_kinds(kinds)
     numel, topk = table[:, NUMEL], table[:, KIND] == TOPK
     tile = _tile(int(numel.max()) if len(table) else 0)
     tiles = (numel + tile - 1) // tile
@@ -90,8 +90,7 @@ def _tiling(table: Tensor, device: torch.device) -> Tiling:
         selected.nonzero().view(-1).to(device),
         _groups(first[selected], tiles[selected]).to(device),
         int(numel.sum()),
-        bool((table[:, KIND] == SIGN).any()),
-        bool(topk.any()),
+        sum(1 << kind for kind in kinds) + constants.HALVES * bool(table[:, HALF].any()),
         tile,
         1 if (table[:, [NUMEL, GRAD, STATE]] % 4).any() else 4,
         constants.TILE,
@@ -116,7 +115,7 @@ def _groups(first: Tensor, tiles: Tensor) -> Tensor:
 def make_work(tiling: Tiling, e: Tensor, *, mean: bool = False) -> Work:
     """Scratch for vectors like `e`; `mean`: that of top-k messages needs some."""
     tiles, slots, none = tiling.tiles.size(0), tiling.large.size(0), nothing(e.dtype, e.device)
-    partial = e.new_empty(tiles, dtype=torch.float64) if tiling.signs else none
+    partial = e.new_empty(tiles, dtype=torch.float64) if tiling.kinds & 1 << SIGN else none
     vector = e.new_empty(tiling.numel) if slots or mean else none
     if not slots:
         return Work(partial, vector, none, none, none, none)
