@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import final
 
 import torch
@@ -43,16 +44,18 @@ class Parts(Copying):
         if gaps := [name for name, p in trained if not kernels.is_dense(p)]:
             raise ValueError(f"parameters {gaps[:5]} have gaps in memory: with mesh make them contiguous first")
         self._place, self._ranks = place, ranks
+        self._addresses: list[int] = []
+        self._own: list[Tensor] = []  # x, whole, and as it is cut: for each place its parts
+        self._cut_own: list[list[Tensor]] = []
+        self._halves: list[Tensor] = []  # the same of x_half
+        self._cut_halves: list[list[Tensor]] = []
         super().__init__(model, optimizer, s)
         dtypes = {p.dtype for p in self.parameters}
         self._sent_as = dtypes.pop() if len(dtypes) == 1 else self.dtype
-        self._own: list[Tensor] = []
-        self._halves: list[Tensor] = []
-        self._width = max(sum(map(Tensor.numel, own)) for own in zip(*map(self.places, self.parameters), strict=True))
 
     @property
     def held(self) -> list[Tensor]:
-        return [self.places(p)[self._place] for p in self.parameters]
+        return (self._cut_own or self.by_place(self.parameters))[self._place]
 
     @property
     def shown(self) -> list[Tensor]:
@@ -64,28 +67,34 @@ class Parts(Copying):
         c = -(-numel // self._ranks)
         return [entries[min(numel, place * c) : min(numel, (place + 1) * c)] for place in range(self._ranks)]
 
+    def by_place(self, whole: Sequence[Tensor]) -> list[list[Tensor]]:
+        """For each place its parts of several tensors."""
+        return [[*parts] for parts in zip(*map(self.places, whole), strict=True)]
+
     def apart(self, views: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], list[list[Tensor]]]:
         """Of gradients of this rank: (the node's for this place, to be filled; as cut; what is for each place)."""
-        every = [self.places(view) for view in views]
-        mine = [parts[self._place] for parts in every]
+        every = self.by_place(views)
+        mine = every[self._place]
         flat = torch.empty(sum(map(Tensor.numel, mine)), dtype=self.dtype, device=self.device)
-        return flat, cut(flat, mine), [[parts[place] for parts in every] for place in range(self._ranks)]
+        return flat, cut(flat, mine), every
 
     @torch.no_grad()
-    def _spread(self, part: Tensor, targets: Sequence[Tensor], sent_as: torch.dtype) -> None:
-        """targets, whole tensors, <- what the ranks have as `part`, flat. Collective within the node."""
-        mine = torch.zeros(self._width, dtype=sent_as, device=self.device)
+    def _spread(self, part: Tensor, targets: Sequence[Sequence[Tensor]], sent_as: torch.dtype) -> None:
+        """targets, for each place its parts, <- what the ranks have as `part`, flat. Collective within the node."""
+        sizes = [[*map(Tensor.numel, parts)] for parts in targets]
+        width = max(map(sum, sizes))  # gathered are vectors of one length
+        mine = torch.zeros(width, dtype=sent_as, device=self.device)
         mine[: part.numel()] = part
-        every = self.node.every_part(mine).view(self._ranks, -1)
-        parts = [self.places(target) for target in targets]
-        here = [parts[i][place] for place in range(self._ranks) for i in range(len(parts))]
-        found = [piece for place in range(self._ranks) for piece in cut(every[place], [p[place] for p in parts])]
-        torch._foreach_copy_(here, found)
+        every = self.node.every_part(mine).split(width)
+        found = [vector[: sum(n)].split(n) for vector, n in zip(every, sizes, strict=True)]
+        torch._foreach_copy_([*chain(*targets)], [*chain(*found)])
 
     # -- x ------------------------------------------------------------------------------------
 
     def _absorb(self) -> None:
-        self._own = [p.data for p in self.parameters]
+        if self._addresses != self._seen[0]:
+            self._addresses, self._own = self._seen[0], [p.data for p in self.parameters]
+            self._cut_own = self.by_place(self._own)
         super()._absorb()
 
     @torch.no_grad()
@@ -106,7 +115,7 @@ class Parts(Copying):
         torch.autograd.graph.increment_version(self.parameters)
 
     def committed(self) -> None:
-        self._spread(self.flat, self._own, self._sent_as)
+        self._spread(self.flat, self._cut_own, self._sent_as)
         Weights.committed(self)
 
     def _show_x(self) -> None:
@@ -118,7 +127,8 @@ class Parts(Copying):
         self._make_half(e)
         if not self._halves:
             self._halves = [torch.empty_like(p) for p in self.parameters]
-        self._spread(self._half, self._halves, self._sent_as)
+            self._cut_halves = self.by_place(self._halves)
+        self._spread(self._half, self._cut_halves, self._sent_as)
 
     def _make_half(self, e: Tensor) -> None:
         """x_half of this rank's part."""
@@ -146,7 +156,7 @@ class Parts(Copying):
 
     def gathered(self, flat: Tensor) -> list[Tensor]:
         whole = [torch.empty_like(p, dtype=self.dtype) for p in self.parameters]
-        self._spread(flat, whole, self.dtype)
+        self._spread(flat, self.by_place(whole), self.dtype)
         return whole
 
     def whole_x(self) -> list[Tensor]:
