@@ -79,6 +79,7 @@ def matches(
             close(run["m"], torch.cat([v.split(sizes)[place] for v in kept]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", pairwise(VALUES), ids=lambda c: "-".join(map(str, c.values())).replace(" ", ""))
 def test_sharded_nodes_equal_the_reference(pool: RankPool, case: dict[str, Any]) -> None:
     """2 x 2: the reference has two workers, whose blocks are cut within the ranks' parts."""
@@ -124,6 +125,29 @@ def test_a_nodes_gradient_is_clipped_and_accumulated_as_one(pool: RankPool, more
         job = replace(job, **more)
     train, cut = HOW[how]
     matches(pool.run(train, job, 2), reference_of_nodes(case, 2, 2, cut, **settings), job.lrs, 2, cut)
+
+
+def reduced_each_time(group: Any) -> None:
+    """Without set_requires_gradient_sync(False) FSDP reduces, and saef exchanges, in each backward: the same steps."""
+    found = []
+    for each_time in (False, True):
+        model, optimizer, state = make(group, JOB, 2)
+        for t in range(4):
+            optimizer.zero_grad()
+            x, y = batch(dist.get_rank(group), t)
+            for i in (0, 1):
+                model.set_requires_gradient_sync(each_time or i == 1)
+                (nn.functional.mse_loss(model(x[4 * i : 4 * i + 4]), y[4 * i : 4 * i + 4]) / 2).backward()
+            optimizer.step()
+        found.append(everything(state))
+        assert state.steps == 4
+    for a, b in zip(*found, strict=True):
+        close(a, b)  # the two gradients are added before or after they are averaged
+
+
+@pytest.mark.slow
+def test_each_backward_may_be_reduced(pool: RankPool) -> None:
+    pool.run(reduced_each_time)
 
 
 JOB = Job(
@@ -251,6 +275,7 @@ def resumes(group: Any, folder: str, form: str, how: str) -> None:
     assert loaded.metrics()["bytes_sent_phase1"] == state.metrics()["bytes_sent_phase1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("form", ["folder", "torch.distributed.checkpoint"])
 def test_nodes_resume_bit_for_bit(pool: RankPool, tmp_path: Path, form: str, how: str) -> None:
@@ -279,6 +304,7 @@ def taken_over(group: Any, folder: str, nodes: int, form: str, how: str) -> Tens
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", HOW)
 def test_other_numbers_of_nodes_go_on_from_the_same_x_tilde(pool: RankPool, tmp_path: Path, how: str) -> None:
     """To 1e-12: the means over the nodes are rounded anew, numbers of order 1 in float64. DDP's load FSDP2's, too."""
@@ -303,6 +329,7 @@ def pool_of_two() -> Iterator[RankPool]:
 # ---- FSDP's options -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("how", "nodes"), [("fsdp", 1), ("fsdp", 4), ("ddp", 1)])
 def test_one_node_and_nodes_of_one_rank_equal_the_reference(pool: RankPool, how: str, nodes: int) -> None:
     """Of 1 x 4 some ranks have no part of the smallest parameters."""
@@ -332,6 +359,7 @@ def bf16(group: Any) -> float:
     return max(float((a.to_local() - b.to_local()).abs().max()) for a, b in pairs if a.to_local().numel())
 
 
+@pytest.mark.slow
 def test_a_mixed_precision_policy_trains_as_in_fsdps_own_replicas(pool: RankPool) -> None:
     """x, of order 1, differs by roundings of float32: 10 steps, amplified by 1/(1 - mu) = 10, of 6e-8 each, 6e-6.
 
@@ -356,6 +384,7 @@ def checkpointed(group: Any) -> None:
     assert all(map(torch.equal, *runs))
 
 
+@pytest.mark.slow
 def test_activation_checkpointing_changes_nothing(pool: RankPool) -> None:
     pool.run(checkpointed)
 
@@ -377,6 +406,7 @@ def later(group: Any) -> None:
     assert all(map(torch.equal, *runs))
 
 
+@pytest.mark.slow
 def test_a_state_may_be_created_after_an_evaluation(pool: RankPool) -> None:
     pool.run(later)
 
@@ -454,6 +484,7 @@ def half_precision(group: Any) -> tuple[list[Tensor], list[Tensor]]:
     return master, [p.detach().clone() for p in model.parameters()]
 
 
+@pytest.mark.slow
 def test_16_bit_parameters_have_a_master_in_parts(pool: RankPool) -> None:
     runs = pool.run(half_precision)
     for run in runs[1:]:
@@ -517,6 +548,7 @@ def laid_out(group: Any) -> None:
         model(torch.zeros(1, 3, 4, 4, dtype=torch.float64))
 
 
+@pytest.mark.slow
 def test_parts_follow_the_memory(pool: RankPool) -> None:
     pool.run(laid_out)
 
@@ -573,6 +605,7 @@ def freezes(group: Any, how: str) -> None:
     assert len(whole(state, state.e)) == 6 and state.steps == 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", HOW)
 def test_what_is_trained_may_change(pool: RankPool, how: str) -> None:
     pool.run(freezes, how)
@@ -648,6 +681,7 @@ def dies(group: Any, how: str) -> None:
     go_on(model, optimizer, JOB, rank, range(2, 4))
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_ends_all_nodes(pool: RankPool) -> None:
     """Those of its node, those that exchange with it, and those that do neither."""
     began = time.monotonic()
