@@ -192,6 +192,11 @@ def parse(params: Mapping[str, Any]) -> tuple[type[torch.optim.Optimizer], dict[
     """
     if not isinstance(params, Mapping):
         raise TypeError(f'optimizer.params must be an object such as {{"lr": 0.1}}, got {params!r}')
+    if "mesh" in params:
+        raise ValueError(
+            "optimizer.params: mesh is not for DeepSpeed, where a worker is a rank: its engine has no gradients of nodes, and "
+            "ZeRO and MiCS keep theirs in buffers of their own. Leave it out, or use FSDP2 with SAEFState(mesh=...)"
+        )
     check_known("optimizer.params", params, ["rule", *HYPER, *SETTINGS])
     rule = _build("optimizer.params.rule", params.get("rule", RULE), RULES)
     hyper = {key: params.get(key, default) for key, default in HYPER.items()}
