@@ -20,7 +20,7 @@ ROWS = [
     ["saef.step"],
     ["saef.checkpoint", "saef.telemetry"],
     ["saef.state"],
-    ["saef.storage"],
+    ["saef.storage", "saef.later"],
     ["saef"],
     ["saef.hooks"],
     ["saef.integrations"],

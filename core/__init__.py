@@ -11,6 +11,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from .comm.node import node_mesh
+from .later import Later
 from .protocols.adaptive import StochasticAdaptive
 from .protocols.averaging import AllReduce, Averaging, LocalStep, Rotating, Slack
 from .protocols.gossip import AsyncParameterServer, AsyncRing, Gossip, Ring
@@ -34,6 +35,7 @@ __all__ = [
     "Exempt",
     "Gossip",
     "Identity",
+    "Later",
     "LocalStep",
     "MajorityVote",
     "MinSize",

@@ -31,7 +31,8 @@ def main() -> int:
     ).parse_args()
     logging.basicConfig(format="%(message)s", stream=sys.stdout)  # compiling the kernels says so
     say(f"saef {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}")
-    for name in ("torch", "numba", "triton", "horovod", "deepspeed", "lightning", "transformers", "accelerate"):
+    frameworks = ("horovod", "deepspeed", "lightning", "transformers", "accelerate", "ray")
+    for name in ("torch", "numba", "triton", *frameworks):
         say(f"{name}: {installed(name)}")
     if problem := prepare():
         say(f"kernels: {problem}")

@@ -8,19 +8,20 @@ from torch.autograd import Variable
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.futures import Future
 
-from saef import SAEFState
+from saef import Later, SAEFState
 
 
 @_disable_dynamo
-def saef_hook(state: SAEFState, bucket: GradBucket) -> Future[torch.Tensor]:
+def saef_hook(state: SAEFState | Later, bucket: GradBucket) -> Future[torch.Tensor]:
     """Compress a bucket's gradient and exchange it: `ddp_model.register_comm_hook(state, saef_hook)`.
 
     One hook for all methods; the state says which. The gradient in `p.grad` stays this worker's own: the optimizer step
     applies what came back. Reading it is fine, changing it is refused by the step. After `state.detach()` the hook
-    averages gradients, as DDP does without one.
+    averages gradients, as DDP does without one. A `saef.Later` stands for the state that it is bound to.
 
     Raises:
         TypeError: if called without a state, or without a `GradBucket` (DDP compiled with the python_reducer).
+        RuntimeError: if a `saef.Later` is not bound.
     """
     if not isinstance(bucket, GradBucket):
         raise TypeError(
@@ -33,6 +34,8 @@ def saef_hook(state: SAEFState, bucket: GradBucket) -> Future[torch.Tensor]:
             "Lightning makes both by itself: leave DDPStrategy(ddp_comm_hook=...) out, and give the Trainer a "
             "saef.integrations.lightning.SAEFCallback"
         )
+    if isinstance(state, Later):
+        state = state.bound()
     if not state.engine.attached:
         return allreduce_hook(state.engine.process_group or dist.group.WORLD, bucket)  # type: ignore[arg-type]
     engine, autograd = state.engine, Variable._execution_engine

@@ -39,7 +39,6 @@ except ModuleNotFoundError as error:
     ) from error
 
 logger = logging.getLogger("saef")
-CLIPS = "%s is taken over as SAEFState's max_grad_norm: each rank's own gradient is clipped, before it is sent"
 
 
 def attach(
@@ -58,8 +57,19 @@ def attach(
             DeepSpeed), has a communication hook already, or was not prepared.
     """
     check_known("attach", settings, Agreed.__annotations__, TypeError)
+    return bind(accelerator, saef.Later(**settings), model, optimizer)
+
+
+def bind(
+    accelerator: Accelerator,
+    later: saef.Later,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    **others: Unpack[Agreed],
+) -> saef.SAEFState:
+    """`attach`, with settings that were given before: `later`, with `others` on top."""
     ddp = _check(accelerator, model, optimizer)
-    state = saef.SAEFState(ddp, optimizer, grad_scaler=accelerator.scaler, **settings)
+    state = later.bind(ddp, optimizer, grad_scaler=accelerator.scaler, **others)
     ddp.register_comm_hook(state, saef_hook)
     _tell_schedulers(optimizer, state)
     accelerator.clip_grad_norm_ = functools.partial(_clip_norm, accelerator.clip_grad_norm_, state)
@@ -78,7 +88,8 @@ def _check(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Op
             f"attach() needs the DistributedDataParallel that accelerator.prepare(model) returns, got "
             f"{type(model).__name__} with distributed_type={accelerator.distributed_type.value}: start several "
             "processes (torchrun, accelerate launch) without FSDP, DeepSpeed and Megatron, and call attach() after "
-            "prepare(); a single process has nothing to exchange"
+            "prepare(); a single process has nothing to exchange. (DeepSpeed, also in Hugging Face's Trainer, takes "
+            "SAEF from its JSON instead: saef.integrations.deepspeed)"
         )
     if not isinstance(optimizer, AcceleratedOptimizer):
         raise ValueError(

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
@@ -32,8 +33,9 @@ from typing_extensions import Unpack
 
 import saef
 from saef.comm.agreement import compare
+from saef.step.arguments import CLIPS
 
-from .deepspeed_config import Params, check_config, parse
+from .deepspeed_config import Params, check_config, parse, take_over_clipping
 
 try:
     import deepspeed
@@ -44,6 +46,7 @@ except ModuleNotFoundError as error:
         f"saef.integrations.deepspeed needs DeepSpeed: pip install 'saef[deepspeed]' ({error})"
     ) from error
 
+logger = logging.getLogger("saef")
 NAME = "SAEF"
 
 
@@ -208,6 +211,7 @@ def _register() -> None:
     def check(config: DeepSpeedConfig) -> None:
         if config.optimizer_name != NAME:
             return check_others(config)  # type: ignore[no-any-return]
+        config._saef_clips = take_over_clipping(config)
         check_config(config)
         params = config.optimizer_params
         config.optimizer_params = None  # DeepSpeed would advise against max_grad_norm, and cannot take it as null
@@ -226,6 +230,8 @@ def _register() -> None:
         configure_others(engine, optimizer, model_parameters)
         del engine._do_optimizer_sanity_check
         optimizer.attach(engine)
+        if (clips := engine._config._saef_clips) is not None and engine.global_rank == 0:
+            logger.warning(CLIPS, f'"gradient_clipping": {clips}')
 
     DeepSpeedConfig._do_sanity_check = check
     DeepSpeedEngine._configure_optimizer = configure

@@ -87,6 +87,8 @@ class Params(TypedDict, total=False):
     weight_decay: float
     nesterov: bool
     maximize: bool
+    betas: Sequence[float]
+    eps: float
     compressor: Mapping[str, Any]
     server_compressor: Mapping[str, Any] | Literal["same"] | None
     step_ahead: float
@@ -107,6 +109,8 @@ class Params(TypedDict, total=False):
 
 
 RULE = {"type": "sgd"}
+OF_RULE = ("betas", "eps")  # fields of the rule that may also stand beside lr, as DeepSpeed's own optimizers have them
+FILLED = ("lr", "weight_decay", *OF_RULE)  # where Hugging Face's Trainer fills in "auto"
 HYPER = {"lr": 1e-3, "momentum": 0.0, "weight_decay": 0.0, "nesterov": False, "maximize": False}
 NOT_IN_JSON = ("model", "optimizer", "grad_scaler", "mesh", "process_group", "transport")  # what the engine knows
 SETTINGS = {
@@ -114,6 +118,8 @@ SETTINGS = {
     for name, parameter in inspect.signature(saef.SAEFState).parameters.items()
     if name not in NOT_IN_JSON
 }
+
+WORDS = ("exchange", "server_step_ahead")  # settings that can be "auto"
 
 ZERO = (
     "ZeRO reduces gradients into shards and keeps one copy of the weights, while here every rank takes its gradient at "
@@ -131,8 +137,8 @@ REFUSED: list[tuple[str, tuple[Any, ...], str, str]] = [
         "gradient_clipping",
         (0,),
         "gradient_clipping",
-        "DeepSpeed (whose default is 1.0) would clip a gradient that has been compressed and sent already. Write "
-        '"gradient_clipping": 0.0, and to clip give the optimizer "max_grad_norm" in its params',
+        "DeepSpeed would clip by default, a gradient that has been compressed and sent already. Write "
+        '"gradient_clipping": 0.0, or a number, which is taken over as max_grad_norm: each rank clips its own gradient',
     ),
     (
         "float16_config.enabled",
@@ -162,6 +168,22 @@ REFUSED: list[tuple[str, tuple[Any, ...], str, str]] = [
         "all ranks must see each other's files, or another number of ranks could not load them",
     ),
 ]
+
+
+def take_over_clipping(config: Any) -> float | None:
+    """Make gradient_clipping, if the JSON has it, the optimizer's max_grad_norm; what it was.
+
+    Raises:
+        ValueError: if that has another max_grad_norm.
+    """
+    theirs, params = config.gradient_clipping, config.optimizer_params or {}
+    if "gradient_clipping" not in config._param_dict or not is_number(theirs) or theirs <= 0:
+        return None
+    ours = params.get("max_grad_norm")
+    if ours not in (None, theirs):
+        raise ValueError(f"gradient_clipping {theirs} and optimizer.params.max_grad_norm {ours} both clip: give one")
+    config.optimizer_params, config.gradient_clipping = {**params, "max_grad_norm": theirs}, 0.0
+    return float(theirs)
 
 
 def check_config(config: Any) -> None:
@@ -194,11 +216,16 @@ def parse(params: Mapping[str, Any]) -> tuple[type[torch.optim.Optimizer], dict[
         raise TypeError(f'optimizer.params must be an object such as {{"lr": 0.1}}, got {params!r}')
     if "mesh" in params:
         raise ValueError(
-            "optimizer.params: mesh is not for DeepSpeed, where a worker is a rank: its engine has no gradients of nodes, and "
-            "ZeRO and MiCS keep theirs in buffers of their own. Leave it out, or use FSDP2 with SAEFState(mesh=...)"
+            "optimizer.params: mesh is not for DeepSpeed, where a worker is a rank: its engine has no node's gradients, "
+            "and ZeRO and MiCS keep theirs in buffers of their own. Leave it out, or use FSDP2 with SAEFState(mesh=...)"
         )
-    check_known("optimizer.params", params, ["rule", *HYPER, *SETTINGS])
-    rule = _build("optimizer.params.rule", params.get("rule", RULE), RULES)
+    check_known("optimizer.params", params, ["rule", *HYPER, *OF_RULE, *SETTINGS])
+    if unfilled := [key for key, value in params.items() if value == "auto" and key not in WORDS]:
+        raise ValueError(
+            f'optimizer.params has "auto" for {unfilled}, which Hugging Face\'s Trainer alone fills in, for {FILLED} '
+            '(and "gradient_clipping" beside the optimizer, which becomes max_grad_norm): write values'
+        )
+    rule = _build("optimizer.params.rule", _rule_of(params), RULES)
     hyper = {key: params.get(key, default) for key, default in HYPER.items()}
     for key, value in hyper.items():
         flag = isinstance(HYPER[key], bool)
@@ -218,6 +245,21 @@ def parse(params: Mapping[str, Any]) -> tuple[type[torch.optim.Optimizer], dict[
     except (TypeError, ValueError) as error:
         raise type(error)(f"optimizer.params: {error}") from error
     return rule.optimizer, hyper, cast(Agreed, settings)
+
+
+def _rule_of(params: Mapping[str, Any]) -> Any:
+    """`rule`, with what stands beside lr for it."""
+    rule, beside = params.get("rule", RULE), {key: params[key] for key in OF_RULE if key in params}
+    if not beside or not isinstance(rule, Mapping):
+        return rule
+    if rule.get("type") == "sgd":
+        raise ValueError(
+            f'optimizer.params has {[*beside]}, which are of AdamW and Adam: give "rule": {{"type": "adamw"}} too, or '
+            "take them out"
+        )
+    if twice := [key for key in beside if key in rule]:
+        raise ValueError(f"optimizer.params and its rule both have {twice}: give them once")
+    return {**rule, **beside}
 
 
 def _build(where: str, value: object, names: Mapping[str, type[Any]], plain: tuple[Any, ...] = ()) -> Any:

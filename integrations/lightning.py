@@ -26,7 +26,7 @@ from typing_extensions import Unpack
 
 import saef
 from saef.hooks import saef_hook
-from saef.step.arguments import Agreed, check_known
+from saef.step.arguments import CLIPS, Agreed, check_known
 from saef.telemetry import LOGGED
 
 try:
@@ -54,20 +54,24 @@ class SAEFCallback(Callback):  # type: ignore[misc]
             fit() makes another, as Lightning does with the optimizer.
 
     Raises:
-        TypeError: on a keyword that is none.
-        ValueError, TypeError: in fit(), on what cannot be honoured, as SAEFState; and on another strategy, several
-            optimizers, a `ddp_comm_hook`, and clipping by value or to two different norms.
+        TypeError, ValueError: on a keyword that is none, or a value that no SAEFState takes; in fit(), on what cannot
+            be honoured, as SAEFState; and on another strategy, several optimizers, a `ddp_comm_hook`, and clipping by
+            value or to two different norms.
     """
 
     state: saef.SAEFState | None = None
 
     def __init__(self, *, metrics: tuple[str, ...] = LOGGED, **settings: Unpack[Agreed]) -> None:
         check_known("SAEFCallback", settings, Agreed.__annotations__, TypeError)
-        self._metrics, self._settings = metrics, settings
+        self._metrics, self._later = metrics, saef.Later(**settings)
         self._clip: float | None = None  # the Trainer's, while it is ours
         self._random: list[Tensor] = []  # torch's random state in a checkpoint, until the first batch
 
     # ---- what Lightning calls ---------------------------------------------------------------
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Before any on_fit_start: that of Tuner's callbacks trains already, with no other callback than theirs."""
+        trainer.callbacks = [self, *(c for c in trainer.callbacks if c is not self)]
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """DDP and optimizer are there; of a checkpoint, the weights are loaded, and the optimizer not yet."""
@@ -75,8 +79,8 @@ class SAEFCallback(Callback):  # type: ignore[misc]
             self.state.detach()
         _check(trainer)
         strategy, scaler = trainer.strategy, getattr(trainer.precision_plugin, "scaler", None)
-        settings: Any = {**self._settings, "max_grad_norm": self._max_grad_norm(trainer)}
-        self.state = saef.SAEFState(strategy.model, trainer.optimizers[0], grad_scaler=scaler, **settings)
+        settings: Any = {"max_grad_norm": self._max_grad_norm(trainer), "grad_scaler": scaler}
+        self.state = self._later.bind(strategy.model, trainer.optimizers[0], **settings)
         check_known("SAEFCallback(metrics=...)", self._metrics, self.state.metrics())
         strategy.model.register_comm_hook(self.state, saef_hook)
         strategy.save_checkpoint = functools.partial(self._save, strategy)
@@ -102,7 +106,8 @@ class SAEFCallback(Callback):  # type: ignore[misc]
             found = self.state.metrics()
             pl_module.log_dict({f"saef/{name}": found[name] for name in self._metrics})
 
-    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Also after Tuner's, which end a fit by an exception that no callback is told of."""
         self._give_back(trainer)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
@@ -112,7 +117,7 @@ class SAEFCallback(Callback):  # type: ignore[misc]
 
     def _max_grad_norm(self, trainer: Any) -> float | None:
         """The Trainer's gradient_clip_val, or ours."""
-        ours: float | None = self._settings.get("max_grad_norm")
+        ours: float | None = self._later.settings.get("max_grad_norm")
         theirs: float | None = trainer.gradient_clip_val or None
         if theirs is None:
             return ours
@@ -126,11 +131,7 @@ class SAEFCallback(Callback):  # type: ignore[misc]
                 f"Trainer(gradient_clip_val={theirs}) and SAEFCallback(max_grad_norm={ours}) both clip: give one"
             )
         if trainer.is_global_zero:
-            logger.warning(
-                "Trainer(gradient_clip_val=%s) is taken over as SAEFState's max_grad_norm: each rank's own gradient is "
-                "clipped, before it is sent",
-                theirs,
-            )
+            logger.warning(CLIPS, f"Trainer(gradient_clip_val={theirs})")
         return theirs
 
     def _give_back(self, trainer: Any) -> None:

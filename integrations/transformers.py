@@ -19,11 +19,11 @@ from typing import Any, final
 from typing_extensions import Unpack
 
 import saef
-from saef.step.arguments import Agreed, check_known
+from saef.step.arguments import CLIPS, Agreed, check_known
 from saef.step.unwrap import innermost, unwrap_model
 from saef.telemetry import LOGGED
 
-from .accelerate import CLIPS, attach, load, logger
+from .accelerate import bind, load, logger
 
 try:
     from transformers import Trainer, TrainerCallback
@@ -50,7 +50,7 @@ class SAEFCallback(TrainerCallback):  # type: ignore[misc]
             optimizer goes on with it, and state.detach() lets go of them.
 
     Raises:
-        TypeError: on a keyword that is none, or one that is the Trainer's.
+        TypeError, ValueError: on a keyword that is none or the Trainer's, or a value that no SAEFState takes.
         ValueError: in train(), as `saef.integrations.accelerate.attach`.
     """
 
@@ -60,7 +60,7 @@ class SAEFCallback(TrainerCallback):  # type: ignore[misc]
         if "max_grad_norm" in settings:
             raise TypeError("SAEFCallback takes max_grad_norm from TrainingArguments(max_grad_norm=...): set it there")
         check_known("SAEFCallback", settings, Agreed.__annotations__, TypeError)
-        self._trainer, self._metrics, self._settings = trainer, metrics, settings
+        self._trainer, self._metrics, self._later = trainer, metrics, saef.Later(**settings)
         self._checkpoint: str | None = None  # to resume from
         self._of: Any = None  # the DDP and the optimizer of the state
         trainer._load_from_checkpoint = functools.partial(self._resume_from, trainer._load_from_checkpoint)
@@ -96,9 +96,8 @@ class SAEFCallback(TrainerCallback):  # type: ignore[misc]
                     )
                 return ours
             ours.detach()
-        settings: Any = {**self._settings, "max_grad_norm": max_grad_norm}
-        self._of = of
-        self.state = ours = attach(trainer.accelerator, trainer.model_wrapped, trainer.optimizer, **settings)
+        self._of, of_trainer = of, (trainer.model_wrapped, trainer.optimizer)
+        self.state = ours = bind(trainer.accelerator, self._later, *of_trainer, max_grad_norm=max_grad_norm)
         if max_grad_norm is not None and trainer.is_world_process_zero():
             logger.warning(CLIPS, f"TrainingArguments(max_grad_norm={max_grad_norm})")
         return ours

@@ -84,7 +84,7 @@ class Attachment:
         self._handles: list[RemovableHandle] = [
             optimizer.register_step_pre_hook(opaque(steps.before_step)),
             optimizer.register_step_post_hook(opaque(steps.after_step)),
-            model.register_forward_pre_hook(_Hook(opaque(self._before_forward)), prepend=bool(sharded)),
+            model.register_forward_pre_hook(_Hook(opaque(self.before_forward)), prepend=bool(sharded)),
             model.register_forward_hook(_Hook(opaque(self._after_forward))),
             *(p.register_post_accumulate_grad_hook(opaque(steps.reduced)) for p in sharded),
         ]
@@ -136,7 +136,8 @@ class Attachment:
         if not getattr(optimizer, "_saef_attached", False):
             self._steps.before_other_step(optimizer)
 
-    def _before_forward(self, module: nn.Module, args: Any) -> None:
+    def before_forward(self, module: nn.Module, args: Any) -> None:
+        """Before a forward of the wrapped model."""
         if isinstance(module, Joinable) and module._join_config.enable:
             raise RuntimeError(
                 "DDP's join() for uneven inputs cannot work with SAEF: a rank without data has no gradient at its own "

@@ -68,6 +68,7 @@ class Engine:
 
         exchange, exchange_late                               in the backward, with buckets of gradients
         gradient_ready, exchange_gradients                    in the backward, without
+        forward_begins                                        in a forward, if the state was made within it
         before_backward                                       before one that is within the wrapped model's forward
         backward_ended, expect_change, gradient_norm          after it
         before_step, after_step                               around the optimizer's own step
@@ -262,6 +263,10 @@ class Engine:
         return self.memory.m[second] if second is not None else self.memory.e[:0]
 
     # -- forward: step ahead ------------------------------------------------------------------
+
+    def forward_begins(self) -> None:
+        """Within a forward of the model that began before the state was made: torch does not call new hooks there."""
+        self._attachment.before_forward(self._watch.model, ())
 
     def begin(self) -> int:
         """Before a training forward: average the errors, once a step, and step ahead. The number of this x_half."""

@@ -78,21 +78,22 @@ def test_other_averaging_equals_ddp(pools: dict[int, RankPool], as_json: dict[st
         assert run["metrics"]["bytes_sent_averaging"] == ddp["metrics"]["bytes_sent_averaging"] > 0
 
 
+# What the JSON says of the optimizer, and beside it: the second as for DeepSpeed's own optimizers.
 RULES = [
-    ({"type": "adamw", "betas": [0.8, 0.95], "eps": 1e-3}, "AdamW"),
-    ({"type": "adam", "betas": [0.8, 0.95], "eps": 1e-3}, "Adam"),
+    ({"rule": {"type": "adamw", "betas": [0.8, 0.95], "eps": 1e-3}, "max_grad_norm": 1.0}, {}, "AdamW"),
+    ({"rule": {"type": "adam"}, "betas": [0.8, 0.95], "eps": 1e-3}, {"gradient_clipping": 1.0}, "Adam"),
 ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("rule, optimizer", RULES, ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize("said, beside, optimizer", RULES, ids=lambda v: v if isinstance(v, str) else "")
 def test_other_rules_equal_ddp(
-    pools: dict[int, RankPool], rule: dict[str, Any], optimizer: str, dtype: torch.dtype
+    pools: dict[int, RankPool], said: dict[str, Any], beside: dict[str, Any], optimizer: str, dtype: torch.dtype
 ) -> None:
     """AdamW's decay is at x, Adam's at x_half; groups may have betas of their own."""
-    params = {"lr": 0.01, "rule": rule, "compressor": COMPRESSORS["sign"][0], "max_grad_norm": 1.0}
+    params = {"lr": 0.01, "compressor": COMPRESSORS["sign"][0], **said}
     groups = [{"weight_decay": 1e-2}, {"weight_decay": 1e-3, "betas": (0.7, 0.9)}]
-    config = {"bf16": {"enabled": True}} if dtype == torch.bfloat16 else {}
+    config = beside | ({"bf16": {"enabled": True}} if dtype == torch.bfloat16 else {})
     runs = pools[2].run(train, Setup(params, groups, dtype, 1, config, SIZES, 0), 20, ranks=2)
     common = [{"eps": 1e-3, "betas": (0.8, 0.95), **group} for group in groups]
     job = Job(

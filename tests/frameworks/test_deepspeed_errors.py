@@ -35,7 +35,11 @@ CONFIGS: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "expert parallel": ({"expert_parallel": {"enabled": True}}, ["expert_parallel.enabled is True"]),
     "fp16": ({"fp16": {"enabled": True}}, ["fp16.enabled is True", "loss scale", '"bf16"', '"torch_autocast"']),
-    "clipping": ({"gradient_clipping": 1.0}, ["gradient_clipping is 1.0, expected 0", "max_grad_norm"]),
+    "clipping": ({"gradient_clipping": -1.0}, ["gradient_clipping is -1.0, expected 0", "max_grad_norm"]),
+    "two clippings": (
+        {"gradient_clipping": 1.0, "optimizer": {"type": "SAEF", "params": {"lr": 0.1, "max_grad_norm": 2.0}}},
+        ["gradient_clipping 1.0 and optimizer.params.max_grad_norm 2.0 both clip: give one"],
+    ),
     "prescale": ({"prescale_gradients": True}, ["prescale_gradients is True, expected False", "all-reduce"]),
     "predivide": ({"gradient_predivide_factor": 2.0}, ["gradient_predivide_factor is 2.0, expected 1.0"]),
     "sum": ({"gradient_allreduce_op": "sum"}, ["gradient_allreduce_op is sum, expected mean", "scale the loss"]),
@@ -54,21 +58,27 @@ CONFIGS: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["optimizer: 'parms' is unknown (did you mean 'params'?)"],
     ),
     "two": (
-        {"gradient_clipping": 1.0, "fp16": {"enabled": True}},
-        ["gradient_clipping is 1.0", "fp16.enabled is True"],  # all at once
+        {"prescale_gradients": True, "fp16": {"enabled": True}},
+        ["prescale_gradients is True", "fp16.enabled is True"],  # all at once
     ),
 }
 
 # The optimizer's params: (what is set, what the error says).
 PARAMS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "a list": (["lr", 0.1], ["optimizer.params must be an object", "got ['lr', 0.1]"]),  # type: ignore[dict-item]
-    "unknown key": (
-        {"betas": [0.9, 0.999]},
-        ["optimizer.params: 'betas' is unknown; expected 'rule', 'lr', 'momentum'"],
+    "unknown key": ({"beta": 0.9}, ["optimizer.params: 'beta' is unknown (did you mean 'betas'?); expected 'rule'"]),
+    "betas of SGD": ({"betas": [0.9, 0.999]}, ["has ['betas'], which are of AdamW and Adam", '"type": "adamw"']),
+    "betas twice": (
+        {"rule": {"type": "adamw", "betas": [0.9, 0.99]}, "betas": [0.9, 0.999]},
+        ["optimizer.params and its rule both have ['betas']: give them once"],
     ),
     "misspelt key": ({"momentun": 0.9}, ["'momentun' is unknown (did you mean 'momentum'?)"]),
     "dampening": ({"dampening": 0.1}, ["'dampening' is unknown"]),
-    "word for lr": ({"lr": "auto"}, ["optimizer.params.lr must be a number, got 'auto'"]),
+    "word for lr": ({"lr": "high"}, ["optimizer.params.lr must be a number, got 'high'"]),
+    "auto": (
+        {"lr": "auto", "max_grad_norm": "auto"},
+        ["has \"auto\" for ['lr', 'max_grad_norm'], which Hugging Face's Trainer", '"gradient_clipping" beside the'],
+    ),
     "true for momentum": ({"momentum": True}, ["optimizer.params.momentum must be a number, got True"]),
     "number for nesterov": ({"nesterov": 1}, ["optimizer.params.nesterov must be true or false, got 1"]),
     "nesterov without momentum": ({"nesterov": True}, ["Nesterov momentum requires a momentum"]),

@@ -1,5 +1,6 @@
 """Lightning's Trainer with saef, on two ranks: equal to its own DDP, and to DDP with saef_hook."""
 
+import subprocess
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,8 +12,10 @@ import torch
 
 import saef
 from saef.hooks import saef_hook
+from support import environment
+from support.forked import python
 from support.ranks import RankPool
-from support.trainers import COMPRESSORS, TOLERANCE, Job, assert_equal
+from support.trainers import COMPRESSORS, STEPS, TOLERANCE, Job, assert_equal
 
 pytestmark = pytest.mark.skipif(find_spec("lightning") is None, reason="needs lightning")
 job = partial(Job, "support.lightning_ranks")
@@ -73,6 +76,7 @@ def test_metrics_are_logged_and_a_trainer_fits_again(trainers: RankPool, tmp_pat
 def test_what_cannot_be_honoured_is_refused(trainers: RankPool) -> None:
     expected = {
         "misspelt": "did you mean 'compressor'",
+        "bad value": "step_ahead must be in [0, 1]",
         "metrics": "did you mean 'bytes_per_step'",
         "misspelt strategy": "did you mean 'find_unused_parameters'",
         "two optimizers": "returned 2 optimizers",
@@ -88,6 +92,44 @@ def test_what_cannot_be_honoured_is_refused(trainers: RankPool) -> None:
         assert {*said} == {*expected}
         for case, words in expected.items():
             assert words in said[case], said[case]
+
+
+def test_ddpstrategys_own_comm_state_is_a_later(trainers: RankPool) -> None:
+    for callback, own, said in trainers.run(job("comm_state"), saef.TopK(0.2), ranks=2):
+        assert_equal(own, callback, ("x", "e", "m", "e_server", "steps"))
+        assert len(said) == 1 and "Lightning registers DDPStrategy(ddp_comm_hook=...) on GPUs alone" in said[0]
+
+
+@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
+def test_lr_find_sees_what_it_sees_without_saef(trainers: RankPool, tmp_path: Path, kind: str) -> None:
+    """The same losses at the same learning rates, to rounding. A fit after it is the one without it, bit for bit."""
+    for (plain, ours, compressed), after, straight in trainers.run(job("finds_lr"), tmp_path, kind, ranks=2):
+        assert plain[1] == ours[1] and len(plain[0]) == len(ours[0]) == 9
+        assert max(abs(a - b) for a, b in zip(plain[0], ours[0], strict=True)) < TOLERANCE
+        assert max(abs(a - b) for a, b in zip(plain[0], compressed[0], strict=True)) > 1e-3  # it is saef that trains
+        assert_equal(after, straight, ("x", "e", "m", "e_server", "steps"))
+
+
+@pytest.mark.ahead
+def test_torchrun_restarts_a_killed_rank_and_the_trainer_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    """Killed in step 5, in the middle of the second epoch; the last checkpoint is of step 4, in its middle too."""
+    script = Path(__file__).parents[1] / "support" / "lightning_job.py"
+    env = environment(GLOO_SOCKET_IFNAME="lo", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    words = [python(), "-m", "torch.distributed.run", "--monitor-interval", "0.1", "--standalone"]
+    words += ["--nproc_per_node", "2", "--max-restarts", "1", str(script)]
+    ends = []
+    for name, dies, lives in (("quiet", [], [0]), ("killed", ["1:1:3"], [0, 4])):
+        folder = tmp_path / name
+        folder.mkdir()
+        done = subprocess.run(
+            [*words, str(folder), *dies], cwd=folder, env=env, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
+        assert [(folder / f"began-{k}.txt").read_text().split() for k in range(2)] == [[*map(str, lives)]] * 2
+        ends.append([torch.load(folder / f"end-{k}.pt", weights_only=True) for k in range(2)])
+    for quiet, killed in zip(*ends, strict=True):
+        assert killed["steps"] == STEPS
+        assert_equal(killed, quiet)
 
 
 def test_a_state_or_a_hook_given_to_ddpstrategy_names_the_callback() -> None:

@@ -1,11 +1,15 @@
 """Hugging Face's Trainer with SAEFCallback, on two ranks: equal to its own DDP, and to DDP with saef_hook."""
 
+import json
+import subprocess
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from support import environment
+from support.forked import python
 from support.ranks import RankPool
 from support.trainers import COMPRESSORS, TOLERANCE, Job, assert_equal
 
@@ -52,6 +56,25 @@ def test_the_best_model_and_a_further_train(trainers: RankPool, tmp_path: Path) 
 def test_other_checkpoints(trainers: RankPool, tmp_path: Path) -> None:
     for said in trainers.run(job("other_checkpoints"), tmp_path, ranks=2):
         assert "errors are of step 0" in said["alone"] and "reset_errors()" in said["alone"]
+
+
+@pytest.mark.ahead
+def test_a_deepspeed_json_in_which_all_is_auto(tmp_path: Path) -> None:
+    """By SAEF in the JSON: the Trainer's values, DDP's steps and its own resume, bit for bit."""
+    script = Path(__file__).parents[1] / "support" / "transformers_deepspeed_job.py"
+    words = [python(), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    env = environment(GLOO_SOCKET_IFNAME="lo")
+    done = subprocess.run([*words, str(tmp_path)], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
+    for rank in range(2):
+        found = json.loads((tmp_path / f"rank-{rank}.json").read_text())
+        assert found["type"] == "DeepSpeedEngine" and found["steps"] == 9 and found["clip"] == 0.5
+        assert found["group"] == {"betas": [0.9, 0.95], "eps": 1e-6, "weight_decay": 0.01}
+        assert max(found["lrs"]) == 0.01 > found["lrs"][-1] > 0  # LR["AdamW"], and the schedule's end
+        assert found["log"][-1]["loss"] < 0.9 * found["log"][0]["loss"]
+        assert all(found["as by hand"].values()) and all(found["resumed"].values()), found
+        taken = [line for line in found["said"] if "is taken over as SAEFState's max_grad_norm" in line]
+        assert len(taken) == 2 * (rank == 0)  # once a Trainer
 
 
 def test_what_cannot_be_honoured_is_refused(trainers: RankPool, tmp_path: Path) -> None:

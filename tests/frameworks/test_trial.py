@@ -48,7 +48,7 @@ def test_an_installation_that_works() -> None:
     status, said = run("-m", "saef")
     assert status == 0
     assert said[0].startswith(f"saef {version('saef')}, Python {sys.version_info.major}.{sys.version_info.minor}.")
-    names = ("torch", "numba", "triton", "horovod", "deepspeed", "lightning", "transformers", "accelerate")
+    names = ("torch", "numba", "triton", "horovod", "deepspeed", "lightning", "transformers", "accelerate", "ray")
     assert said[1 : 1 + len(names)] == [f"{name}: {found(name)}" for name in names]
     assert any(line.startswith("kernels: numba on the CPU") for line in said)
     assert any(line.startswith("kernels: triton on ") for line in said) == torch.cuda.is_available()

@@ -5,6 +5,7 @@ import importlib
 import inspect
 import json
 import re
+import subprocess
 import textwrap
 from collections.abc import Iterator
 from configparser import ConfigParser
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 import saef
 import saef.hooks
@@ -114,7 +116,8 @@ def test_links_lead_somewhere(name: str) -> None:
 @pytest.mark.parametrize("name", TEXTS)
 def test_blocks_of_code_are_code(name: str) -> None:
     for language, block in FENCED.findall(TEXTS[name]):
-        assert language in {"python", "diff", "json", "sh"}, f"{name}: a block without a known language: {language!r}"
+        known = {"python", "diff", "json", "sh", "yaml"}
+        assert language in known, f"{name}: a block without a known language: {language!r}"
         if language == "diff":  # with and without what is added
             compile("\n".join(line[2:] for line in block.splitlines()), name, "exec")
             compile("\n".join(line[2:] for line in block.splitlines() if line[:1] != "+"), name, "exec")
@@ -122,6 +125,10 @@ def test_blocks_of_code_are_code(name: str) -> None:
             compile(textwrap.dedent(block), name, "exec")
         elif language == "json":
             json.loads(block)
+        elif language == "yaml":
+            assert all(yaml.safe_load_all(block))
+        elif block.startswith("#!/bin/bash"):
+            assert not subprocess.run(["bash", "-n"], input=block, text=True, capture_output=True).stderr
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -214,6 +221,17 @@ def test_the_reference_lists_every_public_name() -> None:
     assert {name for name in listed if name.count(".") == 1} == public
     hooks = {name.split(".")[-1] for name in listed if name.startswith("saef.hooks.")}
     assert hooks == {*saef.hooks.__all__}
+
+
+def test_what_was_tested_is_what_is_pinned() -> None:
+    """Wherever a version stands: "Lightning 2.6.6", or in two cells of a table."""
+    pinned = dict(re.findall(r"^([\w-]+)==([\w.]+)$", (CHECKOUT / "constraints.txt").read_text(), re.M))
+    build = (CHECKOUT / "integrations" / "build_horovod.sh").read_text()
+    pinned["horovod"] = re.search(r"^version=(\S+)$", build, re.M)[1]  # type: ignore[index]
+    names = "torch|Lightning|transformers|Accelerate|Ray|DeepSpeed|Horovod|triton"
+    found = [m for page in PAGES.values() for m in re.findall(rf"\b({names})(?: \| | )(\d+\.\d+\.\d+)\b", page)]
+    assert len({name for name, _ in found}) == 8
+    assert [(name, version) for name, version in found if pinned[name.lower()] != version] == []
 
 
 def test_the_changelog_has_this_version() -> None:

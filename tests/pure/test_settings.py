@@ -29,7 +29,7 @@ from saef import (
 from saef.comm.agreement import compare
 from saef.comm.exchange import LATENCY_BYTES, choose
 from saef.hooks.presets import Rest
-from saef.integrations.deepspeed_config import HYPER, Params, parse
+from saef.integrations.deepspeed_config import HYPER, OF_RULE, Params, parse
 from saef.rules import SGD, Difference, rule_for
 from saef.rules.sgd import Hyper
 from saef.step.arguments import Agreed, StateSettings, nearest
@@ -187,7 +187,7 @@ def test_what_ranks_agree_on_is_what_settings_hold():
 
 
 def test_deepspeeds_keys_have_types():
-    assert [*Params.__annotations__] == ["rule", *HYPER, *DEFAULTS]
+    assert [*Params.__annotations__] == ["rule", *HYPER, *OF_RULE, *DEFAULTS]
     ours, theirs = get_type_hints(Agreed), get_type_hints(Params)
     for name in {*DEFAULTS} - {
         "compressor",

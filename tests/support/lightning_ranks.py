@@ -255,12 +255,8 @@ def precision(group: dist.ProcessGroup, kind: str) -> Any:
 
 
 def logs(group: dist.ProcessGroup, folder: Path) -> Any:
-    """What self.log got, and a second fit, a Tuner and Trainer(strategy="saef")."""
+    """What self.log got, and a second fit and Trainer(strategy="saef")."""
     t = trainer(strategy="saef", logger=pl.loggers.CSVLogger(folder), log_every_n_steps=2, default_root_dir=folder)
-    tuned = Lit()
-    tuned.lr = 0.1  # type: ignore[assignment]
-    Tuner(t).lr_find(tuned, loader(Samples()), num_training=4, update_attr=False)
-    assert dist.get_rank() or not (folder / "saef").exists()  # where it had kept a checkpoint meanwhile
     module = Lit()
     t.fit(module, loader(Samples()), loader(Samples()))
     first = t.strategy.callback.state
@@ -273,6 +269,53 @@ def logs(group: dist.ProcessGroup, folder: Path) -> Any:
     assert sum(isinstance(c, SAEFCallback) for c in t.callbacks) == 1
     t.validate(module, loader(Samples()), verbose=False)
     return {name: float(v) for name, v in metrics.items()}
+
+
+def finds_lr(group: dist.ProcessGroup, folder: Path, kind: str) -> Any:
+    """(what lr_find saw plainly, with Identity and with EF; with top-k a fit after it, and one without it)."""
+    exact, found = {"compressor": saef.Identity(), "noise_correction": False}, []
+
+    def tuned(
+        ours: dict[str, Any] | None, samples: Samples, clip: float | None = None, **words: Any
+    ) -> tuple[Any, Any, Lit, pl.Trainer]:
+        callback, module = None if ours is None else SAEFCallback(**ours), Lit(kind)
+        module.lr = 0.1  # type: ignore[assignment]
+        t = trainer([c for c in [callback] if c], default_root_dir=folder, gradient_clip_val=clip, **words)
+        finder: Any = Tuner(t).lr_find(module, loader(samples), min_lr=1e-4, num_training=10, update_attr=False)
+        assert dist.get_rank() or not (folder / "saef").exists()  # where it had kept a checkpoint meanwhile
+        return callback, finder, module, t
+
+    ours = {"compressor": saef.TopK(0.2)}
+    for settings in (None, exact, {**ours, "step_ahead": 0.0}):  # with it, of alike data, this loss is the plain one
+        losses = tuned(settings, SHARED, precision="64-true")[1].results
+        found.append((losses["loss"], losses["lr"]))
+    callback, _, module, t = tuned(ours, Samples(), clip=0.1)
+    t.fit(module, loader(Samples()))
+    straight, _ = fit(ours, Lit(kind), gradient_clip_val=0.1)
+    return found, record(callback.state), record(straight.state)
+
+
+class AsOnGPU(DDPStrategy):
+    """Registers the communication hook, which Lightning does on a GPU alone."""
+
+    def _register_ddp_hooks(self) -> None:
+        with mock.patch.object(DDPStrategy, "root_device", torch.device("cuda")):
+            super()._register_ddp_hooks()
+
+
+def comm_state(group: dist.ProcessGroup, compressor: saef.Compressor) -> Any:
+    """DDPStrategy(ddp_comm_state=Later): (the run with the callback, that, what a CPU's own way warns of)."""
+    callback, _ = fit({"compressor": compressor}, Lit("AdamW"))
+    later = saef.Later(compressor=compressor)
+    words: Any = {"process_group_backend": "gloo", "ddp_comm_hook": saef_hook}
+    fit(None, Lit("AdamW"), strategy=AsOnGPU(ddp_comm_state=later, **words))
+    ignored, said = saef.Later(compressor=compressor), []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("saef").addHandler(handler)
+    fit(None, Lit("AdamW"), strategy=DDPStrategy(ddp_comm_state=ignored, **words))
+    logging.getLogger("saef").removeHandler(handler)
+    return record(callback.state), record(later.state), said  # type: ignore[arg-type]
 
 
 class Two(Lit):
@@ -324,6 +367,7 @@ def refused(group: dist.ProcessGroup) -> dict[str, str]:
     fit(ours, early, **once)
     cases: dict[str, Any] = {
         "misspelt": lambda: SAEFCallback(compresor=saef.TopK(0.2)),
+        "bad value": lambda: SAEFCallback(step_ahead=2.0),
         "metrics": lambda: fit({**ours, "metrics": ("byte_per_step",)}, Lit()),
         "misspelt strategy": lambda: SAEFStrategy(find_unused_parameter=True),
         "two optimizers": lambda: fit(ours, Two(manual=True), **once),
