@@ -216,7 +216,7 @@ def parse(params: Mapping[str, Any]) -> tuple[type[torch.optim.Optimizer], dict[
         raise TypeError(f'optimizer.params must be an object such as {{"lr": 0.1}}, got {params!r}')
     if "mesh" in params:
         raise ValueError(
-            "optimizer.params: mesh is not for DeepSpeed, where a worker is a rank: its engine has no node's gradients, "
+            "optimizer.params: mesh is not for DeepSpeed, where a worker is a rank: nodes have no gradients there, "
             "and ZeRO and MiCS keep theirs in buffers of their own. Leave it out, or use FSDP2 with SAEFState(mesh=...)"
         )
     check_known("optimizer.params", params, ["rule", *HYPER, *OF_RULE, *SETTINGS])
