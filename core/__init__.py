@@ -10,6 +10,7 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+from .comm.node import node_mesh
 from .later import Later
 from .protocols.adaptive import StochasticAdaptive
 from .protocols.averaging import AllReduce, Averaging, LocalStep, Rotating, Slack
@@ -54,6 +55,7 @@ __all__ = [
     "load_checkpoint",
     "message_bytes",
     "mixing_time",
+    "node_mesh",
     "save_checkpoint",
     "stationary_distance",
 ]

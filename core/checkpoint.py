@@ -8,12 +8,14 @@ Two forms, both loadable with torch.load(weights_only=True):
                     the mean momentum are kept, to rounding. So is AdamW's mean_k v_k: each v_k estimates the second
                     moment of the mean gradient among as many workers as there were, and their mean does it better.
 
-What differs between ranks lies under a key that names the rank, "rank_0" ..., because torch.distributed.checkpoint
-takes equal keys for copies and writes one of them. Tensors are by parameter name and in its shape:
+What differs between workers lies under a key that names the worker, "rank_0" ..., because torch.distributed.checkpoint
+takes equal keys for copies and writes one of them. Where a worker is a node of several ranks, what only one of these
+has lies under "rank_0_place_0" ...: node, and place in it. Tensors are by parameter name and in its shape, DTensors
+where the parameters are:
 
     format, kind, saef         int, "rank" or "consolidated", version that wrote it
     parameters, settings       {name: shape}, {field: repr}: what must be the same; a rule other than SGD is named
-    world_size, strategy       of the ranks that wrote it
+    world_size, strategy       of the workers that wrote it; ranks_a_node, where they are nodes of several
     steps, steps_skipped, steps_skipped_in_a_row
     momentum, outer_momentum   whether there is an m (and, of AdamW, a v), and an m~
     x                          weights, of the state's dtype (the float32 master of 16-bit parameters)
@@ -21,7 +23,8 @@ takes equal keys for copies and writes one of them. Tensors are by parameter nam
     rank_K / workers           e, m (and AdamW's v) of rank K / their means
     outer                      b of an outer optimizer
     rank_K / workers           rounds, of an optimizer that makes its own steps: its state (`saef.step.rounds`)
-    rank_K                     also e_server: flat, the blocks this rank serves (`saef.wire.plan.partition`); strides;
+    rank_K_place_S             of DDP's nodes: all that is named above, 1-D, this rank's part; and x_part, of x's master
+    rank_K (_place_S)          also e_server: flat, the blocks this rank serves (`saef.wire.plan.partition`); strides;
                                bytes: what it has sent; random: torch's random state (and "random_cuda")
     e_server                   consolidated: the servers' errors
 
@@ -32,6 +35,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -41,6 +45,7 @@ from torch import Tensor
 from .rules import SGD, Difference
 from .step.memory import Context, Memory, all_server_errors, own_server_errors
 from .step.optimizer_state import Saved
+from .step.weights import Weights
 
 FORMAT = 1
 
@@ -69,7 +74,6 @@ def rank_form(memory: Memory, context: Context, own: Saved | None) -> dict[str, 
     """
     weights, transport = context.weights, context.transport
     mine: dict[str, Any] = {
-        **_workers(memory, context),
         "strides": _strides(context),
         "bytes": dict(transport.sent_bytes),
         "counted_from": memory.counted_from,
@@ -81,7 +85,17 @@ def rank_form(memory: Memory, context: Context, own: Saved | None) -> dict[str, 
         mine["rounds"] = own
     if weights.device.type == "cuda":
         mine["random_cuda"] = torch.cuda.get_rng_state(weights.device)
-    return {**_common(memory, context, "rank"), f"rank_{transport.rank}": mine}
+    named = partial(_named, context, partial(_own, weights))
+    saved = {**_common(memory, context, "rank"), "x": dict(zip(weights.names, weights.whole_x(), strict=True))}
+    alike, workers = _alike(memory, named), _workers(memory, named)
+    worker, own_rank = _keys(context)
+    if weights.joint:
+        saved |= alike
+    else:  # under one key only what all ranks have alike
+        mine |= {**alike, "x_part": named(weights.x())}
+    saved[worker] = workers
+    saved[own_rank] = {**saved.get(own_rank, {}), **mine}
+    return saved
 
 
 @torch.no_grad()
@@ -100,18 +114,27 @@ def consolidated_form(memory: Memory, context: Context, own: Callable[[bool], Sa
                 transport.mean(v, "checkpoint")
         return all_server_errors(memory, context, "checkpoint")
 
-    transport.meet("SAEFState.consolidated_state_dict()")
+    context.node.everyone.meet("SAEFState.consolidated_state_dict()")
     server = transport.call(together)
-    saved = {**_common(memory, context, "consolidated"), "workers": _workers(means, context)}
+    named = partial(_named, context, context.weights.gathered)
+    saved = {**_common(memory, context, "consolidated"), "x": named(context.weights.x()), **_alike(memory, named)}
+    saved["workers"] = _workers(means, named)
     if (rounds := own(True)) is not None:
         saved["workers"]["rounds"] = rounds
     if server.numel():
-        saved["e_server"] = _by_name(context, server)
+        saved["e_server"] = named(server)
     return saved
 
 
+def _keys(context: Context) -> tuple[str, str]:
+    """Of what the ranks of a worker save together, and of what this one saves alone."""
+    worker, node = f"rank_{context.transport.rank}", context.node
+    own = worker if node.size == 1 else f"{worker}_place_{node.place}"
+    return worker if context.weights.joint else own, own
+
+
 def _common(memory: Memory, context: Context, kind: str) -> dict[str, Any]:
-    saved = {
+    saved: dict[str, Any] = {
         "format": FORMAT,
         "kind": kind,
         "saef": version("saef"),
@@ -124,12 +147,9 @@ def _common(memory: Memory, context: Context, kind: str) -> dict[str, Any]:
         "steps_skipped_in_a_row": memory.skipped_in_a_row,
         "momentum": len(memory.m) > 0,
         "outer_momentum": memory.m_decay.numel() > 0,
-        "x": _by_name(context, context.weights.x()),
     }
-    if memory.m_decay.numel():
-        saved["m_decay"] = _by_name(context, memory.m_decay)
-    if memory.outer.numel():
-        saved["outer"] = _by_name(context, memory.outer)
+    if context.node.size > 1:
+        saved["ranks_a_node"] = context.node.size
     return saved
 
 
@@ -161,13 +181,26 @@ def _name(context: Context) -> str:
     return f"Difference of {rule.optimizer}" if isinstance(rule, Difference) else type(rule).__name__
 
 
-def _workers(memory: Memory, context: Context) -> dict[str, Any]:
+ByName = Callable[[Tensor], dict[str, Tensor]]  # a flat vector by parameter
+
+
+def _workers(memory: Memory, named: ByName) -> dict[str, Any]:
     held = (("e", memory.e), *zip(VECTORS, memory.m, strict=False))
-    return {name: _by_name(context, v) for name, v in held if v.numel()}
+    return {name: named(v) for name, v in held if v.numel()}
 
 
-def _by_name(context: Context, flat: Tensor) -> dict[str, Tensor]:
-    return {n: v.clone() for n, v in zip(context.weights.names, context.weights.cut(flat), strict=True)}
+def _alike(memory: Memory, named: ByName) -> dict[str, Any]:
+    """What all workers have alike, besides x."""
+    return {name: named(v) for name, v in (("m_decay", memory.m_decay), ("outer", memory.outer)) if v.numel()}
+
+
+def _named(context: Context, cut: Callable[[Tensor], list[Tensor]], flat: Tensor) -> dict[str, Tensor]:
+    return dict(zip(context.weights.names, cut(flat), strict=True))
+
+
+def _own(weights: Weights, flat: Tensor) -> list[Tensor]:
+    """What this rank has of each parameter, copies."""
+    return [weights.like_parameter(i, part.clone()) for i, part in enumerate(weights.cut(flat))]
 
 
 @torch.no_grad()
@@ -179,12 +212,14 @@ def load(saved: Mapping[str, Any], memory: Memory, context: Context) -> Saved | 
     """
     weights, transport = context.weights, context.transport
     consolidated = saved["kind"] == "consolidated"
-    own = saved["workers"] if consolidated else saved[f"rank_{transport.rank}"]
+    own = saved["workers"] if consolidated else {**saved[_keys(context)[0]], **saved[_keys(context)[1]]}
     weights.absorb()
     weights.write([saved["x"][name] for name in weights.names])
+    if "x_part" in own:
+        _write(context, weights.flat, own["x_part"])
     memory.grow(len(_vectors(saved, context)), saved["outer_momentum"])
     kept = [(m, own.get(key)) for key, m in zip(VECTORS, memory.m, strict=False)]
-    alike = [(memory.m_decay, saved.get("m_decay")), (memory.outer, saved.get("outer"))]
+    alike = [(v, own.get(k, saved.get(k))) for v, k in ((memory.m_decay, "m_decay"), (memory.outer, "outer"))]
     for flat, values in ((memory.e, own.get("e")), *kept, *alike):
         flat.zero_()
         if values is not None:
@@ -209,8 +244,9 @@ def load(saved: Mapping[str, Any], memory: Memory, context: Context) -> Saved | 
 
 
 def _write(context: Context, flat: Tensor, values: Mapping[str, Tensor]) -> None:
-    for name, view in zip(context.weights.names, context.weights.cut(flat), strict=True):
-        view.copy_(values[name])
+    weights = context.weights
+    for i, (name, view) in enumerate(zip(weights.names, weights.cut(flat), strict=True)):
+        view.copy_(weights.part_of(i, values[name]))
 
 
 def check(saved: Mapping[str, Any], memory: Memory, context: Context) -> None:
@@ -229,21 +265,33 @@ def check(saved: Mapping[str, Any], memory: Memory, context: Context) -> None:
     theirs, ours = ({"rule": "SGD", **settings} for settings in (saved["settings"], _settings(context)))
     _refuse(f"the checkpoint is of other settings ({advice})", theirs, ours)
     workers = saved.get("workers") if saved["kind"] == "consolidated" else _rank_part(saved, memory, context)
-    expected = {"x": saved.get("x"), **{key: (workers or {}).get(key) for key in _vectors(saved, context)}}
+    held = {**saved, **(workers or {})}
+    expected = {key: held.get(key) for key in ("x", *_vectors(saved, context))}
     if saved["outer_momentum"]:
-        expected["m_decay"] = saved.get("m_decay")
+        expected["m_decay"] = held.get("m_decay")
     if context.settings.outer is not None:
-        expected["outer"] = saved.get("outer")
+        expected["outer"] = held.get("outer")
     if context.settings.feedback:
-        expected["e"] = (workers or {}).get("e")
+        expected["e"] = held.get("e")
     if context.serves_with_error and saved["kind"] == "consolidated":
         expected["e_server"] = saved.get("e_server")
     if not context.rule.of_gradients:
         _check_rounds((workers or {}).get("rounds"), context.settings.local_steps)
     for what, tensors in expected.items():
-        found = {n: list(v.shape) for n, v in tensors.items()} if isinstance(tensors, Mapping) else None
-        if found != shapes:
+        if not _fits(tensors, context):
             raise ValueError(f"the checkpoint is damaged: its {what!r} is missing or not of the parameters' shapes")
+
+
+def _fits(tensors: object, context: Context) -> bool:
+    """Whether there is a tensor for each parameter, of its shape, or of that of this rank's part."""
+    weights = context.weights
+    every = zip(weights.names, weights.parameters, weights.held, strict=True)
+    allowed = {name: {p.shape, own.shape} for name, p, own in every}
+    return (
+        isinstance(tensors, Mapping)
+        and tensors.keys() == allowed.keys()
+        and all(v.shape in allowed[name] for name, v in tensors.items())
+    )
 
 
 def _check_rounds(rounds: Mapping[str, Any] | None, local_steps: int) -> None:
@@ -280,17 +328,21 @@ def _refuse(heading: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) ->
 
 def _rank_part(saved: Mapping[str, Any], memory: Memory, context: Context) -> Mapping[str, Any]:
     """This rank's part of a rank form."""
-    rank, size = context.transport.rank, context.transport.size
+    size, of_a_node = context.transport.size, context.node.size
     now, then = (size, context.placement.strategy), (saved["world_size"], saved["strategy"])
-    if now != then:
+    if now != then or saved.get("ranks_a_node", 1) != of_a_node:
+        nodes = f" of {saved.get('ranks_a_node', 1)} ranks each, and of {of_a_node} here" if of_a_node > 1 else ""
         raise ValueError(
-            f"this is the state of one of {then[0]} ranks with exchange={then[1]!r}, here are {now[0]} with "
+            f"this is the state of one of {then[0]} ranks with exchange={then[1]!r}{nodes}, here are {now[0]} with "
             f"{now[1]!r}, and errors belong to ranks: {LOAD_CONSOLIDATED}"
         )
-    if f"rank_{rank}" not in saved:
+    worker, own = _keys(context)
+    if missing := [key for key in (worker, own) if key not in saved]:
         found = [name for name in saved if name.startswith("rank_")]
-        raise ValueError(f"this is the state of {', '.join(found)}, here is rank {rank}: each rank loads its own")
-    mine: Mapping[str, Any] = saved[f"rank_{rank}"]
+        raise ValueError(
+            f"this is the state of {', '.join(found)}, here is {missing[0].replace('_', ' ')}: each rank loads its own"
+        )
+    mine: Mapping[str, Any] = {**saved[worker], **saved[own]}
     _complete(mine, OWN)
     if mine["strides"] != _strides(context):
         raise ValueError(f"the parameters had another memory format, and blocks follow memory: {LOAD_CONSOLIDATED}")

@@ -12,6 +12,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
+from torch.distributed.device_mesh import DeviceMesh
 
 from . import checkpoint, telemetry
 from .comm.exchange import Strategy
@@ -81,6 +82,9 @@ class SAEFState:
             round behind; call flush() at the end of training.
         grad_scaler: the torch.amp.GradScaler that scales the loss, for float16. saef divides by the scale
             before clipping and momentum; call scaler.step(optimizer) and scaler.update() as ever.
+        mesh: a worker is a node: [nodes, ranks a node], `saef.node_mesh(device)` or another DeviceMesh of two axes; for
+            a DistributedDataParallel over all ranks, or a model that FSDP2 has sharded over the inner axis
+            (docs/nodes.md). None: a worker is a rank.
         process_group: the ranks that train together; None: the model's (DDP), or the default group.
         transport: what carries the bytes (a `saef.comm.transport.Transport`); None: torch.distributed.
 
@@ -88,7 +92,8 @@ class SAEFState:
         steps: exchanges committed so far, t: steps, or rounds of `local_steps` steps. skipped, skipped_in_a_row: those
             skipped, in all and just now. local_step: steps of the optimizer in the round so far; 0 between rounds.
         weights: parameters and kept x. e, m, e_server: flat errors and what the rule keeps (momentum; AdamW's m, then
-            v), of `weights.dtype`; e_server holds the blocks that this rank serves.
+            v), of `weights.dtype`; e_server holds the blocks that this rank serves. With `mesh` all are of this rank's
+            part of every parameter, of about d / S coordinates.
         settings: what was chosen, checked. strategy: "replicated" or "sharded".
         engine: what communication hooks and adapters of frameworks call (`saef.step.engine.Engine`).
 
@@ -120,6 +125,7 @@ class SAEFState:
         on_bad_round: BadRound = "restore",
         overlap: bool = False,
         grad_scaler: GradScaler | None = None,
+        mesh: DeviceMesh | None = None,
         process_group: torch.distributed.ProcessGroup | None = None,
         transport: Transport | None = None,
     ) -> None:
@@ -142,7 +148,7 @@ class SAEFState:
             on_bad_round,
             overlap,
         )
-        self.engine = Engine(model, optimizer, settings, grad_scaler, process_group, transport)
+        self.engine = Engine(model, optimizer, settings, grad_scaler, mesh, process_group, transport)
 
     def __reduce__(self) -> tuple[type[Copied], tuple[()]]:
         """In a copy or a pickle of the model, whose hook it belongs to: the copy trains without saef."""
@@ -233,7 +239,10 @@ class SAEFState:
         engine.loaded(checkpoint.load(state_dict, engine.memory, engine.context))
 
     def x_tilde(self) -> Tensor:
-        """x~ = x - (e + mean_k e_k), flat, of the state's dtype; the same bits on every rank. Collective."""
+        """x~ = x - (e + mean_k e_k), flat, of the state's dtype; the same bits on every rank. Collective.
+
+        With `mesh` of this rank's part, [d / S]; the same on ranks of the same place.
+        """
         return self._x_tilde("SAEFState.x_tilde()")
 
     def _x_tilde(self, what: str) -> Tensor:
@@ -258,7 +267,7 @@ class SAEFState:
         """
         x_tilde = self._x_tilde("SAEFState.flush()")
         self.engine.abandon()
-        self.weights.write(self.weights.cut(x_tilde))
+        self.weights.move(x_tilde)
         self.engine.memory.owe_nothing()
         self.engine.share()
 
@@ -271,7 +280,7 @@ class SAEFState:
         self.engine.reset_errors()
 
     def metrics(self) -> dict[str, float]:
-        """Counters, flat, ready for a logger. Not collective.
+        """Counters, flat, ready for a logger. Not collective. Bytes are those to other workers, also with `mesh`.
 
         steps, steps_skipped, steps_skipped_in_a_row; bytes_sent by this rank and its parts
         bytes_sent_{phase1,phase2,averaging,settings,checkpoint,telemetry}; bytes_per_step (its first three);
@@ -286,7 +295,7 @@ class SAEFState:
 
     def log_summary(self, level: int = logging.INFO) -> None:
         """Log summary() to the logger "saef", on rank 0."""
-        if self.engine.transport.rank == 0:
+        if self.engine.node.everyone.rank == 0:
             logger.log(level, self.summary())
 
     def diagnose(self) -> dict[str, float]:

@@ -15,6 +15,7 @@ import os
 import shutil
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 
 from .comm.agreement import gather_values
 from .state import SAEFState
+from .step.weights import held
 
 COMPLETE = "complete"
 
@@ -40,7 +42,8 @@ def save_checkpoint(
         folder: made if it is missing; the same for all ranks.
         state: its weights, errors, momenta and counters are saved, so the model's parameters are.
         extra: tensors, numbers, strings and containers of them that are to come back: state_dict() of the
-            model (for its buffers), optimizer, scheduler and scaler, the epoch. Each rank's own.
+            model (for its buffers), optimizer, scheduler and scaler, the epoch. Each rank's own. DTensors come back as
+            they are, or whole where the consolidated form is loaded.
         keep: complete checkpoints to keep; older ones are deleted.
         consolidate: also write the form that any number of ranks can load (two dense all-reduces).
 
@@ -55,13 +58,15 @@ def save_checkpoint(
     """
     if keep < 1:
         raise ValueError(f"keep must be at least 1 checkpoint, got {keep}")
-    transport, root = state.engine.transport, Path(folder)
+    transport, root = state.engine.node.everyone, Path(folder)
     rank, size = transport.rank, transport.size
     extra = dict(extra or {})
     transport.meet("saef.save_checkpoint()")
     _together(state, lambda: _check_plain(extra, "extra"))
-    mine = {"saef": state.state_dict(), "extra": extra}
-    whole = {"saef": state.consolidated_state_dict(), "extra": extra} if consolidate else None
+    mine = {"saef": _mapped(state.state_dict(), held), "extra": extra}
+    whole = None
+    if consolidate:
+        whole = _mapped({"saef": state.consolidated_state_dict(), "extra": extra}, partial(_whole, keep=rank == 0))
 
     path = root / _together(state, lambda: _begin(root, state.steps), of_rank_0=True)[0]
 
@@ -118,7 +123,7 @@ def load_checkpoint(folder: str | os.PathLike[str], state: SAEFState) -> dict[st
     def newest() -> str:
         return next((p.name for p in reversed(_checkpoints(root)) if (p / COMPLETE).exists()), "")
 
-    transport = state.engine.transport
+    transport = state.engine.node.everyone
     transport.meet("saef.load_checkpoint()")
     (name,) = _together(state, newest, of_rank_0=True)
     if not name:
@@ -129,8 +134,9 @@ def load_checkpoint(folder: str | os.PathLike[str], state: SAEFState) -> dict[st
     def fits() -> str:
         if not (path / COMPLETE).exists():
             raise FileNotFoundError(f"{path} is not here: the folder must be the same for all ranks")
-        written = torch.load(own, weights_only=True, mmap=True)["saef"]["strategy"] if own.exists() else ""
-        return "yes" if written == state.strategy else "no"
+        saved = torch.load(own, weights_only=True, mmap=True)["saef"] if own.exists() else {}
+        found = saved.get("strategy"), saved.get("ranks_a_node", 1)
+        return "yes" if found == (state.strategy, state.engine.node.size) else "no"
 
     consolidated = "no" in _together(state, fits)
     extra: dict[str, Any] = {}
@@ -153,7 +159,7 @@ def load_checkpoint(folder: str | os.PathLike[str], state: SAEFState) -> dict[st
 
 def _together(state: SAEFState, work: Callable[[], str], of_rank_0: bool = False) -> list[str]:
     """The results of all ranks, or of rank 0 alone. If any rank fails, all do, once all have tried."""
-    transport, device = state.engine.transport, state.weights.device
+    transport, device = state.engine.node.everyone, state.weights.device
     rank = transport.rank
     result, failure = "", None
     if rank == 0 or not of_rank_0:
@@ -168,6 +174,28 @@ def _together(state: SAEFState, work: Callable[[], str], of_rank_0: bool = False
     if problems := [problem for _, problem in ranks if problem]:
         raise RuntimeError("; ".join(problems))
     return [result for result, _ in ranks][: 1 if of_rank_0 else None]
+
+
+def _mapped(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """The same with other tensors."""
+    if isinstance(value, dict):
+        return {key: _mapped(part, change) for key, part in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_mapped(part, change) for part in value)
+    return change(value) if isinstance(value, torch.Tensor) else value
+
+
+def _whole(tensor: Any, keep: bool) -> torch.Tensor:
+    """Of a DTensor what all ranks of a node have of it, on the CPU; of another itself. Collective within the node.
+
+    Args:
+        keep: whether this rank needs it; else it gets an empty one, one by one.
+    """
+    if held(tensor) is tensor:
+        found: torch.Tensor = tensor
+        return found
+    found = tensor.full_tensor()
+    return found.cpu() if keep else found.new_empty(0)
 
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)

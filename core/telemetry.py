@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ LOGGED = ("bytes_per_step", "compression_ratio", "steps_skipped")  # of `metrics
 def metrics(memory: Memory, context: Context, clock: Clock) -> dict[str, float]:
     """See `SAEFState.metrics`."""
     sent, size = context.transport.sent_bytes, context.transport.size
-    full = 2 * (size - 1) / size * sum(p.numel() * p.element_size() for p in context.weights.parameters)
+    full = 2 * (size - 1) / size * sum(p.numel() * p.element_size() for p in context.weights.held)
     in_steps = sum(sent[p] for p in ("phase1", "phase2", "averaging"))
     steps = (memory.steps - memory.counted_from) * context.settings.local_steps
     per_step = in_steps / steps if steps > 0 else 0.0
@@ -64,11 +65,14 @@ def describe(memory: Memory, context: Context) -> str:
         parts.append(f"errors averaged by {text if len(text) <= 40 else f'{text[:37]}...'}")
     if settings.feedback and settings.outer_decay:
         parts.append("weight decay at x")
-    ranks = context.transport.size
+    ranks, of_a_node = context.transport.size, context.node.size
     if settings.outer is not None:
         parts.append(f"outer {settings.outer}")
-    parts.append(f"{ranks} rank{'s' * (ranks > 1)}, {placement.strategy}")
-    parts.append(f"{sum(weights.numels):,} parameters")
+    workers = f"{ranks} rank{'s' * (ranks > 1)}"
+    if of_a_node > 1:
+        workers = f"{ranks} node{'s' * (ranks > 1)} of {of_a_node} ranks"
+    parts.append(f"{workers}, {placement.strategy}")
+    parts.append(f"{sum(p.numel() for p in weights.parameters):,} parameters")
     if memory.steps > memory.counted_from:
         measured = metrics(memory, context, Clock())
         parts.append(f"{measured['bytes_per_step']:,.0f} bytes a step and rank")
@@ -112,10 +116,11 @@ def diagnose(memory: Memory, context: Context, committed: Sequence[tuple[Tensor,
     if not context.settings.feedback:
         return {}
     transport, device, s, e = context.transport, context.weights.device, context.settings.step_ahead, memory.e
+    everyone, of_a_node = context.node.everyone, context.node.size
     deltas = _quality(memory, context, committed)
     mean, rate = e.clone(), context.server_ahead
 
-    def together() -> tuple[Tensor, list[dict[str, float]]]:
+    def together() -> list[Any]:
         transport.mean(mean, "telemetry")
         server = all_server_errors(memory, context, "telemetry")
         server = server if server.numel() else torch.zeros_like(mean)
@@ -127,38 +132,56 @@ def diagnose(memory: Memory, context: Context, committed: Sequence[tuple[Tensor,
             "error": _square(e),
             "worker mismatch": _square(server + mean - ahead),
             "distance": _square(e - mean),
-            **deltas,
+            "mean": _square(mean),
+            "server": _square(server),
+            "both": _square(server + mean),
+            "mean mismatch": _square(server + mean - s * (mean + (rate > 0) * server)),
+            "deltas": deltas,
         }
-        return server, gather_values(mine, transport, device, "telemetry")
+        return gather_values(mine, everyone, device, "telemetry")
 
-    transport.meet("SAEFState.diagnose()")
-    server, ranks = transport.call(together)
+    everyone.meet("SAEFState.diagnose()")
+    ranks = everyone.call(together)
+    nodes = [ranks[i : i + of_a_node] for i in range(0, len(ranks), of_a_node)]
 
     def average(name: str) -> float:
-        return sum(r[name] for r in ranks) / len(ranks)
+        return float(sum(r[name] for r in ranks) / len(nodes))
+
+    def here(name: str) -> float:  # the whole vector's, of which each rank of this node has a part
+        return float(sum(r[name] for r in nodes[transport.rank]))
+
+    def delta(name: str) -> float:
+        return sum(_delta([r["deltas"][name] for r in node]) for node in nodes) / len(nodes)
 
     return {
-        "error_norm": _square(e) ** 0.5,
+        "error_norm": here("error") ** 0.5,
         "error_norm_rms": average("error") ** 0.5,
-        "mean_error_norm": _square(mean) ** 0.5,
-        "server_error_norm": _square(server) ** 0.5,
-        "mismatch_eq9": _square(server + mean),
+        "mean_error_norm": here("mean") ** 0.5,
+        "server_error_norm": here("server") ** 0.5,
+        "mismatch_eq9": here("both"),
         "mismatch_eq10": average("worker mismatch"),
-        "mean_gradient_mismatch": _square(server + mean - s * (mean + (rate > 0) * server)) ** 0.5,
+        "mean_gradient_mismatch": here("mean mismatch") ** 0.5,
         "stationary_distance": average("distance"),
-        **{name: average(name) for name in deltas},
+        **{f"delta/{name}": delta(name) for name in deltas},
     }
 
 
-def _quality(memory: Memory, context: Context, committed: Sequence[tuple[Tensor, Tensor]]) -> dict[str, float]:
-    """delta/LAYER: 1 - ||D - C(D)||^2 / ||D||^2 of this rank's last message (D - C(D) is e, before it decays)."""
+def _delta(squares: Sequence[tuple[float, float]]) -> float:
+    """1 - ||D - C(D)||^2 / ||D||^2, from both norms' squares of each part."""
+    residual, size = sum(r for r, _ in squares), sum(s for _, s in squares)
+    return 1.0 - residual / size if size else 1.0
+
+
+def _quality(
+    memory: Memory, context: Context, committed: Sequence[tuple[Tensor, Tensor]]
+) -> dict[str, tuple[float, float]]:
+    """||D - C(D)||^2, ||D||^2 of this rank's last message, by layer (D - C(D) is e, before it decays)."""
     if not committed:
         return {}
     weights, e, found = context.weights, memory.e / context.settings.error_decay, {}
     D_of = weights.cut(e - minus_sent(committed, weights))
     for name, residual, D in zip(weights.names, weights.cut(e), D_of, strict=True):
-        size = _square(D)
-        found[f"delta/{name}"] = 1.0 - _square(residual) / size if size else 1.0
+        found[name] = _square(residual), _square(D)
     return found
 
 

@@ -3,6 +3,7 @@
     torchrun --nproc_per_node 4 train_gpt.py --method saef
     torchrun --nproc_per_node 4 train_gpt.py --method adamw --data FILE --steps 1200 --lr 4e-3 --out adamw.jsonl
     torchrun --nproc_per_node 4 train_gpt.py --method saef --local-steps 16 --optimizer muon --lr 3.2e-2
+    torchrun --nproc_per_node 4 train_gpt.py --method saef --fsdp --node-size 2
 
 Methods: adamw (plain DDP, also of Muon); saef (1 bit a coordinate, full step ahead, noise-corrected v); paper (the step
 ahead of the paper, without the server's error); plain-v (v of each worker's own gradient); ef (error feedback);
@@ -25,6 +26,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import saef
@@ -133,11 +135,15 @@ def parse(arguments: list[str] | None = None) -> Namespace:
     add("--heads", type=int, default=4)
     add("--eval-every", type=int, default=50)
     add("--seed", type=int, default=0)
+    add("--node-size", type=int, help="so many ranks are one worker (with --fsdp by default those of this machine)")
+    add("--fsdp", action="store_true", help="FSDP2 shards within the nodes, in place of DDP")
     add("--checkpoint", help="folder for checkpoints; goes on from the newest in it, on any number of ranks")
     add("--out", help="write one JSON record per evaluation to this file")
     args = parser.parse_args(arguments)
     if args.method == "adamw" and args.checkpoint:
         parser.error("--checkpoint saves saef's state: choose another --method")
+    if args.fsdp and args.checkpoint:
+        parser.error("--checkpoint is for DDP here: with --fsdp see docs/nodes.md")
     return args
 
 
@@ -150,10 +156,17 @@ def read(data: Path | None) -> Tensor:
 
 
 def build(args: Namespace, device: torch.device) -> tuple:
-    """The DDP model, its optimizer, and saef's state (None for plain DDP)."""
+    """The model under DDP or FSDP2, its optimizer, and saef's state (None without saef)."""
     torch.manual_seed(args.seed)
     net = GPT(args.width, args.layers, args.heads, args.context).to(device)
-    model = DistributedDataParallel(net)
+    mesh, size = None, args.node_size or (int(os.environ["LOCAL_WORLD_SIZE"]) if args.fsdp else 1)
+    if size > 1:
+        shape = (dist.get_world_size() // size, size)
+        mesh = dist.init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+    if args.fsdp:
+        for part in [*net.blocks, net]:  # without saef FSDP exchanges between the nodes, too
+            fully_shard(part, mesh=mesh if METHODS[args.method] is None else mesh["shard"])
+    model = net if args.fsdp else DistributedDataParallel(net)
     matrices, vectors = ([p for p in net.parameters() if (p.dim() > 1) == yes] for yes in (True, False))
     groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     if args.optimizer == "muon":
@@ -174,8 +187,9 @@ def build(args: Namespace, device: torch.device) -> tuple:
         settings["step_ahead"] = args.step_ahead
     if hasattr(settings["compressor"], "block"):
         settings["compressor"] = replace(settings["compressor"], block=args.block)
-    state = saef.SAEFState(model, optimizer, max_grad_norm=args.clip, **settings)
-    model.register_comm_hook(state, saef_hook)
+    state = saef.SAEFState(model, optimizer, max_grad_norm=args.clip, mesh=mesh, **settings)
+    if not args.fsdp:
+        model.register_comm_hook(state, saef_hook)
     return model, optimizer, state
 
 
@@ -218,7 +232,7 @@ def train(args: Namespace, device: torch.device) -> list[dict]:
             record = {
                 "method": args.method,
                 "step": step + 1,
-                "loss": evaluate(args, model.module, text[held_out:], device),
+                "loss": evaluate(args, getattr(model, "module", model), text[held_out:], device),
             }
             record |= {"training_loss": loss.item(), "tokens_per_second": tokens, **bytes_sent(model, state, step + 1)}
             records.append(record)

@@ -112,7 +112,7 @@ RULE = {"type": "sgd"}
 OF_RULE = ("betas", "eps")  # fields of the rule that may also stand beside lr, as DeepSpeed's own optimizers have them
 FILLED = ("lr", "weight_decay", *OF_RULE)  # where Hugging Face's Trainer fills in "auto"
 HYPER = {"lr": 1e-3, "momentum": 0.0, "weight_decay": 0.0, "nesterov": False, "maximize": False}
-NOT_IN_JSON = ("model", "optimizer", "grad_scaler", "process_group", "transport")  # what the engine knows
+NOT_IN_JSON = ("model", "optimizer", "grad_scaler", "mesh", "process_group", "transport")  # what the engine knows
 SETTINGS = {
     name: parameter.default
     for name, parameter in inspect.signature(saef.SAEFState).parameters.items()
@@ -214,6 +214,11 @@ def parse(params: Mapping[str, Any]) -> tuple[type[torch.optim.Optimizer], dict[
     """
     if not isinstance(params, Mapping):
         raise TypeError(f'optimizer.params must be an object such as {{"lr": 0.1}}, got {params!r}')
+    if "mesh" in params:
+        raise ValueError(
+            "optimizer.params: mesh is not for DeepSpeed, where a worker is a rank: nodes have no gradients there, "
+            "and ZeRO and MiCS keep theirs in buffers of their own. Leave it out, or use FSDP2 with SAEFState(mesh=...)"
+        )
     check_known("optimizer.params", params, ["rule", *HYPER, *OF_RULE, *SETTINGS])
     if unfilled := [key for key, value in params.items() if value == "auto" and key not in WORDS]:
         raise ValueError(

@@ -120,7 +120,7 @@ def _sleep_until_done(handle: int) -> None:
 
 
 class CompressionSettings(Agreed, Scaled, total=False):
-    """The keyword arguments of SAEFState but for process_group and transport, which are Horovod's."""
+    """The keyword arguments of SAEFState but for mesh, process_group and transport, which are Horovod's."""
 
 
 @final
@@ -132,7 +132,7 @@ class SAEFCompression:
     Args:
         model: the module that is trained.
         optimizer: the one that DistributedOptimizer is given too. Its class becomes a subclass of what it was.
-        settings: keyword arguments of SAEFState, but for process_group and transport.
+        settings: keyword arguments of SAEFState, but for mesh, process_group and transport.
 
     Attributes:
         state: the SAEFState, for metrics(), checkpoints and the like. After state.detach() gradients travel as
@@ -148,6 +148,11 @@ class SAEFCompression:
     ) -> None:
         if "transport" in settings or "process_group" in settings:
             raise TypeError("SAEFCompression exchanges among all Horovod ranks: it takes no transport or process_group")
+        if "mesh" in settings:
+            raise TypeError(
+                "SAEFCompression has a worker on each rank, and takes no mesh: Horovod has no gradients of nodes. "
+                "Use torch.distributed, with SAEFState(mesh=...)"
+            )
         check_known("SAEFCompression", settings, CompressionSettings.__annotations__, TypeError)
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.state = SAEFState(model, optimizer, transport=HorovodTransport(device), **settings)

@@ -9,14 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .transport import Purpose, Transport
+from .transport import Gathers, Purpose
 
 CHUNK = 1 << 20  # entries of a checksum at a time
 
 
-def gather_values(
-    value: object, transport: Transport, device: torch.device, purpose: Purpose = "settings"
-) -> list[Any]:
+def gather_values(value: object, transport: Gathers, device: torch.device, purpose: Purpose = "settings") -> list[Any]:
     """Every rank's value, anything that JSON can say, in rank order. Collective; nothing is unpickled.
 
     Args:
@@ -34,7 +32,7 @@ def gather_values(
 
 def compare(
     settings: Mapping[str, object],
-    transport: Transport,
+    transport: Gathers,
     device: torch.device,
     heading: str = "the ranks' settings differ; give every rank the same",
     what: str | None = None,
@@ -42,7 +40,7 @@ def compare(
     """Raise the same ValueError on every rank if the ranks' settings differ, naming rank and field.
 
     Args:
-        settings: field -> anything whose `repr` identifies it.
+        settings: field -> anything whose `repr` identifies it. A field is compared among the ranks that have it.
         transport: collective; every rank must call.
         device: where messages live.
         heading: first line of the error.
@@ -52,11 +50,15 @@ def compare(
         transport.meet(what)
     mine = {field: repr(value) for field, value in settings.items()}
     found = transport.call(lambda: gather_values(mine, transport, device))
+    first: dict[str, tuple[int, str]] = {}
+    for rank, theirs in enumerate(found):
+        for field, value in theirs.items():
+            first.setdefault(field, (rank, value))
     differences = [
-        f"{field}: rank 0 has {found[0].get(field)}, rank {rank} has {theirs.get(field)}"
+        f"{field}: rank {first[field][0]} has {first[field][1]}, rank {rank} has {value}"
         for rank, theirs in enumerate(found)
-        for field in found[0]
-        if theirs.get(field) != found[0].get(field)
+        for field, value in theirs.items()
+        if value != first[field][1]
     ]
     if differences:
         raise ValueError(heading + ".\n" + "\n".join(differences))

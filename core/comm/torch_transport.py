@@ -92,6 +92,9 @@ class TorchTransport(Ordered):
         except RuntimeError:
             return  # the store is gone: its rank has died, or ended
 
+    def end(self) -> None:
+        self._end_pending()
+
     def _end_pending(self) -> None:
         """What is pending in the group fails now, instead of after its timeout, for which the process's end would wait.
 

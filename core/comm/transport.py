@@ -31,6 +31,18 @@ Purpose = Literal["phase1", "phase2", "averaging", "settings", "checkpoint", "te
 PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 
 
+class Gathers(Protocol):
+    """Ranks that can compare what they have: a `Transport`, or all ranks of several."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    def call(self, work: Callable[[], T]) -> T: ...
+    def meet(self, what: str) -> None: ...
+    def all_gather(self, message: Tensor, sizes: Sequence[int], purpose: Purpose) -> Tensor: ...
+
+
 class Transport(Protocol):
     """Collectives on flat tensors among `size` ranks, in the order in which `submit` was called.
 
@@ -136,6 +148,15 @@ class Ordered(ABC):
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._on_side: Context = nullcontext if self._side is None else partial(torch.cuda.stream, self._side)
         self._worker = _OrderedWorker(self._on_side) if thread else None
+
+    def after_failure(self, do: Callable[[], None]) -> None:
+        """Have something done, once, when work fails on the thread. It must not keep this transport alive."""
+        if self._worker is not None:
+            self._worker.after_failure.append(do)
+
+    def end(self) -> None:
+        """This rank comes to no further collective: those in which the others wait for it shall fail now."""
+        return
 
     def stream(self) -> AbstractContextManager[Any]:
         if self._side is not None:
@@ -272,6 +293,7 @@ class _OrderedWorker:
     def __init__(self, context: Context = nullcontext) -> None:
         self._context = context
         self._failures: list[Exception] = []
+        self.after_failure: list[Callable[[], None]] = []
         self._items: _Items = queue.SimpleQueue()
         self._started = False
 
@@ -282,7 +304,12 @@ class _OrderedWorker:
     def submit(self, work: Callable[[], Tensor], future: Future[Tensor], otherwise: Tensor | None) -> Future[Tensor]:
         if not self._started:
             self._started = True
-            parts = self._items, self._failures, self._context  # not self, which the thread would keep alive
+            parts = (
+                self._items,
+                self._failures,
+                self.after_failure,
+                self._context,
+            )  # not self, which the thread would keep alive
             thread = threading.Thread(target=_run, args=parts, name="saef-exchange", daemon=True)
             thread.start()
             weakref.finalize(self, _stop, self._items, thread)  # also at exit
@@ -293,7 +320,7 @@ class _OrderedWorker:
 _Items = queue.SimpleQueue[tuple[Callable[[], Tensor], Future[Tensor], Tensor | None] | None]
 
 
-def _run(items: _Items, failures: list[Exception], context: Context) -> None:
+def _run(items: _Items, failures: list[Exception], after_failure: list[Callable[[], None]], context: Context) -> None:
     while (item := items.get()) is not None:
         work, future, result = item
         with context():
@@ -304,6 +331,8 @@ def _run(items: _Items, failures: list[Exception], context: Context) -> None:
             except Exception as error:  # raised again in the thread that waits
                 if not failures:
                     failures.append(error)
+                    for do in after_failure:
+                        do()
                 if result is None:
                     future.set_exception(error)  # type: ignore[arg-type]  # torch's annotation is wrong
             if result is not None:

@@ -34,17 +34,40 @@ class Algorithm:
         self._weights, self._transport, self._placement = context.weights, context.transport, context.placement
         self._memory, self._rule, self._clock = memory, rule, clock
         self._error_decay = context.settings.error_decay
-        self._clips, self._outer = context.clips, context.settings.outer
+        self._clips, self._outer, self._node = context.clips, context.settings.outer, context.node
         self._kernels = kernels.select(context.weights.device)
 
     @torch.no_grad()
     def send(self, prepared: Prepared, buckets: Sequence[Bucket]) -> None:
         """Compress these buckets of a step and have them exchanged; their futures tell when that is done."""
+        if self._clips and prepared.update is None:
+            for bucket in buckets:
+                self._transport.call(partial(self._average, bucket))
+            prepared.norms = self._node.gather(prepared.norm(self._weights.dtype))
         update = prepared.update or prepared.fix(self._make_update(prepared))
         for bucket in buckets:
+            if bucket.parts:
+                self._transport.submit(partial(self._compress_node, bucket, update), bucket.done, bucket.given)
+                continue
             with self._transport.stream(), self._clock.span("compress"):
                 self._kernels.compress(bucket.plan.send.table, update, self._worker(bucket), bucket.message)
-            self._transport.submit(partial(self._exchange, bucket), bucket.done, bucket.gradient)
+            self._transport.submit(partial(self._exchange, bucket), bucket.done, bucket.given)
+
+    @torch.no_grad()
+    def _compress_node(self, bucket: Bucket, update: Update) -> Tensor:
+        """The node's gradient, its message, and both phases; in the transport's order."""
+        if not self._clips:  # else it is there
+            self._average(bucket)
+        with self._clock.span("compress"):
+            self._kernels.compress(bucket.plan.send.table, update, self._worker(bucket), bucket.message)
+        return self._exchange(bucket)
+
+    @torch.no_grad()
+    def _average(self, bucket: Bucket) -> None:
+        """gradient <- mean over the node's ranks, for this place's coordinates. In the transport's order."""
+        if bucket.parts:
+            every = self._node.for_this_place([torch.cat([*part]) for part in bucket.parts])
+            bucket.gradient.copy_(every.to(self._weights.dtype).mean(0))
 
     @torch.no_grad()
     def check_sent(self, prepared: Prepared, rewritten: Sequence[Bucket]) -> None:
@@ -71,7 +94,10 @@ class Algorithm:
     def _make_update(self, prepared: Prepared) -> Update:
         """The rule for this step: the optimizer's settings, the loss scale and the clipping coefficient."""
         self._rule.grow(self._memory, prepared.hyper)
-        norm = prepared.norm(self._weights.dtype) if self._clips else 0.0
+        norm = 0.0
+        if self._clips:  # of the whole gradient, with this rank's part as it is now
+            prepared.norms[self._node.place] = prepared.norm(self._weights.dtype)
+            norm = self._node.norm(prepared.norms)
         return self._rule.update(prepared.hyper, norm, self._weights)
 
     def _worker(self, bucket: Bucket) -> Worker:
@@ -98,7 +124,7 @@ class Algorithm:
                 self._kernels.inspect(plan.apply.table, replies)
         bucket.received.append(received)
         bucket.replies.append(replies)
-        return bucket.gradient
+        return bucket.given
 
     @torch.no_grad()
     def owe(self, prepared: Prepared) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypedDict, TypeVar, cast
 
 import torch
 from torch.amp.grad_scaler import GradScaler
+from torch.distributed.device_mesh import DeviceMesh
 
 from ..comm.exchange import Strategy
 from ..comm.transport import Transport
@@ -65,6 +66,7 @@ class Scaled(TypedDict, total=False):
 class Carried(TypedDict, total=False):
     """Who the ranks are, and what carries the bytes."""
 
+    mesh: DeviceMesh | None
     process_group: torch.distributed.ProcessGroup | None
     transport: Transport | None
 

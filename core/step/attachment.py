@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import partial
 from typing import Any, Protocol, final
@@ -29,7 +29,8 @@ class Steps(Protocol):
 
     begin: before a forward with gradients enabled.
     enter: before the backward of such a forward; its argument is what `begin` returned.
-    leave: after that backward, before any other forward, before state_dict() and load_state_dict().
+    over: after that backward. leave: before any other forward, before state_dict() and load_state_dict().
+    reduced: within a backward, when a parameter's gradient has been reduced within the node.
     zeroing: before zero_grad().
     before_step, after_step: around `optimizer.step()`.
     before_other_step: before the step of any other optimizer.
@@ -40,7 +41,9 @@ class Steps(Protocol):
     def ahead(self) -> bool: ...
     def begin(self) -> int: ...
     def enter(self, number: int) -> None: ...
+    def over(self) -> None: ...
     def leave(self) -> None: ...
+    def reduced(self, parameter: Tensor) -> None: ...
     def zeroing(self) -> None: ...
     def before_step(
         self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any
@@ -55,13 +58,19 @@ class Attachment:
 
     Args:
         optimizer: that does the step. given: what a framework has put around it, or the same.
+        sharded: parameters whose gradients FSDP2 reduces, if it has sharded the model: its own hooks come after ours.
 
     Raises:
         ValueError: if the optimizer has a state already.
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, given: torch.optim.Optimizer, steps: Steps
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        given: torch.optim.Optimizer,
+        sharded: Sequence[Tensor],
+        steps: Steps,
     ) -> None:
         if getattr(optimizer, "_saef_attached", False):
             raise ValueError("this optimizer has a SAEFState already; call detach() on that one first")
@@ -71,12 +80,13 @@ class Attachment:
         self._scales = getattr(optimizer, "_step_supports_amp_scaling", False)  # fused ones do
         optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
         opaque = partial(torch.compiler.disable, reason=OPAQUE)
-        self._leave, self._enter = opaque(steps.leave), opaque(self._before_backward)
+        self._leave, self._over, self._enter = map(opaque, (steps.leave, steps.over, self._before_backward))
         self._handles: list[RemovableHandle] = [
             optimizer.register_step_pre_hook(opaque(steps.before_step)),
             optimizer.register_step_post_hook(opaque(steps.after_step)),
-            model.register_forward_pre_hook(_Hook(opaque(self.before_forward))),
+            model.register_forward_pre_hook(_Hook(opaque(self.before_forward)), prepend=bool(sharded)),
             model.register_forward_hook(_Hook(opaque(self._after_forward))),
+            *(p.register_post_accumulate_grad_hook(opaque(steps.reduced)) for p in sharded),
         ]
         modules, self._trained = [model], model
         if isinstance(inner := getattr(model, "module", None), nn.Module):
@@ -151,14 +161,14 @@ class Attachment:
         if torch.is_grad_enabled():
             for tensor in tensors_in(output):
                 if tensor.requires_grad:
-                    tensor.register_hook(partial(self._enter, self._number))
+                    _come_first(tensor, tensor.register_hook(partial(self._enter, self._number)))
 
     def _before_backward(self, number: int, gradient: Tensor) -> None:
         if self.attached:
             self._steps.enter(number)
             if not torch.is_grad_enabled():  # else create_graph: another backward through these weights will follow
                 autograd = Variable._execution_engine  # queued twice, to come after DDP's own callback
-                autograd.queue_callback(lambda: autograd.queue_callback(self._leave))
+                autograd.queue_callback(lambda: autograd.queue_callback(self._over))
 
     def _before_access(self, *_: Any) -> None:
         self._leave()
@@ -188,6 +198,13 @@ def _left_before(steps: Steps, original: Callable[..., None]) -> Callable[..., N
         original(*args, **kwargs)
 
     return zero_grad
+
+
+def _come_first(tensor: Tensor, handle: RemovableHandle) -> None:
+    """Whatever else is to happen before this backward (FSDP gathers parameters) finds them at x_half."""
+    hooks: Any = tensor._backward_hooks
+    for number in [number for number in hooks if number != handle.id]:
+        hooks[number] = hooks.pop(number)
 
 
 def tensors_in(output: Any) -> Iterator[Tensor]:

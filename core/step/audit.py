@@ -8,29 +8,32 @@ from itertools import groupby
 from typing import Any, final
 
 from ..comm.agreement import checksum, compare
-from ..comm.transport import Transport
+from ..comm.node import Node
 from .settings import Settings
 from .weights import Weights
 
 AFTER_A_CHANGE = "the first forward after SAEFState(), a load or reset_errors()"
 
 
-def compare_settings(settings: Settings, weights: Weights, transport: Transport, scaled: bool, what: str) -> None:
+def compare_settings(settings: Settings, weights: Weights, node: Node, scaled: bool, what: str) -> None:
     """Compare what never changes, or rarely, when a state is created or changes it. Collective.
 
     Args:
+        node: all ranks of all nodes compare.
         scaled: whether there is a GradScaler.
         what: where the ranks meet (`Transport.meet`).
     """
     fields = {field: getattr(settings, field) for field in settings.__dataclass_fields__}
     every = zip(weights.names, weights.parameters, weights.views, strict=True)
-    parameters = [(n, tuple(p.shape), view.stride(), p.dtype) for n, p, view in every]
+    parameters = [(n, tuple(p.shape), (view if view.shape == p.shape else p).stride(), p.dtype) for n, p, view in every]
     for way, compressor in (("to", settings.compressor), ("from", settings.reply_compressor)):
         runs = groupby(weights.codes(compressor))  # of neighbours with one code
         fields[f"codes {way} the servers"] = [(len([*run]), code) for code, run in runs]
-    fields.update(saef=version("saef"), world_size=transport.size)
+    fields.update(saef=version("saef"), world_size=node.everyone.size)
+    if node.size > 1:
+        fields.update({"ranks a node": node.size, f"sizes{node.part}": weights.numels})
     fields.update(parameters=parameters, groups=weights.groups, grad_scaler=scaled)
-    compare(fields, transport, weights.device, what=what)
+    compare(fields, node.everyone, weights.device, what=what)
 
 
 @final
@@ -55,17 +58,17 @@ class Audit:
             return True
         return self._every is not None and step % self._every == 0 and self._compared_at != step
 
-    def run(self, step: int, settings: Mapping[str, Any], weights: Weights, transport: Transport) -> None:
+    def run(self, step: int, settings: Mapping[str, Any], weights: Weights, node: Node) -> None:
         """Compare step, the optimizer's settings, and weights. Collective; raises ValueError on every rank."""
         fields = {
             "steps": step,
             **settings,
-            "checksum of the weights x": checksum(weights.parts()),
+            f"checksum of the weights x{node.part}": checksum(weights.parts()),
         }
         heading = (
             f"the ranks differ at step {step}: all must start from the same weights or checkpoint, give the optimizer "
             "the same settings and change parameters alike; if they did, they have diverged: load the last checkpoint"
         )
         new = self._compared_at is None
-        compare(fields, transport, weights.device, heading, AFTER_A_CHANGE if new else None)
+        compare(fields, node.everyone, weights.device, heading, AFTER_A_CHANGE if new else None)
         self._compared_at = step

@@ -8,7 +8,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from .weights import cut
+from .weights import cut, held
 
 BUCKET_BYTES = 25 << 20  # of gradients that travel in one message, as DDP has it
 
@@ -59,7 +59,7 @@ def group(parameters: Sequence[Tensor]) -> list[list[int]]:
     """
     buckets: list[list[int]] = []
     latest: dict[torch.dtype, tuple[list[int], int]] = {}
-    for i, p in reversed([*enumerate(parameters)]):
+    for i, p in reversed([*enumerate(map(held, parameters))]):
         size = p.numel() * p.element_size()
         bucket, filled = latest.get(p.dtype, ([], 0))
         if not bucket or filled + size > BUCKET_BYTES:
@@ -73,15 +73,16 @@ def group(parameters: Sequence[Tensor]) -> list[list[int]]:
 @torch.no_grad()
 def gather_gradients(parameters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """(flat, views): a vector of the gradients in the parameters' memory order, zeros where there is none."""
-    flat = parameters[0].new_empty(sum(p.numel() for p in parameters))
-    views = cut(flat, parameters)
+    mine = [*map(held, parameters)]
+    flat = mine[0].new_empty(sum(p.numel() for p in mine))
+    views = cut(flat, mine)
     for p, view in zip(parameters, views, strict=True):
         if p.grad is None:
             view.zero_()
         elif p.grad.layout != torch.strided:
             raise TypeError(SPARSE)
         else:
-            view.copy_(p.grad)
+            view.copy_(held(p.grad))
     return flat, views
 
 
@@ -89,8 +90,12 @@ def flatten_gradients(parameters: Sequence[Tensor]) -> tuple[Tensor, list[Tensor
     """The same, and p.grad become the views, so that a bucket does not cost memory for the gradients a second time."""
     flat, views = gather_gradients(parameters)
     for p, view in zip(parameters, views, strict=True):
-        if p.grad is not None:
+        if p.grad is None:
+            continue
+        if held(p.grad) is p.grad:
             p.grad = view.data  # with a version counter of its own
+        else:
+            p.grad._local_tensor = view.data  # type: ignore[attr-defined]
     return flat, views
 
 

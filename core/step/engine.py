@@ -25,9 +25,11 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
+from torch.distributed.device_mesh import DeviceMesh
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
+from ..comm.node import Node, check_mesh
 from ..comm.torch_transport import TorchTransport
 from ..comm.transport import Transport
 from ..wire import kernels
@@ -43,10 +45,13 @@ from .local_rule import LocalRule
 from .loss_scale import LossScale
 from .memory import Context, Memory
 from .optimizer_state import Saved
+from .parts import Parts
+from .prepared import Prepared
 from .rounds import Rounds
 from .sending import Sending, Since
 from .server_ahead import ServerAhead
 from .settings import Settings
+from .shards import Shards, check_sharded, is_sharded, lay_down
 from .unwrap import innermost, unwrap_model, unwrap_optimizer
 from .watch import Watch, check_model, check_moment, check_optimizer
 from .ways import create
@@ -73,8 +78,8 @@ class Engine:
     The rest is for SAEFState, and for the hooks of `saef.step.attachment`.
 
     Attributes:
-        context: weights, settings, placement of the servers, transport. memory: all that evolves besides x.
-        weights, transport: of the context. process_group: over which the transport goes, None for the default.
+        context: weights, settings, placement of the servers, transport, node. memory: all that evolves besides x.
+        weights, transport, node: of the context. process_group: over which the transport goes, None for the default.
         rule: the optimizer's. loss_scale: the GradScaler's part in a step.
         clock: seconds by part of the work.
         committed: tables and messages of the last step, until the next begins.
@@ -86,6 +91,7 @@ class Engine:
         optimizer: torch.optim.Optimizer,
         settings: Settings,
         grad_scaler: GradScaler | None,
+        mesh: DeviceMesh | None,
         process_group: torch.distributed.ProcessGroup | None,
         transport: Transport | None,
     ) -> None:
@@ -95,19 +101,29 @@ class Engine:
         self.rule = LocalRule(optimizer, settings, self.loss_scale)
         self.rule.read(step=0)
         self.form: Form = GradientForm(self) if self.rule.rule.of_gradients else Rounds(self, settings)
+        lay_down(model)
         check_model(model, process_group)
-        self.weights = weights = create(model, optimizer, settings.step_ahead)
+        if mesh is not None:
+            check_mesh(mesh)
+        check_sharded(model, mesh)
+        self._optimizer, self._settings, self._mesh = optimizer, settings, mesh
+        self.weights = weights = self._weights_of(model)
         self.loss_scale.check_dtypes(p.dtype for p in weights.parameters)  # before any rank waits for another
-        if process_group is not None and transport is not None:
-            raise ValueError("give a process_group or a transport, not both")
+        if sum(given is not None for given in (mesh, process_group, transport)) > 1:
+            raise ValueError("give a mesh, a process_group or a transport: each says who the ranks are")
         kernels.prepare(weights.device, weights.dtype)
         self.process_group = process_group or getattr(model, "process_group", None)
+        within: Transport | None = None
+        if mesh is not None:
+            self._check_nodes(model, mesh)
+            transport = TorchTransport(mesh.get_group(0), weights.device)
+            within = TorchTransport(mesh.get_group(1), weights.device) if mesh.size(1) > 1 else None
         self.transport = transport or TorchTransport(self.process_group, weights.device)
+        self.node = Node(self.transport, within, weights.device)
         self.rule.workers = self.transport.size
         self._averaging = ErrorAveraging(settings.averaging, self.transport)
         self._v_averaging = ErrorAveraging(settings.v_averaging, self.transport)
         self.clock = Clock()
-        self._optimizer, self._settings = optimizer, settings
         self._agree(weights)
         self._kept: Kept
         self._lay_out(model, weights)
@@ -116,13 +132,40 @@ class Engine:
         self._committing = False
         self._fresh = False  # whether there was a forward of the wrapped model since the optimizer's last step
         self._shared_at: int | None = None  # the step of a `share`
-        self._attachment = Attachment(model, optimizer, given, self)
+        self._reducing = False  # whether a backward is under way that hands over reduced gradients
+        sharded = weights.parameters if is_sharded(model) else ()
+        self._attachment = Attachment(model, optimizer, given, sharded, self)
         self._kept.save_with(optimizer)
+
+    def _check_nodes(self, model: nn.Module, mesh: DeviceMesh) -> None:
+        """Raise TypeError or ValueError on what nodes cannot do."""
+        if mesh.device_type != self.weights.device.type:
+            raise ValueError(f"mesh is of {mesh.device_type} devices, and the parameters are on {self.weights.device}")
+        if not self.rule.rule.of_gradients:
+            raise ValueError(
+                "mesh is for SGD, AdamW and Adam with local_steps=1, whose steps are computed within saef: local steps "
+                "and other optimizers take steps of their own, on whole parameters. Leave mesh out, or local_steps"
+            )
+        group = getattr(model, "process_group", None)
+        ours = sorted(mesh.mesh.flatten().tolist())
+        if group is not None and (theirs := sorted(torch.distributed.get_process_group_ranks(group))) != ours:
+            raise ValueError(
+                f"mesh has ranks {ours}, DistributedDataParallel's process group has {theirs}: gradients would be "
+                "exchanged among other ranks than the model is. Give both the same ranks"
+            )
+
+    def _weights_of(self, model: nn.Module) -> Weights:
+        s, mesh = self._settings.step_ahead, self._mesh
+        if is_sharded(model):
+            return Shards(model, self._optimizer, s)
+        if mesh is not None and mesh.size(1) > 1:
+            return Parts(model, self._optimizer, s, mesh.get_local_rank(1), mesh.size(1))
+        return create(model, self._optimizer, s)
 
     def _agree(self, weights: Weights, what: str = "SAEFState()") -> None:
         """Raise on all ranks if they train other parameters, or in another way, or are not all here. Collective."""
         self.loss_scale.check_dtypes(p.dtype for p in weights.parameters)
-        compare_settings(self._settings, weights, self.transport, self.loss_scale.used, what)
+        compare_settings(self._settings, weights, self.node, self.loss_scale.used, what)
 
     def _lay_out(self, model: nn.Module, weights: Weights, old: Context | None = None, since: Since = Since()) -> None:  # noqa: B008
         """All that depends on which parameters are trained, their groups, and how they lie in memory. Collective.
@@ -133,7 +176,9 @@ class Engine:
         self._watch = Watch(model, weights, self._optimizer)
         self.weights = weights
         weights.local = not self.rule.rule.of_gradients
-        self.context = Context.create(weights, self._settings, self.rule.rule, self.transport)
+        if isinstance(weights, Parts):
+            weights.node = self.node
+        self.context = Context.create(weights, self._settings, self.rule.rule, self.transport, self.node)
         self.memory: Memory = Memory.create(self.context) if old is None else carry(self.memory, old, self.context)
         if rate := self.context.server_ahead:
             weights.server = ServerAhead(self.context.placement, self.memory.e_server, rate)
@@ -157,7 +202,7 @@ class Engine:
         if self.attached:
             self.leave()
             alike = self.transport.size == 1 or self._shared_at == self.memory.steps
-            self._kept.release(self._optimizer, keep=alike)
+            self._kept.release(self._optimizer, keep=alike and self.weights.joint)
             self._attachment.remove()
 
     def share(self) -> None:
@@ -195,7 +240,7 @@ class Engine:
         self._shared_at = None
         self.memory.owe_nothing()
         self._kept.adopt(self._optimizer)
-        self.weights.write(self.weights.cut(self.weights.x()))  # x_half is to be made anew
+        self.weights.renew()
         self.recheck()
 
     def snapshot(self) -> Memory:
@@ -229,6 +274,10 @@ class Engine:
         if self.weights.ahead or not self._attachment.newest:
             return self.weights.number
         check_moment(self.weights.device)
+        self.weights.rest()
+        if self._reducing:  # a backward that has failed
+            self._reducing = False
+            self.sending.restart()
         if not self.form.entered:
             self._check_whole()
         if changes := self._watch.changes(self._optimizer):
@@ -241,7 +290,7 @@ class Engine:
         averaged = slice(0, 0)
         if not self.sending.begun:
             if self._audit.due(memory.steps):
-                self._audit.run(memory.steps, self.form.settings(self._optimizer), weights, self.transport)
+                self._audit.run(memory.steps, self.form.settings(self._optimizer), weights, self.node)
             self._kept.follow(self._optimizer)
             self.committed = []
             averaged = self._averaging.make(memory.steps, memory.e)
@@ -263,8 +312,13 @@ class Engine:
                 f"within a step, that is after a forward and before the step() of its backward: {changes}. Change what "
                 "is trained after step(), before the next forward"
             )
+        if not self.weights.joint and self._watch.relaid:
+            raise RuntimeError(
+                f"{changes}: with mesh each rank of a node has a part of every parameter, cut where it lies in memory. "
+                "Lay the model out (memory_format) before SAEFState is created"
+            )
         old, steps, model = self.context, self.memory.steps, self._watch.model
-        weights = create(model, self._optimizer, self._settings.step_ahead)
+        weights = self._weights_of(model)
         old.weights.absorb()
         weights.take_over(old.weights)
         self._agree(weights, "the trainable parameters changed")
@@ -274,7 +328,7 @@ class Engine:
         self._kept.take(self._optimizer)
         self._kept.save_with(self._optimizer)
         self.recheck()
-        if self.transport.rank == 0:
+        if self.node.everyone.rank == 0:
             logger.info("from step %d on: %s", steps, changes)
 
     def enter(self, number: int) -> None:
@@ -311,6 +365,19 @@ class Engine:
                 "of its backward. They are x again, without that change: make it before the forward, after the "
                 "backward, or after step()"
             )
+
+    def reduced(self, parameter: Tensor) -> None:
+        """Within a backward of a sharded model: p.grad of this parameter is final, its node's."""
+        self._reducing = True
+        if (number := self.sending.number_of(parameter)) is not None:
+            self.gradient_ready(number)
+
+    def over(self) -> None:
+        """A backward has ended."""
+        if self._reducing:
+            self._reducing = False
+            self.exchange_gradients()
+        self.leave()
 
     def zeroing(self) -> None:
         """Before gradients are zeroed: by the user, or within its step by the optimizer."""
@@ -393,6 +460,8 @@ class Engine:
     def gradient_norm(self) -> float:
         """L2 norm of this worker's own gradient, unscaled, before any clipping: after the exchange, before the step.
 
+        Of a node's, all its ranks must ask.
+
         Raises:
             RuntimeError: if nothing was exchanged since the last step.
         """
@@ -405,7 +474,9 @@ class Engine:
                 "the norm of a gradient that was not exchanged: ask for it, or clip, between the backward of a step's "
                 "last micro-batch and its step() (with Accelerate: if accelerator.sync_gradients)"
             )
-        return self.sending.prepared.norm(self.weights.dtype) * inverse
+        if self.node.size > 1:  # what is averaged within it may be on its way
+            self.sending.prepared.wait()
+        return self.node.norm(self.node.gather(self.sending.prepared.norm(self.weights.dtype))) * inverse
 
     # -- optimizer step: commit, or skip ------------------------------------------------------
 
@@ -421,12 +492,7 @@ class Engine:
         """Commit what was sent, or skip it: on all ranks alike, by what they all have got."""
         prepared = self.sending.prepared
         prepared.wait()
-        cause = self.transport.failure
-        if cause is not None:
-            raise self.transport.lost(cause) from cause
-        self._watch.check_groups(optimizer)
-        self.form.check(prepared)
-        bad = prepared.not_finite(self.weights)
+        bad = self.node.together(lambda: self._not_finite(prepared, optimizer))
         self.loss_scale.decide(bool(bad))
         if bad:
             self._skip(bad)
@@ -434,6 +500,15 @@ class Engine:
             self.form.check_sent(prepared)
             with self.clock.span("apply"):
                 self._commit()
+
+    def _not_finite(self, prepared: Prepared, optimizer: torch.optim.Optimizer) -> list[str]:
+        """Parameters that a step could not move: none, if it can be committed as far as this rank knows."""
+        cause = self.transport.failure
+        if cause is not None:
+            raise self.transport.lost(cause) from cause
+        self._watch.check_groups(optimizer)
+        self.form.check(prepared)
+        return prepared.not_finite(self.weights)
 
     def before_other_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Raise RuntimeError if an optimizer that is not this state's is about to move its parameters."""
@@ -493,7 +568,7 @@ class Engine:
                 f"{what}. {in_a_row} in a row, more than max_consecutive_skips={limit}: lower lr, clip "
                 "with max_grad_norm, or look for the bad input"
             )
-        if self.transport.rank == 0:
+        if self.node.everyone.rank == 0:
             logger.warning("%s (%d in a row)", what, in_a_row)
 
     def abandon(self, restored: bool = True) -> None:

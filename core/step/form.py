@@ -22,7 +22,7 @@ from .memory import Memory
 from .optimizer_state import Saved
 from .prepared import Prepared
 from .sending import Sending
-from .weights import Weights
+from .weights import Weights, held
 
 Closure = Callable[[], Any] | None
 
@@ -156,7 +156,7 @@ class Form(ABC):
         self._hidden = []
 
     def _has_gradients(self) -> bool:
-        return any(p.grad is not None and bool(p.grad.any()) for p in self._host.weights.parameters)
+        return any(p.grad is not None and bool(held(p.grad).any()) for p in self._host.weights.parameters)
 
 
 @final
@@ -202,6 +202,7 @@ class GradientForm(Form):
         self._host.leave()
         self._host.loss_scale.check(optimizer)
         if self._host.sending.begun and not self._host.sending.prepared.buckets and not self._host.has_hook:
+            self._host.weights.check_reduced()
             self._host.exchange_gradients()
         if self._host.sending.prepared.buckets:
             self._host.settle(optimizer)

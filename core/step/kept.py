@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from .memory import Context, Memory
+from .weights import held
 
 STEP = "saef_step"  # in the state of the first parameter, or in the first group: the steps committed
 
@@ -55,7 +56,7 @@ class Kept:
         """The optimizer's state is what the memory holds."""
         memory, parameters = self._memory, self._weights.parameters
         if self._of is not memory.m:
-            self._of, self._views = memory.m, [self._weights.cut(m) for m in memory.m]
+            self._of, self._views = memory.m, [self._cut(m) for m in memory.m]
         for name, views in zip(self._names, self._views, strict=False):
             for p, view in zip(parameters, views, strict=True):
                 optimizer.state[p][name] = view
@@ -63,6 +64,9 @@ class Kept:
             for p, steps in zip(parameters, self._steps.unbind(), strict=True):
                 optimizer.state[p][self._counter] = steps
         self._set_mark(optimizer)
+
+    def _cut(self, m: Tensor) -> list[Tensor]:
+        return [self._weights.like_parameter(i, part) for i, part in enumerate(self._weights.cut(m))]
 
     def committed(self, optimizer: torch.optim.Optimizer) -> None:
         """After a step: the views are there already, unless the rule keeps more than before."""
@@ -164,7 +168,7 @@ class Kept:
             memory.grow(len(self._names), decay=False)
         for m, vectors in zip(memory.m, found, strict=False):
             for part, v in zip(self._weights.cut(m), vectors, strict=True):
-                part.zero_() if v is None else part.copy_(v)
+                part.zero_() if v is None else part.copy_(held(v))
 
     def _set_mark(self, optimizer: torch.optim.Optimizer) -> None:
         self._steps.fill_(self._memory.steps)

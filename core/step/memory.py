@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..comm.exchange import choose
+from ..comm.node import Node
 from ..comm.transport import Purpose, Transport
 from ..rules import AdamW, Difference, Rule
 from ..wire.codec import message_bytes
@@ -28,7 +29,7 @@ class Context(NamedTuple):
         weights: names, shapes and order of the parameters; x.
         settings: compressors and the like. rule: whose vectors `Memory.m` holds.
         placement: which rank serves which blocks.
-        transport: the ranks.
+        transport: the workers; where these are nodes, the ranks of the same place in each. node: this worker's ranks.
     """
 
     weights: Weights
@@ -36,17 +37,18 @@ class Context(NamedTuple):
     rule: Rule
     placement: Placement
     transport: Transport
+    node: Node
 
     @classmethod
-    def create(cls, weights: Weights, settings: Settings, rule: Rule, transport: Transport) -> Context:
+    def create(cls, weights: Weights, settings: Settings, rule: Rule, transport: Transport, node: Node) -> Context:
         """Choose the strategy, and which rank serves which blocks."""
         up, down = weights.codes(settings.compressor), weights.codes(settings.reply_compressor)
         strategy = settings.exchange
         if strategy == "auto":
-            sizes = (message_bytes(c, weights.numels, weights.dtype) for c in (up, down))
-            strategy = choose(transport.size, *sizes)
+            sizes = [message_bytes(c, weights.numels, weights.dtype) for c in (up, down)]
+            strategy = choose(transport.size, *(int(max(node.gather(size))) for size in sizes))  # alike in all places
         at = place(weights.numels, weights.groups, up, down, strategy, transport.size, transport.rank)
-        return cls(weights, settings, rule, at, transport)
+        return cls(weights, settings, rule, at, transport, node)
 
     @property
     def serves_with_error(self) -> bool:

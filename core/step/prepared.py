@@ -14,7 +14,7 @@ from ..rules import AnyHyper
 from ..wire import kernels
 from ..wire.kernels.table import Update
 from ..wire.plan import Plan
-from .weights import Weights
+from .weights import Weights, held
 
 
 class Bucket(NamedTuple):
@@ -24,6 +24,8 @@ class Bucket(NamedTuple):
         parameters: indices into the state's parameters.
         gradient: this worker's flat gradient; stays as it is until the step is committed.
         views: the parameters' gradients, views of `gradient`.
+        given, given_views: the same of this rank; others than those only where it has a part of the worker's.
+        parts: of `given`, what is for each place of the node, to be averaged into `gradient`; else empty.
         done: a future of `gradient`, complete when `received` and `replies` are there.
         received, replies: what `saef.comm.exchange.two_way` returned (empty lists until then).
     """
@@ -32,6 +34,9 @@ class Bucket(NamedTuple):
     plan: Plan
     gradient: Tensor
     views: Sequence[Tensor]
+    given: Tensor
+    given_views: Sequence[Tensor]
+    parts: Sequence[Sequence[Tensor]]
     message: Tensor
     done: Future[Tensor]
     received: list[Tensor]
@@ -45,6 +50,7 @@ class Prepared:
 
     Attributes:
         hyper: the optimizer's settings that the messages contain; update: the same with the clipping, once known.
+        norms: of the parts of this worker's gradient that its node's ranks have, this rank's too; known to clip.
         gradients: address and version of each p.grad after the backward. prints: fingerprints of them.
         parameters: those of all buckets.
     """
@@ -53,6 +59,7 @@ class Prepared:
     parameters: set[int] = field(default_factory=set)
     hyper: list[AnyHyper] = field(default_factory=list)
     update: Update | None = None
+    norms: list[float] = field(default_factory=list)
     gradients: list[tuple[int, int] | None] = field(default_factory=list)
     prints: Tensor | None = None
 
@@ -128,11 +135,16 @@ class Prepared:
         if prints is not None and self.prints is not None:
             other.update((prints != self.prints).nonzero().view(-1).tolist())
         for bucket in self.buckets if other else []:
-            touched = [(i, view) for i, view in zip(bucket.parameters, bucket.views, strict=True) if i in other]
+            touched = [(i, view) for i, view in zip(bucket.parameters, bucket.given_views, strict=True) if i in other]
             for i, view in touched:
-                if not _holds(weights.parameters[i].grad, view):
+                grad = weights.parameters[i].grad
+                if grad is None or not _holds(held(grad), view):
                     raise changed([weights.names[i]])
-            if any((before := self.gradients[i]) and before[0] == view.data_ptr() for i, view in touched):
+            inside = [i for i, view in touched if (before := self.gradients[i]) and before[0] == view.data_ptr()]
+            if inside and bucket.parts:  # what other ranks of the node have added is not here, to compare with
+                if prints is None or self.prints is None or not torch.equal(prints[inside], self.prints[inside]):
+                    raise changed([weights.names[i] for i in inside])
+            elif inside:
                 found.append(bucket)
         return found
 
@@ -150,12 +162,13 @@ class Prepared:
 
 def gradients(parameters: Sequence[Tensor]) -> list[tuple[int, int] | None]:
     """Address and version of each p.grad: different after any change in place or replacement."""
-    return [None if p.grad is None else (p.grad.data_ptr(), p.grad._version) for p in parameters]
+    every = [None if p.grad is None else held(p.grad) for p in parameters]
+    return [None if g is None else (g.data_ptr(), g._version) for g in every]
 
 
 def _prints(parameters: Sequence[Tensor]) -> Tensor | None:
     """By the values: a write through `.data` or numpy leaves no other trace."""
-    return kernels.fingerprints([p.grad for p in parameters], parameters[0].device)
+    return kernels.fingerprints([None if p.grad is None else held(p.grad) for p in parameters], parameters[0].device)
 
 
 def changed(names: Sequence[str]) -> RuntimeError:
@@ -166,9 +179,9 @@ def changed(names: Sequence[str]) -> RuntimeError:
     )
 
 
-def _holds(gradient: Tensor | None, sent: Tensor) -> bool:
+def _holds(gradient: Tensor, sent: Tensor) -> bool:
     """Whether this is the memory that was sent, or has the same values."""
-    if gradient is None or (gradient.shape, gradient.dtype) != (sent.shape, sent.dtype):
+    if (gradient.shape, gradient.dtype) != (sent.shape, sent.dtype):
         return False
     if (gradient.data_ptr(), gradient.stride()) == (sent.data_ptr(), sent.stride()):
         return True

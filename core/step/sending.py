@@ -15,6 +15,7 @@ from .buckets import SPARSE, Buckets, flatten_gradients, gather_gradients, group
 from .local_rule import LocalRule
 from .loss_scale import LossScale
 from .memory import Context, Memory
+from .parts import Parts
 from .prepared import Bucket, Prepared
 from .weights import Weights
 
@@ -66,6 +67,7 @@ class Sending:
         self._clips = context.clips
         self._plans = Plans(context.placement, self._weights.parameters, self._weights.dtype, since.left_out)
         self._buckets = Buckets(self._weights.parameters, self._send_own)
+        self._numbers = {id(p): i for i, p in enumerate(self._weights.parameters)}
         self._joined = {i for i, p in enumerate(self._weights.parameters) if id(p) in since.joined}
         self.since = since
         self.begun, self.prepared = False, Prepared()
@@ -80,6 +82,14 @@ class Sending:
             return self._send(parameters, views, flat, last)
         own, views = gather_gradients(parameters)
         return self._send(parameters, views, own, last).then(lambda _: flat)
+
+    def number_of(self, parameter: Tensor) -> int | None:
+        """Among those that are trained."""
+        return self._numbers.get(id(parameter))
+
+    def restart(self) -> None:
+        """A backward that will not end: of the next, all gradients are to become ready anew."""
+        self._buckets.restart()
 
     def ready(self, parameter: int) -> None:
         """p.grad of the parameter of this number is final."""
@@ -135,18 +145,23 @@ class Sending:
                 "a gradient arrived that was not computed at x_half: run the forward through the wrapped model, with "
                 "gradients enabled"
             )
+        given, given_views, parts = flat, views, list[list[Tensor]]()
+        if isinstance(self._weights, Parts):
+            flat, views, parts = self._weights.apart(given_views)
+        given_views = [v for p, v in zip(parameters, given_views, strict=True) if id(p) in self._numbers]
         indices, views, plan = self._plans.find(parameters, views, flat)
         # Of a second backward before the step the gradients contain the first's, so what is prepared is made anew.
         if not self.prepared.buckets or self.prepared.contains(indices):
             self.prepared = Prepared(hyper=self._rule.read_scaled(self._memory.steps))
         message = torch.zeros(plan.send.message_bytes, dtype=torch.uint8, device=self._weights.device)
-        bucket = Bucket(indices, plan, flat, views, message, self._transport.future(), [], [])
+        done = self._transport.future()
+        bucket = Bucket(indices, plan, flat, views, given, given_views, parts, message, done, [], [])
         if indices:
             self.prepared.add(bucket)
         else:
-            bucket.done.set_result(flat)
+            done.set_result(given)
         if not self._clips:
             self._algorithm.send(self.prepared, [bucket] if indices else [])
         elif last and self._joined <= self.prepared.parameters:
             self._algorithm.send(self.prepared, self.prepared.buckets)
-        return bucket.done
+        return done

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from torch._C._dynamo.guards import TensorGuards
 from torch.nn.parallel import DistributedDataParallel
 
-from .weights import Weights
+from .weights import Weights, held
 
 _TRAINED = attrgetter("requires_grad")
-SHARDED = ("DTensor", "FlatParameter")
 
 
 @final
@@ -60,7 +59,7 @@ class Watch:
         return TensorGuards(*self._parameters, dynamic_dims_sizes=None, dynamic_dims_strides=None)
 
     def _places_now(self) -> list[int]:
-        return [*map(Tensor.data_ptr, self._parameters)]
+        return [*map(Tensor.data_ptr, map(held, self._parameters))]
 
     def _tree_now(self) -> list[Any]:
         """What is where; of the parameters that were trained, `_fast` sees whether they are."""
@@ -162,10 +161,10 @@ class Watch:
 
 def check_apart(names: Sequence[str], parameters: Sequence[Tensor]) -> None:
     """Raise RuntimeError if two parameters begin at one place in memory."""
-    places = [p.data_ptr() for p in parameters if p.numel()]
+    places = [p.data_ptr() for p in map(held, parameters) if p.numel()]
     if len({*places}) < len(places):
         found: dict[int, str] = {}
-        for name, p in zip(names, parameters, strict=True):
+        for name, p in zip(names, map(held, parameters), strict=True):
             if p.numel() and found.setdefault(p.data_ptr(), name) != name:
                 raise RuntimeError(
                     f"parameters {found[p.data_ptr()]} and {name} are tied through .data: two parameters in one memory "
@@ -177,10 +176,10 @@ def check_apart(names: Sequence[str], parameters: Sequence[Tensor]) -> None:
 def check_model(model: nn.Module, process_group: Any) -> None:
     """Raise TypeError or ValueError on what no step could honour."""
     for name, p in model.named_parameters():
-        if type(p).__name__ in SHARDED:  # by name: importing them takes as long as half of torch
+        if type(p).__name__ == "FlatParameter":  # by name: importing it takes as long as half of torch
             raise TypeError(
-                f"parameter {name} is a {type(p).__name__} (FSDP, tensor parallelism): saef needs whole parameters on "
-                "every rank. Use DistributedDataParallel"
+                f'parameter {name} is FSDP1\'s FlatParameter: use FSDP2, fully_shard(module, mesh=mesh["shard"]) and '
+                "SAEFState(..., mesh=mesh), or DistributedDataParallel"
             )
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:

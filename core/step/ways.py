@@ -31,14 +31,13 @@ from .weights import Weights
 FULL = {torch.float32, torch.float64}
 
 
-@final
-class Copies(Weights):
-    """`flat` is x."""
+class Copying(Weights):
+    """`flat` is x; subclasses say how the parameters become x_half, and x."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, s: float) -> None:
         super().__init__(model, optimizer, s)
         with torch.no_grad():
-            for p, x in zip(self.parameters, self.views, strict=True):
+            for p, x in zip(self.held, self.views, strict=True):
                 x.copy_(p)
         self._half = self.flat  # x_half, where it takes more than x and e: with `server`
         self._locals: list[Tensor] = []  # X, where an optimizer steps on it
@@ -46,7 +45,7 @@ class Copies(Weights):
     @torch.no_grad()
     def take_over(self, old: Weights) -> None:
         super().take_over(old)
-        if isinstance(old, Copies):  # a bf16 parameter is x rounded
+        if isinstance(old, Copying):  # a bf16 parameter is x rounded
             x = {id(p): view for p, view in zip(old.parameters, old.views, strict=True)}
             for p, mine in zip(self.parameters, self.views, strict=True):
                 if id(p) in x:
@@ -60,7 +59,7 @@ class Copies(Weights):
 
     @torch.no_grad()
     def _absorb(self) -> None:
-        for p, x in zip(self.parameters, self.views, strict=True):
+        for p, x in zip(self.held, self.views, strict=True):
             # A bf16 parameter is x rounded: only where it was changed does it replace the master.
             x.copy_(p if p.dtype == self.dtype else torch.where(x.to(p.dtype) == p, x, p.to(self.dtype)))
 
@@ -77,29 +76,31 @@ class Copies(Weights):
             self.server.step(self._half)
         if self.local:
             if not self._locals:
-                self._locals = [torch.empty_like(p) for p in self.parameters]
+                self._locals = [torch.empty_like(p) for p in self.held]
             halves = self.cut(self._half) if self.server is not None or not self._errors else None
             for i, mine in enumerate(self._locals):
                 mine.copy_(halves[i] if halves else step_ahead(self.views[i], self._errors[i], self.s))
 
     @torch.no_grad()
-    def _show_half(self) -> None:
+    def _copy_half(self) -> None:
+        """`held` <- x_half, or X."""
         if self.local:
-            torch._foreach_copy_(self.parameters, self._locals)
+            torch._foreach_copy_(self.held, self._locals)
             return
         if self.server is not None:
-            torch._foreach_copy_(self.parameters, self.cut(self._half))
+            torch._foreach_copy_(self.held, self.cut(self._half))
             return
-        for p, x, error in zip(self.parameters, self.views, self._errors, strict=True):
+        for p, x, error in zip(self.held, self.views, self._errors, strict=True):
             p.copy_(step_ahead(x, error, self.s))
 
     @torch.no_grad()
-    def _show_x(self) -> None:
-        torch._foreach_copy_(self.parameters, self.views)
+    def _copy_x(self) -> None:
+        """`held` <- x."""
+        torch._foreach_copy_(self.held, self.views)
 
     @torch.no_grad()
     def _keep_local(self) -> None:
-        torch._foreach_copy_(self._locals, self.parameters)
+        torch._foreach_copy_(self._locals, self.held)
 
     def local_of(self, i: int) -> Tensor:
         return self._locals[i]
@@ -122,6 +123,17 @@ class Copies(Weights):
 
     def apply(self, plan: Plan, rates: Tensor, replies: Tensor) -> None:
         self._kernels.subtract(plan.apply.table, rates, replies, self.flat)
+
+
+@final
+class Copies(Copying):
+    """Of whole parameters."""
+
+    def _show_half(self) -> None:
+        self._copy_half()
+
+    def _show_x(self) -> None:
+        self._copy_x()
 
 
 class Swaps(Weights):
@@ -179,10 +191,10 @@ class Swaps(Weights):
         torch.autograd.graph.increment_version(self.parameters)
 
     def _show_half(self) -> None:
-        _exchange(self.parameters, self.views)
+        exchange(self.parameters, self.views)
 
     def _show_x(self) -> None:
-        _exchange(self.parameters, self._x)
+        exchange(self.parameters, self._x)
 
     def apply(self, plan: Plan, rates: Tensor, replies: Tensor) -> None:
         self._kernels.subtract(self._at_x(plan.apply.table), rates, replies, self._memory)
@@ -197,7 +209,7 @@ class Swaps(Weights):
         return self._x[i]
 
     def parts(self) -> list[Tensor]:
-        return [_line(x) for x in self._x]
+        return [line(x) for x in self._x]
 
     def untouched(self, whole: bool) -> bool:
         return super().untouched(whole) and not (whole and self._differs(self._prints()))
@@ -308,14 +320,10 @@ class OnCUDA(Swaps):
 
 def create(model: nn.Module, optimizer: torch.optim.Optimizer, s: float) -> Weights:
     """Swaps where they are possible and pay, else Copies. `s`: the step-ahead coefficient."""
-    if isinstance(model, DistributedDataParallel) and model.mixed_precision is not None:
-        raise ValueError(
-            "DDP's mixed_precision exchanges the parameters' storage during a step, as saef does: use torch.autocast "
-            "or bfloat16 parameters"
-        )
+    check_storage(model)
     trainable = [p for p in model.parameters() if p.requires_grad]
     dtypes, devices = {p.dtype for p in trainable}, {p.device.type for p in trainable}
-    if len(dtypes) == 1 and dtypes <= FULL and all(map(kernels.is_dense, trainable)) and not _captured(model):
+    if len(dtypes) == 1 and dtypes <= FULL and all(map(kernels.is_dense, trainable)) and not captured(model):
         if devices == {"cpu"}:
             return OnCPU(model, optimizer, s)
         if devices == {"cuda"}:
@@ -323,13 +331,22 @@ def create(model: nn.Module, optimizer: torch.optim.Optimizer, s: float) -> Weig
     return Copies(model, optimizer, s)
 
 
-def _captured(model: nn.Module) -> bool:
+def check_storage(model: nn.Module) -> None:
+    """Raise ValueError if another exchanges the parameters' storage."""
+    if isinstance(model, DistributedDataParallel) and model.mixed_precision is not None:
+        raise ValueError(
+            "DDP's mixed_precision exchanges the parameters' storage during a step, as saef does: use torch.autocast "
+            "or bfloat16 parameters"
+        )
+
+
+def captured(model: nn.Module) -> bool:
     """Whether `torch.cuda.make_graphed_callables` has a part of it: its graphs read the parameters' own storage."""
     forwards = (module.__dict__.get("forward") for module in model.modules())
     return any(getattr(forward, "__module__", None) == torch.cuda.graphs.__name__ for forward in forwards)
 
 
-def _exchange(parameters: Sequence[Tensor], storages: Sequence[Tensor]) -> None:
+def exchange(parameters: Sequence[Tensor], storages: Sequence[Tensor]) -> None:
     """p.data = its storage, of thousands of small ones without a loop in Python."""
     deque(map(_SET_DATA, parameters, storages), maxlen=0)
 
@@ -337,6 +354,6 @@ def _exchange(parameters: Sequence[Tensor], storages: Sequence[Tensor]) -> None:
 _SET_DATA: Any = Tensor.data.__set__  # type: ignore[attr-defined]
 
 
-def _line(x: Tensor) -> Tensor:
+def line(x: Tensor) -> Tensor:
     """The entries of a tensor without gaps in memory order."""
     return x.as_strided((x.numel(),), (1,))

@@ -27,6 +27,7 @@ from ..wire.plan import Plan
 from .server_ahead import ServerAhead
 
 _VERSION = attrgetter("_version")
+_WHOLE = (Tensor, nn.Parameter)
 FIRST_HALF, NEXT_HALF = 1 << 30, 16  # versions of the x_half: from where on, and how far apart (writes in between show)
 
 
@@ -55,11 +56,11 @@ class Weights(ABC):
         self.parameters: list[Tensor] = [p for _, p in named]
         self.groups = _groups(self.names, self.parameters, optimizer)
         self.dtype = _master_dtype(self.names, self.parameters)
-        self.numels = [p.numel() for p in self.parameters]
+        self.numels = [p.numel() for p in self.held]
         self.offsets = [0, *accumulate(self.numels)][:-1]
         self.device = self.parameters[0].device
         self.flat = torch.empty(sum(self.numels), dtype=self.dtype, device=self.device)
-        self.views = cut(self.flat, self.parameters)
+        self.views = cut(self.flat, self.held)
         self.s = s
         self.server: ServerAhead | None = None
         self.local = False
@@ -72,6 +73,24 @@ class Weights(ABC):
         self._places: list[int] = []  # where x_half lies, in a window
         self._e: Tensor | None = None  # the errors, and as they are cut
         self._errors: list[Tensor] = []
+
+    joint = True  # whether `like_parameter` gives what all ranks of a node have together
+
+    @property
+    def held(self) -> list[Tensor]:
+        """What of each parameter this rank has in its flat vectors: all of it, or a part."""
+        return self.parameters
+
+    @property
+    def shown(self) -> list[Tensor]:
+        """The tensors that are x or x_half."""
+        return self.held
+
+    def rest(self) -> None:  # noqa: B027 - most do
+        """Have the model's modules hold `parameters`, and nothing that was made of their values."""
+
+    def check_reduced(self) -> None:  # noqa: B027 - most have nothing to check
+        """Raise RuntimeError if gradients are not there that a framework should have made."""
 
     @torch.no_grad()
     def step_ahead(self, e: Tensor, averaged: slice) -> None:
@@ -97,15 +116,15 @@ class Weights(ABC):
         return [self._places_now(), self._versions_now()]
 
     def _places_now(self) -> list[int]:
-        return [*map(Tensor.data_ptr, self.parameters)]
+        return [*map(Tensor.data_ptr, self.shown)]
 
     def _versions_now(self) -> list[int]:
-        return [*map(_VERSION, self.parameters)]
+        return [*map(_VERSION, self.shown)]
 
     def _cut_errors(self, e: Tensor) -> list[Tensor]:
         """e cut like the parameters, once for one vector; empty if there is none."""
         if self._e is not e:
-            self._e, self._errors = e, self.cut(e) if e.numel() else []
+            self._e, self._errors = e, self.cut(e) if e.numel() == self.flat.numel() else []
         return self._errors
 
     def absorb(self) -> None:
@@ -134,7 +153,7 @@ class Weights(ABC):
         self._show_half()
         self._places = self._places_now()
         self.ahead = True
-        _set_versions(self.parameters, [self._half_version] * len(self.parameters))
+        _set_versions(self.shown, [self._half_version] * len(self.parameters))
 
     def leave(self) -> list[str]:
         """parameters <- x: the window closes. Names of the parameters that were written to in it, in vain."""
@@ -147,7 +166,7 @@ class Weights(ABC):
             written = [name for name, version, now, place in every if version != expected or now != place]
         self._show_x()
         self.ahead = False
-        _set_versions(self.parameters, self._versions)
+        _set_versions(self.shown, self._versions)
         return written
 
     def moved(self) -> list[str]:
@@ -157,7 +176,7 @@ class Weights(ABC):
         self._places = places
         self._keep_local()
         self.number += 1
-        _set_versions(self.parameters, [self._half_version] * len(self.parameters))
+        _set_versions(self.shown, [self._half_version] * len(self.parameters))
         return elsewhere
 
     def untouched(self, whole: bool) -> bool:
@@ -196,7 +215,7 @@ class Weights(ABC):
 
     def committed(self) -> None:
         """x has moved, by kernels that autograd does not see."""
-        torch.autograd.graph.increment_version(self.parameters)
+        torch.autograd.graph.increment_version(self.shown)
         self.number += 1
 
     @property
@@ -206,6 +225,30 @@ class Weights(ABC):
     def cut(self, flat: Tensor) -> list[Tensor]:
         """The parameters' parts of a flat vector, each in the shape and strides that its parameter had at the start."""
         return cut(flat, self.views)
+
+    def like_parameter(self, i: int, part: Tensor) -> Tensor:
+        """A part of a flat vector as the parameter is: itself, or a DTensor of what all ranks of the node have."""
+        return part
+
+    def part_of(self, i: int, value: Tensor) -> Tensor:
+        """What this rank has of a value for a parameter: `like_parameter`'s, this rank's part, or the whole."""
+        return value
+
+    def gathered(self, flat: Tensor) -> list[Tensor]:
+        """For each parameter a vector's part that all ranks of the node can save together. Collective within it."""
+        return [self.like_parameter(i, part.clone()) for i, part in enumerate(self.cut(flat))]
+
+    def whole_x(self) -> list[Tensor]:
+        """x for each parameter, for a checkpoint: copies, not collective."""
+        return [self.like_parameter(i, part.clone()) for i, part in enumerate(self.cut(self.x()))]
+
+    def move(self, x: Tensor) -> None:
+        """x <- `x`, flat; the parameters, which are at x, follow. Collective within the node."""
+        self.write(self.cut(x))
+
+    def renew(self) -> None:
+        """x_half is to be made anew, and what was computed at it does not count."""
+        self.write(self.cut(self.x()))
 
     def codes(self, compressor: Compressor) -> list[Code]:
         """Of each parameter."""
@@ -273,6 +316,11 @@ class Weights(ABC):
             update, worker: as the message was made with; `worker.x` is what `x_half` gave.
             rates: what R of each param group is multiplied with.
         """
+
+
+def held(tensor: Tensor) -> Tensor:
+    """What of a parameter, or of its gradient, lies on this rank: of a DTensor its shard, of another all of it."""
+    return tensor if type(tensor) in _WHOLE else getattr(tensor, "_local_tensor", tensor)
 
 
 def cut(flat: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:

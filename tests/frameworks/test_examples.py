@@ -73,6 +73,16 @@ def test_train_gpt_runs_under_torchrun_and_resumes(tmp_path: Path, method: str) 
         assert [r["step"] for r in found[1]] == [30] and found[1][0]["loss"] < found[0][1]["loss"]
 
 
+@pytest.mark.parametrize("more", [("--fsdp",), ()], ids=["fsdp", "ddp"])
+def test_train_gpt_runs_on_nodes_of_two_ranks(tmp_path: Path, more: tuple[str, ...]) -> None:
+    (tmp_path / "text").write_text("to be, or not to be: that is the question. " * 200)
+    flags = ["--data", "text", "--batch", "8", "--context", "16", "--eval-every", "10", "--steps", "20"]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4", str(EXAMPLES / "train_gpt.py")]
+    said = run(*command, *flags, "--node-size", "2", *more, cwd=tmp_path)
+    found = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+    assert found[1]["loss"] < found[0]["loss"] < 5.6 and found[1]["ratio"] > 10
+
+
 def test_lm_prints_a_table_and_saves_a_picture(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("to be, or not to be: that is the question. " * 200)
     flags = ["--methods", "adamw", "saef", "--steps", "12", "--seeds", "2", "--data", "text", "--picture", "lm.png"]

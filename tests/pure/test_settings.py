@@ -234,6 +234,11 @@ WORDS = [("exchange", "shraded", "sharded"), ("exchange", "Replicated", "replica
          ("weight_decay_mode", "couple", "coupled"), ("weight_decay_mode", "OUTER", "outer")]  # fmt: skip
 
 
+def test_a_mesh_in_deepspeeds_json_is_refused_by_name():
+    with pytest.raises(ValueError, match="mesh is not for DeepSpeed.*FSDP2"):
+        parse({"mesh": [2, 2]})
+
+
 @pytest.mark.parametrize("field, word, meant", [*WORDS, ("server_compressor", "Same", "same")])
 def test_a_misspelt_word_is_told_the_nearest(field, word, meant):
     with pytest.raises((TypeError, ValueError), match=rf"{field} must be .*got '{word}' \(did you mean '{meant}'\?\)"):

@@ -189,7 +189,7 @@ def build(group: dist.ProcessGroup, what: str) -> str:
         ("max_norm", r"ValueError: module\.0 has max_norm=1\.0.*Clamp the weight after"),
         ("a bag with max_norm", r"ValueError: module\.0 has max_norm=2\.0"),
         ("tied", r"RuntimeError: parameters 1\.weight and 2\.weight are tied"),
-        ("DTensor", r"TypeError: parameter 1\.weight is a DTensor.*Use DistributedDataParallel"),
+        ("DTensor", r"TypeError: parameter 1\.weight is a DTensor.*mesh=saef\.node_mesh\(device\)"),
         ("another group", r"ValueError: process_group has ranks.*Leave process_group out"),
     ],
 )
