@@ -86,9 +86,11 @@ def test_train_gpt_runs_on_nodes_of_two_ranks(tmp_path: Path, more: tuple[str, .
 def test_lm_prints_a_table_and_saves_a_picture(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("to be, or not to be: that is the question. " * 200)
     flags = ["--methods", "adamw", "saef", "--steps", "12", "--seeds", "2", "--data", "text", "--picture", "lm.png"]
+    flags += ["--batch", "8"]
     said = run(str(EXAMPLES / "lm.py"), *flags, cwd=tmp_path, fresh=True)
     assert re.search(r"^AdamW +\d\.\d{3} \+- \d\.\d{3} .* 1\.0x$", said, re.MULTILINE)
     assert re.search(r"^SAEF-AdamW, sign +\d\.\d{3} \+-", said, re.MULTILINE)
+    assert re.search(r"^SAEF-AdamW, sign is [+-]\d\.\d{3} from AdamW, at most 0.03: (yes|NO)$", said, re.MULTILINE)
     assert (tmp_path / "lm.png").read_bytes().startswith(b"\x89PNG")
 
 
