@@ -376,6 +376,7 @@ class Engine:
         """A backward has ended."""
         if self._reducing:
             self._reducing = False
+            self.weights.check_reduced()
             self.exchange_gradients()
         self.leave()
 

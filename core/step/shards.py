@@ -32,10 +32,10 @@ class Shards(Copying):
             module.reshard()
 
     def check_reduced(self) -> None:
-        if all(p.grad is None for p in self.parameters):
+        if any(map(_holds_back, self._modules)) or all(p.grad is None for p in self.parameters):
             raise RuntimeError(
-                "optimizer.step() found no gradients: FSDP has not reduced them. Before the backward of a step's last "
-                "micro-batch call model.set_requires_gradient_sync(True)"
+                "there are gradients that FSDP has not reduced, or none at all: they would count as zeros. Before the "
+                "backward of a step's last micro-batch call model.set_requires_gradient_sync(True), of the whole model"
             )
 
     def _show_half(self) -> None:
@@ -80,6 +80,17 @@ class Shards(Copying):
 def _sharded_modules(model: nn.Module) -> list[Any]:
     """Those that `fully_shard` was called for. By name: importing FSDP takes as long as half of torch."""
     return [m for m in model.modules() if any(kind.__name__ == "FSDPModule" for kind in type(m).__mro__)]
+
+
+def _holds_back(module: Any) -> bool:
+    """Whether it accumulates gradients of its own, without reducing them."""
+    state = module._get_fsdp_state()
+    groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
+    waiting = [p for group in groups if group is not None and not group.reduce_grads for p in group.fsdp_params]
+    own = (getattr(p, "_unsharded_param", None) for p in waiting)  # there is none before the first forward
+    return any(p.unsharded_accumulated_grad is not None for p in waiting) or any(
+        p is not None and p.grad is not None for p in own
+    )
 
 
 def lay_down(model: nn.Module) -> None:

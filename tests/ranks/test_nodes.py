@@ -18,7 +18,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import saef
@@ -714,8 +714,29 @@ def unsynchronised(group: Any) -> None:
     assert state.steps == 0
 
 
+def in_part(group: Any) -> None:
+    """One of the layers alone holds back: of two micro-batches, and of one."""
+    model, optimizer, state = make(group, JOB, 2)
+    for parts in (2, 1):
+        layer = next(m for m in model if isinstance(m, FSDPModule))
+        model.set_requires_gradient_sync(False)
+        for i in range(parts):
+            if i + 1 == parts:
+                model.set_requires_gradient_sync(True)
+                layer.set_requires_gradient_sync(False)
+            loss = model(torch.ones(1, 6, dtype=torch.float64)).sum()
+            if i + 1 < parts:
+                loss.backward()
+        with pytest.raises(RuntimeError, match=r"call model\.set_requires_gradient_sync\(True\), of the whole model"):
+            loss.backward()
+        optimizer.zero_grad()
+        layer.set_requires_gradient_sync(True)
+    assert state.steps == 0
+
+
 def test_gradients_that_fsdp_has_not_reduced_are_no_zeros(pool: RankPool) -> None:
     pool.run(unsynchronised)
+    pool.run(in_part)
 
 
 def refused(group: Any, what: str) -> str:
