@@ -65,7 +65,7 @@ def test_each_rank_has_a_namespace_and_the_words_of_torchrun(options: list[str])
 
 
 SEND = """
-import os, socket
+import os, socket, time
 if os.environ["RANK"] == "0":
     peer, _ = socket.create_server(("", 29500)).accept()
     while peer.recv(1 << 16): pass
@@ -73,7 +73,7 @@ else:
     peer = None
     while peer is None:
         try: peer = socket.create_connection((os.environ["MASTER_ADDR"], 29500))
-        except ConnectionRefusedError: pass
+        except ConnectionRefusedError: time.sleep(0.05)  # each attempt is counted, too
     peer.sendall(bytes(1000000))
 """
 
