@@ -290,7 +290,7 @@ def draw(cells: list[Record], path: Path) -> None:
     for axis in axes[len(panels) :]:
         axis.remove()
     handles = {line.get_label(): line for axis in axes[: len(panels)] for line in axis.get_lines()}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, fontsize=8)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(5, 2 * across), fontsize=8)
     figure.savefig(path, dpi=120)
 
 
