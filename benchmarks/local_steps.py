@@ -14,13 +14,12 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from machine import describe, interleaved
+from machine import describe, interleaved, sent_by
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -93,11 +92,6 @@ class Trainer:
         return ", ".join(f"{name} {vectors:.2f}" for name, vectors in found.items())
 
 
-def on_the_interface() -> int:
-    lines = Path("/proc/net/dev").read_text().splitlines()  # of this network namespace
-    return int(next(line for line in lines if line.strip().startswith("lo:")).split(":")[1].split()[8])
-
-
 def run_rank(rank: int, args: argparse.Namespace, store: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=args.ranks)
@@ -118,12 +112,12 @@ def run_rank(rank: int, args: argparse.Namespace, store: str) -> None:
         heads = f"{'least .. most':>22}{'to no exchange':>16}{'bytes a step':>14}{'on the interface':>18}"
         print(f"{'':38}{'a step':>12}{heads}")
     for name, took in each.items():
-        bytes_before, trainer = on_the_interface(), trainers.get(name)
+        bytes_before, trainer = sent_by("lo"), trainers.get(name)
         dist.barrier()
         if trainer is not None:
             trainer.round()
         dist.barrier()
-        seen = (on_the_interface() - bytes_before) / args.ranks / steps[name]
+        seen = (sent_by("lo") - bytes_before) / args.ranks / steps[name]
         if rank == 0:
             counted = trainer.state.metrics()["bytes_per_step"] if trainer is not None and trainer.state else 0.0
             unit = median(each["no exchange"])

@@ -54,6 +54,13 @@ def interleaved(
     return seconds
 
 
+def sent_by(interface: str) -> float:
+    """Bytes that this network namespace has sent by an interface; NaN if it has none of that name."""
+    lines = Path("/proc/net/dev").read_text().splitlines()
+    found = [line.split(":")[1] for line in lines if line.split(":")[0].strip() == interface]
+    return float(found[0].split()[8]) if found else math.nan
+
+
 def table(seconds: dict[str, list[float]], unit: str) -> str:
     """Median, quartiles and ratio of medians to `unit`, one line for each piece of work."""
     lines = [f"{'':44}{'median':>10}{'quartiles':>20}{'ratio':>8}"]

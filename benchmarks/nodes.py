@@ -2,17 +2,14 @@
 
     python benchmarks/nodes.py [--mbit 1000] [--layers 10] [--width 1024] [--batch 8] [--steps 5]
 
-Each node is a network namespace of its own, whose loopback is as it is; a pair of virtual interfaces of --mbit Mb/s
-joins the two (needs `unshare`, `nsenter`, `ip` and `tc`). Then what each node has sent to the other, as the interface
-counts it, and the memory of each arrangement on one rank.
+It starts itself in `benchmarks/netlab` (which says what that needs): each node is a network namespace of its own, whose
+loopback is as it is, with a link of --mbit Mb/s. Then what each node has sent to the other, as the interface counts it,
+and the memory of each arrangement on one rank.
 """
 
 import argparse
 import os
-import shlex
-import subprocess
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from machine import describe, interleaved
+from machine import describe, interleaved, sent_by
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -32,7 +29,7 @@ from saef.hooks import saef_hook
 
 warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 has other names for two collectives
 NODES, RANKS = 2, 2
-LINK = "between"
+NETLAB = Path(__file__).with_name("netlab")
 
 
 def hierarchical(mesh: DeviceMesh, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
@@ -98,15 +95,10 @@ ARRANGEMENTS = {
 }
 
 
-def sent() -> int:
-    """Bytes that this node has sent to the other."""
-    lines = Path("/proc/net/dev").read_text().splitlines()  # of this network namespace
-    return int(next(line for line in lines if line.strip().startswith(f"{LINK}:")).split(":")[1].split()[8])
-
-
-def run_rank(rank: int, args: argparse.Namespace) -> None:
+def run_rank(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{args.store}", rank=rank, world_size=NODES * RANKS)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     mesh = init_device_mesh("cpu", (NODES, RANKS), mesh_dim_names=("replicate", "shard"))
     trainers = {name: Trainer(args, mesh, *which) for name, which in ARRANGEMENTS.items()}
     work: dict[str, Callable[[], None]] = {name: trainer.step for name, trainer in trainers.items()}
@@ -118,13 +110,13 @@ def run_rank(rank: int, args: argparse.Namespace) -> None:
         print(f"{'':44}{'a step':>12}{'least .. most':>22}{'sent by a node':>18}")
     for name, took in seconds.items():
         dist.barrier()
-        before = sent()
+        before = sent_by("eth0")
         trainers[name].step()
         dist.barrier()
+        sent = sent_by("eth0") - before
         if rank == 0:
             print(
-                f"{name:44}{median(took) * 1e3:9.1f} ms{min(took) * 1e3:12.1f} .. {max(took) * 1e3:.1f}"
-                f"{sent() - before:18,}",
+                f"{name:44}{median(took) * 1e3:9.1f} ms{min(took) * 1e3:12.1f} .. {max(took) * 1e3:.1f}{sent:18,.0f}",
                 flush=True,
             )
     if rank == 0:
@@ -135,28 +127,6 @@ def run_rank(rank: int, args: argparse.Namespace) -> None:
     dist.destroy_process_group()
 
 
-def join_nodes(args: argparse.Namespace) -> list[subprocess.Popen[bytes]]:
-    """In a network namespace that is the first node: the second, the link between both, and its ranks."""
-    second = subprocess.Popen(["unshare", "-n", "sleep", "1000000"])
-    while os.readlink(f"/proc/{second.pid}/ns/net") == os.readlink("/proc/self/ns/net"):
-        pass
-    inside = ["nsenter", "-t", str(second.pid), "-n"]
-    subprocess.run(shlex.split(f"ip link add {LINK} type veth peer name {LINK} netns {second.pid}"), check=True)
-    for number, enter in ((1, []), (2, inside)):
-        for words in (
-            "ip link set lo up",
-            f"ip addr add 10.0.0.{number}/24 dev {LINK}",
-            f"ip link set {LINK} up",
-            f"tc qdisc add dev {LINK} root tbf rate {args.mbit:g}mbit burst 256k latency 1s",
-        ):
-            subprocess.run([*enter, *shlex.split(words)], check=True)
-    ranks = [
-        subprocess.Popen([*(inside if rank >= RANKS else []), sys.executable, *sys.argv, "--rank", str(rank)])
-        for rank in range(NODES * RANKS)
-    ]
-    return [*ranks, second]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mbit", type=float, default=1000)
@@ -164,21 +134,11 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--store")
-    parser.add_argument("--rank", type=int)
     args = parser.parse_args()
-    if args.rank is not None:
-        run_rank(args.rank, args)
-    elif args.store is None:
-        with tempfile.TemporaryDirectory() as folder:
-            again = [sys.executable, *sys.argv, "--store", f"{folder}/store"]
-            environment = {**os.environ, "GLOO_SOCKET_IFNAME": LINK}
-            raise SystemExit(subprocess.run(["unshare", "-n", *again], env=environment).returncode)
-    else:
-        *ranks, second = join_nodes(args)
-        codes = [rank.wait() for rank in ranks]
-        second.kill()
-        raise SystemExit(max(codes))
+    if "RANK" in os.environ:
+        return run_rank(args)
+    ranks = ["--ranks-per-node", str(RANKS), str(NODES * RANKS)]
+    os.execv(sys.executable, [sys.executable, str(NETLAB), f"{args.mbit:g}", *ranks, "--", sys.executable, *sys.argv])
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from machine import describe
+from machine import describe, sent_by
 from workloads import METHODS, PLAIN, PLAIN_ADAMW, WORKLOADS, Trainer, methods_for, optimizer_of, unit
 
 from saef import advise, probe
@@ -49,10 +49,7 @@ Record = dict[str, Any]
 
 def interface_bytes() -> float:
     """What this rank's interface has sent since the machine, or the namespace, is there."""
-    name = os.environ.get("GLOO_SOCKET_IFNAME", "eth0")
-    lines = Path("/proc/net/dev").read_text().splitlines()
-    found = [line for line in lines if line.split(":")[0].strip() == name]
-    return float(found[0].split(":")[1].split()[8]) if found else math.nan
+    return sent_by(os.environ.get("GLOO_SOCKET_IFNAME", "eth0"))
 
 
 def agreed(value: float) -> float:

@@ -196,7 +196,7 @@ class Codec:
         if message.numel() != self.message_bytes:
             raise ValueError(f"malformed message: expected {self.message_bytes} bytes, got {message.numel()}")
         message = message.clone()  # aligned, whatever it was a slice of
-        if not bool(finite(self.layout.scalars, self.layout.halves, message, self.dtype)):
+        if not bool(finite([(0, self.layout.scalars, self.layout.halves)], message, self.dtype)):
             raise ValueError("malformed message: a scale or value is not finite")
         padding = message[self.layout.used_bytes :]
         if bool(padding.any()):
@@ -216,8 +216,14 @@ def scalars(count: int, message: Tensor, dtype: torch.dtype) -> Tensor:
     return message[: count * dtype.itemsize].view(dtype)
 
 
-def finite(count: int, halves: int, message: Tensor, dtype: torch.dtype) -> Tensor:
-    """0-dim bool tensor: whether the scalars and halves at the head of a message are finite numbers."""
-    rest = message[count * dtype.itemsize :]
-    found = torch.isfinite(scalars(count, message, dtype)).all()
-    return found & torch.isfinite(scalars(halves, rest, torch.bfloat16)).all() if halves else found
+def finite(heads: Sequence[tuple[int, int, int]], messages: Tensor, dtype: torch.dtype) -> Tensor:
+    """0-dim bool tensor: whether the scalars and halves of messages that lie one after the other are finite numbers.
+
+    Args:
+        heads: of each message: where it begins, in bytes, and its numbers of scalars and halves.
+    """
+    found = torch.isfinite(torch.cat([scalars(count, messages[start:], dtype) for start, count, _ in heads])).all()
+    behind = [(start + count * dtype.itemsize, halves) for start, count, halves in heads if halves]
+    if behind:
+        found &= torch.isfinite(torch.cat([scalars(n, messages[at:], torch.bfloat16) for at, n in behind])).all()
+    return found

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..comm.exchange import Strategy
-from .codec import Block, Layout, block_ranges, lay_out, scalars
+from .codec import Block, Layout, block_ranges, finite, lay_out
 from .compressors import Code, Compressor, codes_of
 from .kernels.table import COLUMNS
 
@@ -148,13 +148,7 @@ class Plan(NamedTuple):
 
     def finite(self, replies: Tensor, dtype: torch.dtype) -> Tensor:
         """0-dim bool tensor: whether every scale and value of the replies is a finite number."""
-        parts = [scalars(count, replies[start:], dtype) for start, count, _ in self.heads]
-        found = torch.isfinite(torch.cat(parts)).all()
-        if any(halves for *_, halves in self.heads):
-            behind = [(start + count * dtype.itemsize, halves) for start, count, halves in self.heads]
-            halved = [scalars(halves, replies[start:], torch.bfloat16) for start, halves in behind]
-            found &= torch.isfinite(torch.cat(halved)).all()
-        return found
+        return finite(self.heads, replies, dtype)
 
 
 def plan_bucket(blocks: Blocks, parameters: Sequence[tuple[int, int]], servers: int, rank: int, itemsize: int) -> Plan:
