@@ -73,15 +73,16 @@ class Echo(Ordered):
         super().__init__(rank, size, device, thread=device.type == "cpu")
         self._message = torch.empty(0, dtype=torch.uint8, device=device)
 
-    def _all_gather(self, message: Tensor, sizes: Sequence[int], purpose: Purpose) -> Tensor:
+    def _begin_all_gather(self, message: Tensor, sizes: Sequence[int], purpose: Purpose) -> Callable[[], Tensor]:
         if purpose == "phase2":  # each server answers with its section of what it was sent: coded alike both ways
-            return self._message.clone()
-        return message.repeat(self.size)
+            return self._message.clone
+        return partial(message.repeat, self.size)
 
-    def _all_to_all(self, message: Tensor, sizes: Sequence[int], received: int, purpose: Purpose) -> Tensor:
+    def _begin_all_to_all(
+        self, message: Tensor, sizes: Sequence[int], received: int, purpose: Purpose
+    ) -> Callable[[], Tensor]:
         self._message = message
-        own: Tensor = message.split(list(sizes))[self.rank]
-        return own.repeat(self.size)
+        return partial(message.split(list(sizes))[self.rank].repeat, self.size)
 
     def _sum(self, v: Tensor, purpose: Purpose) -> None:
         v.mul_(self.size)
@@ -156,7 +157,8 @@ def measure_network(device: torch.device, pause_s: float = 0.0) -> Network:
         v, out = (torch.zeros(max(1, n // K) * K, dtype=torch.uint8, device=device) for _ in range(2))
         return lambda: group.alltoall_base(out, v, [], []).wait()
 
-    return Network(K, *(_curve(make, device, pause_s) for make in (all_reduce, all_gather, all_to_all)))
+    reduce, gather, exchange = (_curve(make, device, pause_s) for make in (all_reduce, all_gather, all_to_all))
+    return Network(K, reduce, gather, exchange, pipelines=device.type == "cpu")
 
 
 def _curve(make: Callable[[int], Callable[[], object]], device: torch.device, pause_s: float) -> Curve:

@@ -82,15 +82,16 @@ class HorovodTransport(Ordered):
                 f"for longer than HOROVOD_STALL_SHUTDOWN_TIME_SECONDS. {REMEDY}. The cause: {error}"
             ) from error
 
-    def _all_gather(self, message: Tensor, sizes: Sequence[int], purpose: Purpose) -> Tensor:
-        out: Tensor = _wait(hvd.allgather_async(message.cpu(), f"{self._prefix}.{purpose}.{sum(sizes)}"))
-        return out.to(self.device)
+    def _begin_all_gather(self, message: Tensor, sizes: Sequence[int], purpose: Purpose) -> Callable[[], Tensor]:
+        handle = hvd.allgather_async(message.cpu(), f"{self._prefix}.{purpose}.{sum(sizes)}")
+        return lambda: _wait(handle).to(self.device)
 
-    def _all_to_all(self, message: Tensor, sizes: Sequence[int], received: int, purpose: Purpose) -> Tensor:
+    def _begin_all_to_all(
+        self, message: Tensor, sizes: Sequence[int], received: int, purpose: Purpose
+    ) -> Callable[[], Tensor]:
         splits = torch.tensor(sizes, dtype=torch.int32, device="cpu")
-        name = f"{self._prefix}.{purpose}.{message.numel()}"
-        out: Tensor = _wait(hvd.alltoall_async(message.cpu(), splits, name))[0]
-        return out.to(self.device)
+        handle = hvd.alltoall_async(message.cpu(), splits, f"{self._prefix}.{purpose}.{message.numel()}")
+        return lambda: _wait(handle)[0].to(self.device)
 
     def _sum(self, v: Tensor, purpose: Purpose) -> None:
         host = v.cpu()

@@ -10,7 +10,8 @@ after the other in a backward of b seconds:
 
     exposed = max(c, n c + b / n - b)
 
-and n c where nothing overlaps: the exchange comes after the backward, or the ranks use all cores.
+and n c where nothing overlaps: the exchange comes after the backward, or the ranks use all cores. Where phases of
+different buckets travel at once, n c is less by the latency of all buckets but one.
 """
 
 from __future__ import annotations
@@ -71,12 +72,14 @@ class Network:
         all_reduce: by the bytes of the vector, which each rank has.
         all_gather: by the bytes of one rank's message.
         all_to_all: by the bytes of all sections of one rank's message, its own included.
+        pipelines: whether the phases of different buckets travel at once, so that each one's latency counts once.
     """
 
     workers: int
     all_reduce: Curve
     all_gather: Curve
     all_to_all: Curve
+    pipelines: bool = False
 
     @property
     def bits_per_s(self) -> float:
@@ -91,7 +94,8 @@ class Network:
 
     def slower(self, factor: float) -> Network:
         """Links of the same latency and 1 / factor of the rate."""
-        return Network(self.workers, *(c.slower(factor) for c in (self.all_reduce, self.all_gather, self.all_to_all)))
+        reduce, gather, exchange = (c.slower(factor) for c in (self.all_reduce, self.all_gather, self.all_to_all))
+        return Network(self.workers, reduce, gather, exchange, self.pipelines)
 
 
 def alpha_beta(
@@ -162,10 +166,10 @@ def step_seconds(method: Method, network: Network, compute_s: float, *, overlap:
         overlap: whether the network works beside the backward; not where the ranks' computation uses all cores.
     """
     c, n = bucket_seconds(method, network), method.buckets
-    exposed = n * c
+    exposed = every = n * c - (n - 1) * _latency_hidden(method, network)
     if overlap and method.overlaps and method.every == 1:
         backward = BACKWARD * compute_s
-        exposed = max(c, n * c + backward / n - backward)
+        exposed = max(c, every + backward / n - backward)
     return compute_s + method.kernels_s + exposed / method.every
 
 
@@ -182,6 +186,14 @@ def bucket_seconds(method: Method, network: Network) -> float:
         total += network.all_to_all(method.message_bytes / n)
         total += network.all_gather(method.reply_bytes / n / network.workers)
     return total
+
+
+def _latency_hidden(method: Method, network: Network) -> float:
+    """Of a bucket's seconds on the network those that pass while other buckets travel."""
+    if not (network.pipelines and method.message_bytes) or network.workers == 1:
+        return 0.0
+    replies = network.all_to_all(0.0) if method.strategy == "sharded" else 0.0
+    return network.all_gather(0.0) + replies
 
 
 def break_even_bits_per_s(

@@ -7,7 +7,8 @@ Two strategies, with bit-identical results:
     sharded      phase 1: all-to-all, each server gets its section of every message;
                  phase 2: all-gather of the servers' replies. Bytes do not grow with K.
 
-Who carries the bytes is a `saef.comm.transport.Transport`.
+Who carries the bytes is a `saef.comm.transport.Transport`; where that has a second way for the replies, phase 2 of one
+bucket and phase 1 of the next travel at once.
 """
 
 from __future__ import annotations
@@ -24,30 +25,34 @@ Strategy = Literal["replicated", "sharded"]
 LATENCY_BYTES = 1 << 16  # one more collective costs about as much as sending this: 50 us at 10 Gb/s
 
 
-def two_way(
-    transport: Transport,
-    sharded: bool,
-    message: Tensor,
-    send_bytes: Sequence[int],
-    reply_bytes: Sequence[int],
-    serve: Callable[[Tensor], Tensor],
-) -> tuple[Tensor, Tensor]:
-    """Exchange one bucket: every worker's message in, every server's reply out (Alg. 1, lines 19-23).
+def send(transport: Transport, sharded: bool, message: Tensor, send_bytes: Sequence[int]) -> Callable[[], Tensor]:
+    """Begin phase 1 of a bucket: every worker's message to the servers (Alg. 1, line 19).
 
     Args:
         message: this worker's sections, one after the other, uint8.
-        send_bytes, reply_bytes: length of each server's section and reply (one entry if replicated).
-        serve: from the [K, section] messages this rank received to its reply.
+        send_bytes: length of each server's section (one entry if replicated).
 
     Returns:
-        (the messages received, the replies of all servers one after the other).
+        What waits for the messages that this rank serves, [K, section], and returns them.
     """
-    size, rank = transport.size, transport.rank
-    if not sharded:
-        received = transport.all_gather(message, [send_bytes[0]] * size, "phase1").view(size, -1)
-        return received, serve(received)
-    received = transport.all_to_all(message, send_bytes, send_bytes[rank], "phase1")
-    return received, transport.all_gather(serve(received), reply_bytes, "phase2")
+    if sharded:
+        return transport.begin_all_to_all(message, send_bytes, send_bytes[transport.rank], "phase1")
+    gathered = transport.begin_all_gather(message, [send_bytes[0]] * transport.size, "phase1")
+    return lambda: gathered().view(transport.size, -1)
+
+
+def answer(transport: Transport, sharded: bool, reply: Tensor, reply_bytes: Sequence[int]) -> Callable[[], Tensor]:
+    """Begin phase 2: every server's reply to the workers (Alg. 1, line 23).
+
+    Args:
+        transport: of the replies.
+        reply: what this rank has made of the messages that it serves, uint8.
+        reply_bytes: length of each server's reply.
+
+    Returns:
+        What waits for the replies of all servers, and returns them one after the other.
+    """
+    return transport.begin_all_gather(reply, reply_bytes, "phase2") if sharded else lambda: reply
 
 
 def choose(workers: int, message_bytes: int, reply_bytes: int) -> Strategy:

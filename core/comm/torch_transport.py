@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
@@ -15,7 +17,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store, _get_process_group_store
 
 from .meeting import Meetings, NotTogether
-from .transport import Ordered, Purpose
+from .transport import Ordered, Purpose, _OrderedWorker
 
 LONGEST_LOOK_S = 60.0  # between two looks at where the others are
 TRAINING = ("phase1", "phase2", "averaging")  # what a step's bytes are counted as
@@ -26,8 +28,8 @@ END_TAG = 0x5AEE  # of a message that nobody sends
 class TorchTransport(Ordered):
     """A `Transport` over a torch.distributed process group.
 
-    On CPU it opens a gloo group of its own with the same ranks: DDP and the user issue collectives of
-    their own from other threads, and two threads on one group would mix up the order.
+    On CPU it opens a gloo group of its own with the same ranks, and one for the replies: DDP and the user issue
+    collectives of their own from other threads, and two threads on one group would mix up the order.
 
     Args:
         group: process group; None for the default one.
@@ -46,8 +48,10 @@ class TorchTransport(Ordered):
         if rank < 0:
             raise ValueError("this rank is not a member of process_group; create the state on its members only")
         super().__init__(rank, dist.get_world_size(group), device, thread=cpu)
-        store, self._timeout = private_store(group, device, what), _timeout(group, device)
-        self._private = gloo(store, rank, self.size, group) if cpu else None
+        store, self._timeout = private_store(group, device, what), timeout_of(group, device)
+        self._private = gloo(store, rank, self.size, self._timeout) if cpu else None
+        self._store, self.pipelines = store, cpu and self.size > 1
+        self._replies: TorchTransport | None = None  # made when the first is sent
         self.group: Any = self._private or group  # a gloo backend has the same methods
         self._nccl = not cpu and group._get_backend(device).name() == "nccl"
         if self.size > 1 and hasattr(store, "clone"):  # a blocking call of another thread must not hold up this one's
@@ -55,6 +59,25 @@ class TorchTransport(Ordered):
         self._meetings = _meetings(store, group, device, self._private)
         self._creations = _meetings(_get_process_group_store(group), group, device, self._private)
         self._neighbours: Purpose | None = None  # for what the thread is in a receive from single ranks
+
+    @property
+    def replies(self) -> TorchTransport:
+        if not self.pipelines:
+            return self
+        self._replies = self._replies or self._beside()
+        return self._replies
+
+    def _beside(self) -> TorchTransport:
+        """The same but for a group and a thread of its own. Collective, on the thread of this one."""
+        other = copy.copy(self)
+        other._private = other.group = gloo(PrefixStore("replies", self._store), self.rank, self.size, self._timeout)
+        other._worker = _OrderedWorker(self._on_side, self._worker)
+        self.after_failure(partial(_end, weakref.ref(self)))
+        return other
+
+    def _await_replies(self) -> None:
+        if self._replies is not None:
+            self._replies.call(lambda: None)
 
     def _meet(self, what: str) -> None:
         self._meetings.meet(what, self._place)
@@ -94,6 +117,8 @@ class TorchTransport(Ordered):
 
     def end(self) -> None:
         self._end_pending()
+        if self._replies is not None:
+            self._replies._end_pending()
 
     def _end_pending(self) -> None:
         """What is pending in the group fails now, instead of after its timeout, for which the process's end would wait.
@@ -107,23 +132,26 @@ class TorchTransport(Ordered):
                 nothing = torch.empty(1, dtype=torch.uint8, device="cpu")
                 self._private.recv([nothing], peer, END_TAG).wait(timedelta(milliseconds=1))
 
-    def _all_gather(self, message: Tensor, sizes: Sequence[int], purpose: Purpose) -> Tensor:
-        if len(set(sizes)) > 1:
-            return self._gather_unequal(message, sizes, purpose)
+    def _begin_all_gather(self, message: Tensor, sizes: Sequence[int], purpose: Purpose) -> Callable[[], Tensor]:
         out = message.new_empty(sum(sizes))
-        self._wait(self.group._allgather_base(out, message), purpose)
-        return out
+        if len(set(sizes)) == 1:
+            return self._begun(self.group._allgather_base(out, message), out, purpose)
+        copies = message.repeat(self.size)  # gloo and NCCL gather equal parts only; this sends the same bytes
+        work = self.group.alltoall_base(out, copies, list(sizes), [message.numel()] * self.size)
+        return self._begun(work, out, purpose)
 
-    def _gather_unequal(self, message: Tensor, sizes: Sequence[int], purpose: Purpose) -> Tensor:
-        """gloo and NCCL gather equal parts only; an all-to-all of copies sends the same bytes."""
-        out, copies = message.new_empty(sum(sizes)), message.repeat(self.size)
-        self._wait(self.group.alltoall_base(out, copies, list(sizes), [message.numel()] * self.size), purpose)
-        return out
-
-    def _all_to_all(self, message: Tensor, sizes: Sequence[int], received: int, purpose: Purpose) -> Tensor:
+    def _begin_all_to_all(
+        self, message: Tensor, sizes: Sequence[int], received: int, purpose: Purpose
+    ) -> Callable[[], Tensor]:
         out = message.new_empty(self.size * received)
-        self._wait(self.group.alltoall_base(out, message, [received] * self.size, list(sizes)), purpose)
-        return out
+        return self._begun(self.group.alltoall_base(out, message, [received] * self.size, list(sizes)), out, purpose)
+
+    def _begun(self, work: Any, out: Tensor, purpose: Purpose) -> Callable[[], Tensor]:
+        def end() -> Tensor:
+            self._wait(work, purpose)
+            return out
+
+        return end
 
     def _sum(self, v: Tensor, purpose: Purpose) -> None:
         self._wait(self.group.allreduce([v]), purpose)
@@ -186,15 +214,21 @@ def _meetings(store: Store, group: dist.ProcessGroup, device: torch.device, own:
     if own is None and "cpu" in {d.type for d in group._device_types}:
         found = group._get_backend(torch.device("cpu"))
         own = found if isinstance(found, dist.distributed_c10d.ProcessGroupGloo) else None
-    return Meetings(PrefixStore("saef-meetings", store), rank, size, _timeout(group, device), own)
+    return Meetings(PrefixStore("saef-meetings", store), rank, size, timeout_of(group, device), own)
 
 
-def gloo(store: Store, rank: int, size: int, like: dist.ProcessGroup) -> Any:
-    """A gloo group of `size` ranks that meet in `store`, with the timeout of `like`."""
-    return dist.distributed_c10d.ProcessGroupGloo(store, rank, size, _timeout(like, torch.device("cpu")))
+def gloo(store: Store, rank: int, size: int, timeout: timedelta) -> Any:
+    """A gloo group of `size` ranks that meet in `store`."""
+    return dist.distributed_c10d.ProcessGroupGloo(store, rank, size, timeout)
 
 
-def _timeout(group: dist.ProcessGroup, device: torch.device) -> timedelta:
+def _end(transport: weakref.ref[TorchTransport]) -> None:
+    if (found := transport()) is not None:
+        found.end()
+
+
+def timeout_of(group: dist.ProcessGroup, device: torch.device) -> timedelta:
+    """How long its collectives wait for a silent rank."""
     found: timedelta = group._get_backend(device).options._timeout
     return found
 

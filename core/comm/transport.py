@@ -1,8 +1,8 @@
 """What carries bytes: collectives in one fixed order on every rank, beside the backward.
 
-On CPU one ordered thread per state does both phases of a bucket's exchange, which so overlaps with the
-backward of the next; issuing the second collective from a future's callback would hang, because ranks
-would issue them in different orders. With NCCL a side stream takes the thread's place.
+On CPU one ordered thread per state sends the buckets' messages, which so overlaps with the backward of the next; a
+second one, in the same order, sends the replies beside the messages that follow. Issuing them from a future's callback
+would hang, because ranks would issue collectives in different orders. With NCCL a side stream takes the threads' place.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ class Transport(Protocol):
     rank: int
     size: int
     sent_bytes: Counter[str]
+    pipelines: bool  # whether `replies` is another than this
 
     @property
     def failure(self) -> Exception | None:
@@ -63,13 +64,22 @@ class Transport(Protocol):
         """A future that tensors of this transport's device can complete."""
         ...
 
+    @property
+    def replies(self) -> Transport:
+        """Among the same ranks, a way beside this one: what is submitted to both travels at once.
+
+        To be asked for by submitted work, on all ranks alike. It counts as this one does, fails with it, and has ended
+        what was submitted to it before `call` and `meet` of this one begin. Where there is one way only: this itself.
+        """
+        ...
+
     def submit(
-        self, work: Callable[[], Tensor], future: Future[Tensor], otherwise: Tensor | None = None
+        self, work: Callable[[], Tensor | None], future: Future[Tensor], otherwise: Tensor | None = None
     ) -> Future[Tensor]:
         """Run `work`, which may call the collectives, after all that was submitted before; complete `future`.
 
         If it fails, the future gets `otherwise` (DDP would hide the error in one of its own) or, without it,
-        the error; look at `failure`.
+        the error; look at `failure`. Work that returns None has given the future to other work.
         """
         ...
 
@@ -115,6 +125,19 @@ class Transport(Protocol):
         """Send section r (sizes[r] bytes) to rank r; [K, received] bytes, row k from rank k."""
         ...
 
+    def begin_all_gather(self, message: Tensor, sizes: Sequence[int], purpose: Purpose) -> Callable[[], Tensor]:
+        """`all_gather`, begun: what to call for its result, also in work of `replies`.
+
+        Where a transport pipelines, what is submitted next begins while this is on its way.
+        """
+        ...
+
+    def begin_all_to_all(
+        self, message: Tensor, sizes: Sequence[int], received: int, purpose: Purpose
+    ) -> Callable[[], Tensor]:
+        """The same for `all_to_all`."""
+        ...
+
     def mean(self, v: Tensor, purpose: Purpose) -> None:
         """v <- mean over the ranks, in place; the same bits on every rank."""
         ...
@@ -137,6 +160,7 @@ class Ordered(ABC):
             side stream keeps the order.
     """
 
+    pipelines = False
     silence = "the process group's timeout"  # after which a silent rank is an error
     restart = "torchrun --max-restarts does it by itself"
     look_s = 2.0  # after which a rank that waits looks where the others are, for the first time
@@ -158,6 +182,10 @@ class Ordered(ABC):
         """This rank comes to no further collective: those in which the others wait for it shall fail now."""
         return
 
+    @property
+    def replies(self) -> Ordered:
+        return self
+
     def stream(self) -> AbstractContextManager[Any]:
         if self._side is not None:
             self._side.wait_stream(torch.cuda.current_stream(self.device))
@@ -175,19 +203,20 @@ class Ordered(ABC):
         return self._worker.failure if self._worker is not None else None
 
     def submit(
-        self, work: Callable[[], Tensor], future: Future[Tensor], otherwise: Tensor | None = None
+        self, work: Callable[[], Tensor | None], future: Future[Tensor], otherwise: Tensor | None = None
     ) -> Future[Tensor]:
         with self.stream():
             if self._worker is not None:
                 self._worker.submit(work, future, otherwise)
-            else:
-                future.set_result(work())
+            elif (result := work()) is not None:
+                future.set_result(result)
         return future
 
     def call(self, work: Callable[[], T]) -> T:
         result: list[T] = []
 
         def run() -> Tensor:
+            self._await_replies()
             result.append(work())
             return torch.empty(0, device="cpu")
 
@@ -227,13 +256,23 @@ class Ordered(ABC):
         )
 
     def all_gather(self, message: Tensor, sizes: Sequence[int], purpose: Purpose) -> Tensor:
-        self._count(purpose, message.numel() * (self.size - 1))
-        return message if self.size == 1 else self._all_gather(message, sizes, purpose)
+        return self.begin_all_gather(message, sizes, purpose)()
 
     def all_to_all(self, message: Tensor, sizes: Sequence[int], received: int, purpose: Purpose) -> Tensor:
+        return self.begin_all_to_all(message, sizes, received, purpose)()
+
+    def begin_all_gather(self, message: Tensor, sizes: Sequence[int], purpose: Purpose) -> Callable[[], Tensor]:
+        self._count(purpose, message.numel() * (self.size - 1))
+        return partial(_here, message) if self.size == 1 else self._begin_all_gather(message, sizes, purpose)
+
+    def begin_all_to_all(
+        self, message: Tensor, sizes: Sequence[int], received: int, purpose: Purpose
+    ) -> Callable[[], Tensor]:
         self._count(purpose, sum(sizes) - sizes[self.rank])
-        out = message if self.size == 1 else self._all_to_all(message, sizes, received, purpose)
-        return out.view(self.size, received)
+        if self.size == 1:
+            return partial(_here, message.view(1, received))
+        begun = self._begin_all_to_all(message, sizes, received, purpose)
+        return lambda: begun().view(self.size, received)
 
     def mean(self, v: Tensor, purpose: Purpose) -> None:
         self._count(purpose, 2 * (self.size - 1) * v.numel() * v.element_size() // self.size)
@@ -255,6 +294,10 @@ class Ordered(ABC):
         other but the collectives; else it raises `NotTogether`."""
         return
 
+    def _await_replies(self) -> None:
+        """Until what was submitted to `replies` has ended, if that is another than this. On the thread."""
+        return
+
     def _look_beside(self) -> None:
         """Called now and then while the thread is in work that `call` waits for: end what cannot end by itself."""
         return
@@ -262,16 +305,23 @@ class Ordered(ABC):
     # What subclasses move, among more than one rank.
 
     @abstractmethod
-    def _all_gather(self, message: Tensor, sizes: Sequence[int], purpose: Purpose) -> Tensor: ...
+    def _begin_all_gather(self, message: Tensor, sizes: Sequence[int], purpose: Purpose) -> Callable[[], Tensor]: ...
 
     @abstractmethod
-    def _all_to_all(self, message: Tensor, sizes: Sequence[int], received: int, purpose: Purpose) -> Tensor: ...
+    def _begin_all_to_all(
+        self, message: Tensor, sizes: Sequence[int], received: int, purpose: Purpose
+    ) -> Callable[[], Tensor]: ...
 
     @abstractmethod
     def _sum(self, v: Tensor, purpose: Purpose) -> None: ...
 
     @abstractmethod
     def _send_receive(self, v: Tensor, to: Sequence[int], sources: Sequence[int], purpose: Purpose) -> list[Tensor]: ...
+
+
+def _here(message: Tensor) -> Tensor:
+    """What has arrived of a collective of one rank."""
+    return message
 
 
 EXIT_S = 5.0  # that a process waits at its end for an exchange that is under way
@@ -288,36 +338,41 @@ class _OrderedWorker:
 
     Args:
         context: makes the context that items run in.
+        first: a worker whose items submit those of this one. Both fail together, and this one ends after it.
     """
 
-    def __init__(self, context: Context = nullcontext) -> None:
-        self._context = context
-        self._failures: list[Exception] = []
-        self.after_failure: list[Callable[[], None]] = []
+    def __init__(self, context: Context = nullcontext, first: _OrderedWorker | None = None) -> None:
+        self._context, self._first = context, first
+        self._failures: list[Exception] = [] if first is None else first._failures
+        self.after_failure: list[Callable[[], None]] = [] if first is None else first.after_failure
         self._items: _Items = queue.SimpleQueue()
-        self._started = False
+        self._threads: list[tuple[_Items, threading.Thread]] = []  # to be ended in this order
 
     @property
     def failure(self) -> Exception | None:
         return self._failures[0] if self._failures else None
 
-    def submit(self, work: Callable[[], Tensor], future: Future[Tensor], otherwise: Tensor | None) -> Future[Tensor]:
-        if not self._started:
-            self._started = True
-            parts = (
-                self._items,
-                self._failures,
-                self.after_failure,
-                self._context,
-            )  # not self, which the thread would keep alive
-            thread = threading.Thread(target=_run, args=parts, name="saef-exchange", daemon=True)
-            thread.start()
-            weakref.finalize(self, _stop, self._items, thread)  # also at exit
+    def submit(
+        self, work: Callable[[], Tensor | None], future: Future[Tensor], otherwise: Tensor | None
+    ) -> Future[Tensor]:
+        if not self._threads:
+            self._start()
         self._items.put((work, future, otherwise))
         return future
 
+    def _start(self) -> None:
+        parts = self._items, self._failures, self.after_failure, self._context  # not self: the thread would keep it
+        name = "saef-exchange" if self._first is None else "saef-replies"
+        thread = threading.Thread(target=_run, args=parts, name=name, daemon=True)
+        thread.start()
+        self._threads.append((self._items, thread))
+        if self._first is None:
+            weakref.finalize(self, _stop, self._threads)  # also at exit
+        else:
+            self._first._threads.append((self._items, thread))
 
-_Items = queue.SimpleQueue[tuple[Callable[[], Tensor], Future[Tensor], Tensor | None] | None]
+
+_Items = queue.SimpleQueue[tuple[Callable[[], Tensor | None], Future[Tensor], Tensor | None] | None]
 
 
 def _run(items: _Items, failures: list[Exception], after_failure: list[Callable[[], None]], context: Context) -> None:
@@ -340,7 +395,8 @@ def _run(items: _Items, failures: list[Exception], after_failure: list[Callable[
         del item, work, future, result  # or the last bucket's tensors would live until the next step
 
 
-def _stop(items: _Items, thread: threading.Thread) -> None:
-    items.put(None)
-    if thread is not threading.current_thread():
-        thread.join(EXIT_S)
+def _stop(threads: list[tuple[_Items, threading.Thread]]) -> None:
+    for items, thread in threads:
+        items.put(None)
+        if thread is not threading.current_thread():
+            thread.join(EXIT_S)

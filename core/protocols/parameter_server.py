@@ -31,7 +31,7 @@ from torch._utils import _unflatten_dense_tensors
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from ..comm import agreement
-from ..comm.torch_transport import TorchTransport, gloo, private_store
+from ..comm.torch_transport import TorchTransport, gloo, private_store, timeout_of
 
 logger = logging.getLogger("saef")
 
@@ -65,7 +65,7 @@ class _Link:
     """The connection between the server (side 0) and one worker (side 1)."""
 
     def __init__(self, store: Store, side: int, like: dist.ProcessGroup) -> None:
-        self._group, self._peer = gloo(store, side, 2, like), 1 - side
+        self._group, self._peer = gloo(store, side, 2, timeout_of(like, torch.device("cpu"))), 1 - side
 
     def send(self, *tensors: Tensor) -> None:
         self._move(self._group.send, tensors)

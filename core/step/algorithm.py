@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import final
 
 import torch
 from torch import Tensor
 
-from ..comm.exchange import two_way
+from ..comm.exchange import answer, send
 from ..wire import kernels
 from ..wire.kernels.table import Update, Worker
 from .clock import Clock
@@ -18,6 +18,8 @@ from .memory import Context, Memory
 from .outer import Nesterov
 from .prepared import Bucket, Prepared, changed
 from .weights import Weights
+
+Arriving = Callable[[], Tensor]  # waits for what is on its way
 
 
 @final
@@ -33,6 +35,7 @@ class Algorithm:
     def __init__(self, context: Context, memory: Memory, rule: LocalRule, clock: Clock) -> None:
         self._weights, self._transport, self._placement = context.weights, context.transport, context.placement
         self._memory, self._rule, self._clock = memory, rule, clock
+        self._sharded = context.placement.strategy == "sharded"
         self._error_decay = context.settings.error_decay
         self._clips, self._outer, self._node = context.clips, context.settings.outer, context.node
         self._kernels = kernels.select(context.weights.device)
@@ -54,7 +57,7 @@ class Algorithm:
             self._transport.submit(partial(self._exchange, bucket), bucket.done, bucket.given)
 
     @torch.no_grad()
-    def _compress_node(self, bucket: Bucket, update: Update) -> Tensor:
+    def _compress_node(self, bucket: Bucket, update: Update) -> Tensor | None:
         """The node's gradient, its message, and both phases; in the transport's order."""
         if not self._clips:  # else it is there
             self._average(bucket)
@@ -106,25 +109,43 @@ class Algorithm:
         return Worker(g, self._memory.m, self._memory.e, self._weights.x_half()[0])
 
     @torch.no_grad()
-    def _exchange(self, bucket: Bucket) -> Tensor:
-        """Both phases; runs in the transport's order."""
-        plan, sharded = bucket.plan, self._placement.strategy == "sharded"
-
-        def serve(messages: Tensor) -> Tensor:
-            reply = messages.new_zeros(plan.reply.message_bytes)
-            if reply.numel():  # a server may have no block in a small bucket
-                self._kernels.serve(plan.receive.table, plan.reply.table, messages, self._memory.e_server, reply)
-            return reply
-
+    def _exchange(self, bucket: Bucket) -> Tensor | None:
+        """Phase 1, in the transport's order."""
         with self._clock.span("exchange"):
-            received, replies = two_way(
-                self._transport, sharded, bucket.message, plan.send_bytes, plan.reply_bytes, serve
-            )
-            if sharded:
-                self._kernels.inspect(plan.apply.table, replies)
+            arrive = send(self._transport, self._sharded, bucket.message, bucket.plan.send_bytes)
+        return self._go_on(self._serve, bucket, arrive)
+
+    @torch.no_grad()
+    def _serve(self, bucket: Bucket, arrive: Arriving) -> Tensor | None:
+        """What this server makes of the workers' messages, and phase 2."""
+        plan = bucket.plan
+        with self._clock.span("exchange"):
+            received = arrive()
+            reply = received.new_zeros(plan.reply.message_bytes)
+            if reply.numel():  # a server may have no block in a small bucket
+                self._kernels.serve(plan.receive.table, plan.reply.table, received, self._memory.e_server, reply)
+            arrive = answer(self._transport.replies, self._sharded, reply, plan.reply_bytes)
         bucket.received.append(received)
+        return self._go_on(self._receive, bucket, arrive)
+
+    @torch.no_grad()
+    def _receive(self, bucket: Bucket, arrive: Arriving) -> Tensor:
+        """What all servers have answered."""
+        with self._clock.span("exchange"):
+            replies = arrive()
+            if self._sharded:
+                self._kernels.inspect(bucket.plan.apply.table, replies)
         bucket.replies.append(replies)
         return bucket.given
+
+    def _go_on(
+        self, stage: Callable[[Bucket, Arriving], Tensor | None], bucket: Bucket, arrive: Arriving
+    ) -> Tensor | None:
+        """The next stage of a bucket: now, or beside what is sent next where the transport can do both."""
+        if not self._transport.pipelines:
+            return stage(bucket, arrive)
+        self._transport.replies.submit(partial(stage, bucket, arrive), bucket.done, bucket.given)
+        return None
 
     @torch.no_grad()
     def owe(self, prepared: Prepared) -> None:

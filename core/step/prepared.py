@@ -27,7 +27,7 @@ class Bucket(NamedTuple):
         given, given_views: the same of this rank; others than those only where it has a part of the worker's.
         parts: of `given`, what is for each place of the node, to be averaged into `gradient`; else empty.
         done: a future of `gradient`, complete when `received` and `replies` are there.
-        received, replies: what `saef.comm.exchange.two_way` returned (empty lists until then).
+        received, replies: what `send` and `answer` of saef.comm.exchange returned (empty lists until then).
     """
 
     parameters: tuple[int, ...]

@@ -19,6 +19,8 @@ from .parts import Parts
 from .prepared import Bucket, Prepared
 from .weights import Weights
 
+PIECE_BYTES = 1 << 17  # of a message: while the reply of one piece of a bucket travels, so does the next
+
 
 class Since(NamedTuple):
     """What has changed since DDP made its buckets.
@@ -65,7 +67,14 @@ class Sending:
         self._weights, self._transport, self._memory = context.weights, context.transport, memory
         self._rule, self._loss_scale, self._algorithm = rule, loss_scale, algorithm
         self._clips = context.clips
-        self._plans = Plans(context.placement, self._weights.parameters, self._weights.dtype, since.left_out)
+        in_pieces = self._transport.pipelines and not isinstance(self._weights, Parts)
+        self._plans = Plans(
+            context.placement,
+            self._weights.parameters,
+            self._weights.dtype,
+            since.left_out,
+            PIECE_BYTES if in_pieces else None,
+        )
         self._buckets = Buckets(self._weights.parameters, self._send_own)
         self._numbers = {id(p): i for i, p in enumerate(self._weights.parameters)}
         self._joined = {i for i, p in enumerate(self._weights.parameters) if id(p) in since.joined}
@@ -149,19 +158,23 @@ class Sending:
         if isinstance(self._weights, Parts):
             flat, views, parts = self._weights.apart(given_views)
         given_views = [v for p, v in zip(parameters, given_views, strict=True) if id(p) in self._numbers]
-        indices, views, plan = self._plans.find(parameters, views, flat)
+        pieces, views = self._plans.find(parameters, views, flat)
         # Of a second backward before the step the gradients contain the first's, so what is prepared is made anew.
-        if not self.prepared.buckets or self.prepared.contains(indices):
+        if not self.prepared.buckets or any(self.prepared.contains(piece.parameters) for piece in pieces):
             self.prepared = Prepared(hyper=self._rule.read_scaled(self._memory.steps))
-        message = torch.zeros(plan.send.message_bytes, dtype=torch.uint8, device=self._weights.device)
-        done = self._transport.future()
-        bucket = Bucket(indices, plan, flat, views, given, given_views, parts, message, done, [], [])
-        if indices:
-            self.prepared.add(bucket)
-        else:
+        buckets = []
+        for indices, among, plan in pieces:
+            message = torch.zeros(plan.send.message_bytes, dtype=torch.uint8, device=self._weights.device)
+            done = self._transport.future()
+            own, own_given = views[among], given_views[among]
+            buckets.append(Bucket(indices, plan, flat, own, given, own_given, parts, message, done, [], []))
+        if not views:
             done.set_result(given)
+            buckets = []
+        for bucket in buckets:
+            self.prepared.add(bucket)
         if not self._clips:
-            self._algorithm.send(self.prepared, [bucket] if indices else [])
+            self._algorithm.send(self.prepared, buckets)
         elif last and self._joined <= self.prepared.parameters:
             self._algorithm.send(self.prepared, self.prepared.buckets)
-        return done
+        return done  # of the last piece: they are answered in order

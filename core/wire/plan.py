@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from itertools import chain
+from itertools import accumulate, chain, pairwise
 from typing import NamedTuple
 
 import torch
@@ -177,6 +177,19 @@ def plan_bucket(blocks: Blocks, parameters: Sequence[tuple[int, int]], servers: 
     )
 
 
+class Piece(NamedTuple):
+    """What of a bucket travels together.
+
+    Attributes:
+        parameters: by number. among: their places among the bucket's parameters that travel.
+        plan: whose gradients are counted from the bucket's start.
+    """
+
+    parameters: tuple[int, ...]
+    among: slice
+    plan: Plan
+
+
 class Plans:
     """The plans of the buckets seen so far; DDP rebuilds its buckets after the first step.
 
@@ -184,23 +197,30 @@ class Plans:
         parameters: in the order of the flat state.
         dtype: of the state.
         left_out: parameters whose gradients may come, and do not travel.
+        piece_bytes: about how long messages shall be, cut where a parameter ends; None: a bucket is one message.
     """
 
     def __init__(
-        self, placement: Placement, parameters: Sequence[Tensor], dtype: torch.dtype, left_out: Sequence[Tensor] = ()
+        self,
+        placement: Placement,
+        parameters: Sequence[Tensor],
+        dtype: torch.dtype,
+        left_out: Sequence[Tensor] = (),
+        piece_bytes: int | None = None,
     ) -> None:
         self._placement, self._itemsize, self._left_out = placement, dtype.itemsize, [*left_out]  # kept, for their ids
         self._index: dict[int, int | None] = {id(p): i for i, p in enumerate(parameters)}
         self._index.update({id(p): None for p in left_out})
-        self._plans: dict[tuple[tuple[int, int], ...], Plan] = {}
+        self._piece_bytes = piece_bytes
+        self._found: dict[tuple[tuple[int, int], ...], list[Piece]] = {}
 
     def __len__(self) -> int:
-        return len(self._plans)
+        return len(self._found)
 
     def find(
         self, parameters: Sequence[Tensor], views: Sequence[Tensor], flat: Tensor
-    ) -> tuple[tuple[int, ...], list[Tensor], Plan]:
-        """Of a bucket the parameters that travel, by number, their gradients (views of `flat`), and the plan."""
+    ) -> tuple[list[Piece], list[Tensor]]:
+        """Of a bucket the parameters that travel, in one piece or more, and their gradients, views of `flat`."""
         where, own = [], []
         for p, view in zip(parameters, views, strict=True):
             if id(p) not in self._index:
@@ -212,11 +232,25 @@ class Plans:
                 where.append((i, int(view.storage_offset() - flat.storage_offset())))
                 own.append(view)
         key = tuple(where)
-        if key not in self._plans:
-            at = self._placement
-            plan = plan_bucket(at.blocks, where, at.servers, at.rank, self._itemsize)
-            self._plans[key] = plan.to(flat.device)
-        return tuple(i for i, _ in where), own, self._plans[key]
+        if key not in self._found:
+            self._found[key] = self._cut(where, [view.numel() for view in own], flat.device)
+        return self._found[key], own
+
+    def _cut(self, where: Sequence[tuple[int, int]], numels: Sequence[int], device: torch.device) -> list[Piece]:
+        """where: as `plan_bucket` has it. numels: of the same parameters."""
+        whole = self._plan(where, slice(0, len(where)))
+        pieces = 1 if self._piece_bytes is None else round(whole.plan.send.message_bytes / self._piece_bytes)
+        found, total = [whole], sum(numels)
+        if pieces > 1:
+            piece_of = [(end * pieces - 1) // total for end in accumulate(numels)]
+            cuts = [i for i in range(1, len(where)) if piece_of[i] > piece_of[i - 1]]
+            found = [self._plan(where, slice(*ends)) for ends in pairwise([0, *cuts, len(where)])]
+        return [piece._replace(plan=piece.plan.to(device)) for piece in found]
+
+    def _plan(self, where: Sequence[tuple[int, int]], among: slice) -> Piece:
+        at, mine = self._placement, where[among]
+        plan = plan_bucket(at.blocks, mine, at.servers, at.rank, self._itemsize)
+        return Piece(tuple(i for i, _ in mine), among, plan)
 
 
 def _concatenate(

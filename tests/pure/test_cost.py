@@ -17,7 +17,7 @@ from saef.comm.cost import (
     step_bytes,
     step_seconds,
 )
-from saef.comm.exchange import sent_bytes
+from saef.comm.exchange import Strategy, sent_bytes
 
 D = 10_000_000
 PLAIN = Method("plain", dense_bytes=4.0 * D, buckets=2)
@@ -85,6 +85,18 @@ def test_a_step_without_overlap_is_a_sum() -> None:
     assert step_seconds(SIGN, network, 0.2, overlap=False) == 0.2 + 0.03 + 2 * bucket_seconds(SIGN, network)
     exchange = 2 * bucket_seconds(LOCAL, network)
     assert step_seconds(LOCAL, network, 0.2) == pytest.approx(0.2 + 0.03 + exchange / 16)
+
+
+@pytest.mark.parametrize("strategy", ["sharded", "replicated"])
+def test_what_travels_at_once_pays_latency_once(strategy: Strategy) -> None:
+    method, network = replace(SIGN, strategy=strategy, buckets=5), at(1e8, 0.02)
+    both = replace(network, pipelines=True)
+    bare, latency = 5 * bucket_seconds(method, network), network.all_gather(0.0)
+    latency += network.all_to_all(0.0) if strategy == "sharded" else 0.0
+    assert step_seconds(method, network, 0.2, overlap=False) == pytest.approx(0.23 + bare)
+    assert step_seconds(method, both, 0.2, overlap=False) == pytest.approx(0.23 + bare - 4 * latency)
+    assert step_seconds(PLAIN, both, 0.2) == step_seconds(PLAIN, network, 0.2)  # PyTorch's all-reduce is one way
+    assert both.slower(2.0).pipelines
 
 
 def test_overlap_hides_all_but_the_last_bucket() -> None:

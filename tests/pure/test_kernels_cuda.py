@@ -423,7 +423,7 @@ def test_x_in_the_parameters_own_storage(device: torch.device) -> None:
     for t in range(4):
         g, m, e = torch.randn(3, d)
         plans = Plans(placement, theirs.parameters, torch.float32)
-        _, _, plan = plans.find(theirs.parameters, list(g.split(numels)), g)
+        ((_, _, plan),), _ = plans.find(theirs.parameters, list(g.split(numels)), g)
         rule = identity_rule(torch.float32)._replace(feedback=True)
         message, rates = torch.zeros(plan.send.message_bytes, dtype=torch.uint8), torch.ones(1)
         reference.compress(plan.send.table, rule, Worker(g, m[None], e, theirs.flat), message)

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from dataclasses import fields
 from typing import get_type_hints
+from unittest import mock
 
 import pytest
 import torch
@@ -33,9 +34,10 @@ from saef.integrations.deepspeed_config import HYPER, OF_RULE, Params, parse
 from saef.rules import SGD, Difference, rule_for
 from saef.rules.sgd import Hyper
 from saef.step.arguments import Agreed, StateSettings, nearest
+from saef.step.clock import Clock
 from saef.step.settings import Settings
 from saef.wire.kernels.table import BYTE, COLUMNS, COUNT, FLOAT, GRAD, GROUP, KIND, NUMEL, STATE
-from saef.wire.plan import partition, plan_bucket
+from saef.wire.plan import Plans, partition, place, plan_bucket
 
 NAN, INF = math.nan, math.inf
 
@@ -708,3 +710,38 @@ def test_different_settings_are_named_by_rank_and_field():
         "numels: rank 0 has [3, 4], rank 2 has [3]",
         "step_ahead: rank 0 has 1.0, rank 1 has 0.0",
     ]
+
+
+def test_a_bucket_is_cut_where_parameters_end() -> None:
+    """In pieces of about equal size, each parameter once and in order, and as many as the message's length asks for."""
+    numels, C = [1000, 10, 3000, 1, 1989], ScaledSign()
+    parameters = [torch.zeros(n) for n in numels]
+    flat = torch.zeros(sum(numels))
+    views = list(flat.split(numels))
+    placement = place(numels, [0] * 5, C, C, "sharded", 2, 0)
+    message = plan_bucket(placement.blocks, [(i, sum(numels[:i])) for i in range(5)], 2, 0, 4).send.message_bytes
+    for pieces, expected in ((1, [5]), (2, [2, 3]), (3, [2, 3]), (100, [2, 2, 1])):
+        plans = Plans(placement, parameters, torch.float32, piece_bytes=message // pieces)
+        found, own = plans.find(parameters, views, flat)
+        assert [len(piece.parameters) for piece in found] == expected
+        assert [i for piece in found for i in piece.parameters] == [*range(5)]
+        assert [n for piece in found for n in [v.numel() for v in own[piece.among]]] == numels
+        for piece in found:  # places in the bucket's gradients, whatever piece they are in
+            assert min(piece.plan.send.table[:, GRAD].tolist()) == sum(numels[: piece.parameters[0]])
+        assert plans.find(parameters, views, flat)[0] is found
+    whole, _ = Plans(placement, parameters, torch.float32).find(parameters, views, flat)
+    assert len(whole) == 1
+
+
+def test_time_in_which_two_threads_do_the_same_counts_once() -> None:
+    clock, now = Clock(), [0.0]
+    with mock.patch("saef.step.clock.time.perf_counter", side_effect=lambda: now[0]):
+        with clock.span("exchange"):
+            now[0] = 1.0
+            with clock.span("exchange"), clock.span("compress"):
+                now[0] = 3.0
+            now[0] = 4.0
+        with pytest.raises(KeyError), clock.span("exchange"):
+            now[0] = 5.0
+            raise KeyError
+    assert clock.seconds == {"exchange": 5.0, "compress": 2.0}

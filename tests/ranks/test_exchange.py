@@ -7,18 +7,22 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import saef
 from saef.comm.torch_transport import TorchTransport
 from saef.comm.transport import _OrderedWorker
 from saef.hooks import saef_hook
+from saef.step import sending
 from support.ranks import RankPool
+from support.training import Job, train
 
 
 def collectives(group: dist.ProcessGroup) -> str:
@@ -90,6 +94,89 @@ def test_after_a_failure_no_further_collective_is_issued(pool: RankPool) -> None
     for first, second in pool.run(fail_once, ranks=2):
         assert "malformed message" in first
         assert "earlier exchange failed" in second and "malformed message" in second
+
+
+def beside(group: dist.ProcessGroup) -> list[float]:
+    """A reply that waits for what is submitted after its message; then what `call` sees of another that takes long."""
+    transport = TorchTransport(group, torch.device("cpu"))
+    sent, replies = threading.Event(), list[float]()
+
+    def reply() -> Tensor:
+        assert sent.wait(60), "a reply and the next message do not travel at once"
+        gathered = transport.replies.all_gather(torch.full((1,), transport.rank, dtype=torch.uint8), [1, 1], "phase2")
+        replies.extend(gathered.tolist())
+        return gathered
+
+    def send() -> Future[Tensor]:
+        done = transport.future()
+        return transport.submit(lambda: transport.replies.submit(reply, done) and None, done)
+
+    def next_message() -> Tensor:
+        sent.set()
+        return transport.all_gather(torch.ones(1, dtype=torch.uint8), [1, 1], "phase1")
+
+    done = send()
+    transport.submit(next_message, transport.future()).wait()
+    done.wait()
+    assert transport.sent_bytes == {"phase1": 1, "phase2": 1}
+    sent.clear()
+    send()
+    threading.Timer(0.2, sent.set).start()
+    return transport.call(lambda: list(replies))
+
+
+def test_a_reply_travels_beside_the_next_message_and_before_what_is_called(pool: RankPool) -> None:
+    assert pool.run(beside, ranks=2) == [[0, 1, 0, 1]] * 2
+
+
+def fail_in_a_reply(group: dist.ProcessGroup) -> str:
+    """On rank 0; the others, which wait for its reply, learn of it at once."""
+    transport = TorchTransport(group, torch.device("cpu"))
+    done = transport.future()
+
+    def reply() -> Tensor:
+        if transport.rank == 0:
+            raise ValueError("malformed message")
+        return transport.replies.all_gather(torch.zeros(1, dtype=torch.uint8), [1] * transport.size, "phase2")
+
+    def message() -> None:
+        transport.replies.submit(reply, done, torch.zeros(1))
+
+    transport.submit(message, done, torch.zeros(1))
+    done.wait()
+    began = time.monotonic()
+    try:
+        transport.call(lambda: None)
+    except RuntimeError as error:
+        assert time.monotonic() < began + 60, "only the timeout has ended it"
+        return str(error)
+    return "nothing"
+
+
+def test_a_failure_in_a_reply_ends_both_ways_on_all_ranks(pool: RankPool) -> None:
+    first, *others = pool.run(fail_in_a_reply, ranks=3)
+    assert "Restart the job" in first and "The cause: malformed message" in first
+    assert all("Restart the job" in said for said in others)
+
+
+def in_pieces(group: dist.ProcessGroup, job: Job, piece_bytes: int) -> dict[str, Any]:
+    with mock.patch.object(sending, "PIECE_BYTES", piece_bytes):
+        return train(group, job)
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_grad_norm": 0.1}, {"local_steps": 2}], ids=str)
+@pytest.mark.parametrize("compressor", [saef.ScaledSign(), saef.TopK(0.3, block=10)], ids=str)
+@pytest.mark.parametrize("exchange", ["replicated", "sharded"])
+def test_messages_in_pieces_give_the_same_bits(
+    pool: RankPool, exchange: str, compressor: saef.Compressor, settings: dict[str, Any]
+) -> None:
+    """One bucket in one message, and in one for each parameter."""
+    job = Job(state={"exchange": exchange, "compressor": compressor, **settings}, ddp={"bucket_cap_mb": 1.0})
+    whole, cut = (pool.run(in_pieces, job, size, ranks=3) for size in (1 << 17, 1))
+    for one, other in zip(whole, cut, strict=True):
+        assert one["metrics"]["steps"] == other["metrics"]["steps"] > 0
+        for name in ("x", "e", "m", "e_server"):
+            assert torch.equal(one[name], other[name])
 
 
 class WaitInBackward(torch.autograd.Function):
@@ -227,12 +314,14 @@ def test_a_process_that_ends_lets_an_exchange_under_way_come_to_its_end(tmp_path
 
 def test_the_thread_ends_with_its_owner() -> None:
     def threads() -> int:
-        return sum(thread.name == "saef-exchange" for thread in threading.enumerate())
+        return sum(thread.name in ("saef-exchange", "saef-replies") for thread in threading.enumerate())
 
     before = threads()
     worker = _OrderedWorker()
-    worker.submit(lambda: torch.ones(1), torch.futures.Future(), None).wait()
-    assert threads() == before + 1
-    del worker
+    beside = _OrderedWorker(first=worker)
+    for one in (worker, beside):
+        one.submit(lambda: torch.ones(1), torch.futures.Future(), None).wait()
+    assert threads() == before + 2
+    del one, worker, beside
     gc.collect()
     assert threads() == before

@@ -172,7 +172,7 @@ CREATE: dict[str, tuple[str, Callable[[dist.ProcessGroup], Any]]] = {
 def create_alone(group: dist.ProcessGroup, who: int) -> tuple[dict[str, str], dict[str, str]]:
     """Each by rank `who` alone; the others come to the last one too late; then each by all, which must work."""
     calls: dict[str, Any] = {name: make for name, (_, make) in CREATE.items()}
-    with mock.patch.object(torch_transport, "_timeout", return_value=timedelta(seconds=0.5)):
+    with mock.patch.object(torch_transport, "timeout_of", return_value=timedelta(seconds=0.5)):
         if dist.get_rank(group) == who:
             alone = {name: error(lambda make=make: make(group)) for name, make in calls.items()}
         dist.barrier(group)
@@ -200,7 +200,7 @@ def second_state(group: dist.ProcessGroup) -> str:
         step(group, model, optimizer, t)
     dist.barrier(group)
     transport._private._set_default_timeout(timedelta(seconds=4))
-    with mock.patch.object(torch_transport, "_timeout", return_value=timedelta(seconds=2)):
+    with mock.patch.object(torch_transport, "timeout_of", return_value=timedelta(seconds=2)):
         if dist.get_rank(group) == 0:
             return error(lambda: CREATE["state"][1](group))
         return error(lambda: [step(group, model, optimizer, t) for t in range(3, 20)])
