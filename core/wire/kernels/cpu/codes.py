@@ -192,7 +192,7 @@ def encode(row, lo, n, guess, scratch, candidates, progress, message):  # type: 
     else:
         if lo == 0:
             found, bar = ZERO, guess_bar(D, n, row) if guess else D.dtype.type(-1)
-        found, bar = offer(D, lo, n, row[COUNT], candidates, found, bar)
+        found, bar = offer(D, lo, n, row[COUNT], candidates, found, bar, scratch.room.spread)
     return Progress(found, bar, total)
 
 

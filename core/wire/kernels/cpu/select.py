@@ -11,42 +11,41 @@ import numpy as np
 from ...compressors import TOPK
 from ..table import COUNT, KIND, NUMEL
 from .compiling import helper
-from .records import ZERO, Candidates
+from .records import CHUNK, ZERO, Candidates
 
-_DIGIT = 11  # bits of a digit of the radix selection
+_DIGIT = 8  # bits of a digit of the radix selection: few enough that counting few entries costs little
 _DIGITS = 1 << _DIGIT
 
 
 @helper
 def make_candidates(table, like):  # type: ignore[no-untyped-def]
-    """Room for four times the largest k of a table, so that they are rarely cut."""
+    """Room for four times the largest k of a table, so that they are rarely cut, and eight that are not yet."""
     room = 0
     for r in range(len(table)):
         if table[r, KIND] == TOPK:
             room = max(room, min(table[r, NUMEL], 4 * table[r, COUNT] + 64))
-    return Candidates(np.empty(room, like.dtype), np.empty(room, np.int64))
+    return Candidates(np.empty(room + 8, like.dtype), np.empty(room + 8, np.int64))
 
 
 @helper
-def offer(D, lo, n, k, candidates, found, bar):  # type: ignore[no-untyped-def]
-    """Put the entries of a chunk that may be among the k largest into the candidates, in order. (found, bar) then."""
+def offer(D, lo, n, k, candidates, found, bar, above):  # type: ignore[no-untyped-def]
+    """Put the entries of a chunk that may be among the k largest into the candidates, in order. (found, bar) then.
+
+    `above` takes one byte an entry, whether it is above the bar: a loop that vectorizes. Few eights of them have one.
+    """
     value, index = candidates
-    for start in range(0, n, 8):
-        end = min(start + 8, n)
-        below = True
-        for i in range(start, end):
-            below &= abs(D[i]) <= bar
-        if below:
+    for i in range(CHUNK):
+        above[i] = not abs(D[i]) <= bar
+    eights = above.view(np.uint64)
+    for j in range((n + 7) // 8):
+        if eights[j] == 0:
             continue
-        for i in range(start, end):
-            if not abs(D[i]) <= bar:
-                if found == value.size:
-                    found, bar = keep_largest(k, candidates, found)
-                    if abs(D[i]) <= bar:
-                        continue
-                value[found] = D[i]
-                index[found] = lo + i
-                found += 1
+        if found + 8 > value.size:
+            found, bar = keep_largest(k, candidates, found)
+        for i in range(8 * j, min(8 * j + 8, n)):
+            value[found] = D[i]
+            index[found] = lo + i
+            found += not abs(D[i]) <= bar
     return found, bar
 
 
@@ -89,14 +88,14 @@ def keep_largest(k, candidates, found):  # type: ignore[no-untyped-def]
 def _kth_largest(v, k):  # type: ignore[no-untyped-def]
     """The k-th largest magnitude (k from 1), NaN above infinity: radix selection on the bits of float64.
 
-    They are integers in the order of the magnitudes. Digit by digit, from the highest, only those are kept that have
-    the digit of the k-th; no order of the entries is a bad one.
+    They are integers in the order of the magnitudes. Digit by digit, from the highest bit in which they differ, only
+    those are kept that have the digit of the k-th; no order of the entries is a bad one.
     """
     wide = np.empty(v.size, np.float64)
     for i in range(v.size):
         wide[i] = abs(v[i])
     keys, count = wide.view(np.int64), np.empty(_DIGITS, np.int64)
-    n, shift = v.size, np.int64(64)
+    n, shift = v.size, _differing_bits(keys)
     while shift > 0 and n > 1:
         shift = max(shift - _DIGIT, ZERO)
         for d in range(_DIGITS):
@@ -114,3 +113,16 @@ def _kth_largest(v, k):  # type: ignore[no-untyped-def]
             same += (key >> shift) & (_DIGITS - 1) == digit
         n = same
     return v.dtype.type(wide[0])
+
+
+@helper
+def _differing_bits(keys):  # type: ignore[no-untyped-def]
+    """How many low bits of these keys, which are not negative, are not the same in all of them."""
+    different = ZERO
+    for i in range(keys.size):
+        different |= keys[i] ^ keys[0]
+    bits = ZERO
+    while different > 0:
+        different >>= 1
+        bits += 1
+    return bits
