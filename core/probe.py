@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from saef.hooks import saef_hook
 
 from .comm.cost import Curve, Network
+from .comm.torch_transport import TorchTransport
 from .comm.transport import Ordered, Purpose
 from .protocols.averaging import Rotating
 from .state import SAEFState
@@ -143,19 +144,20 @@ def sample(parameters: int) -> list[int]:
 
 def measure_network(device: torch.device, pause_s: float = 0.0) -> Network:
     """Each collective at several sizes, among all ranks."""
-    K, group = dist.get_world_size(), dist.distributed_c10d._get_default_group()
+    K, transport = dist.get_world_size(), TorchTransport(None, device, "measure_network()")
 
     def all_reduce(n: int) -> Callable[[], object]:
         v = torch.zeros(max(1, n // 4), device=device)
         return lambda: dist.all_reduce(v)
 
     def all_gather(n: int) -> Callable[[], object]:
-        v, out = (torch.zeros(size, dtype=torch.uint8, device=device) for size in (n, n * K))
-        return lambda: group._allgather_base(out, v).wait()
+        v = torch.zeros(n, dtype=torch.uint8, device=device)
+        return lambda: transport.all_gather(v, [n] * K, "telemetry")
 
     def all_to_all(n: int) -> Callable[[], object]:
-        v, out = (torch.zeros(max(1, n // K) * K, dtype=torch.uint8, device=device) for _ in range(2))
-        return lambda: group.alltoall_base(out, v, [], []).wait()
+        each = max(1, n // K)
+        v = torch.zeros(each * K, dtype=torch.uint8, device=device)
+        return lambda: transport.all_to_all(v, [each] * K, each, "telemetry")
 
     reduce, gather, exchange = (_curve(make, device, pause_s) for make in (all_reduce, all_gather, all_to_all))
     return Network(K, reduce, gather, exchange, pipelines=device.type == "cpu")

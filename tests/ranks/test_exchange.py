@@ -17,6 +17,7 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import saef
+from saef.comm import torch_transport
 from saef.comm.torch_transport import TorchTransport
 from saef.comm.transport import _OrderedWorker
 from saef.hooks import saef_hook
@@ -71,6 +72,20 @@ def collectives(group: dist.ProcessGroup) -> str:
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_collectives_keep_their_order_beside_other_traffic(pool: RankPool, ranks: int) -> None:
     assert pool.run(collectives, ranks=ranks) == ["ok"] * ranks
+
+
+def gather(group: dist.ProcessGroup, ring_bytes: int) -> list[int]:
+    transport = TorchTransport(group, torch.device("cpu"))
+    mine = torch.full((6,), transport.rank, dtype=torch.uint8)
+    with mock.patch.object(torch_transport, "RING_BYTES", ring_bytes):
+        every = transport.call(lambda: transport.all_gather(mine, [6] * transport.size, "phase2"))
+    assert transport.sent_bytes == {"phase2": 6 * (transport.size - 1)}
+    return every.tolist()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("ring_bytes", [18, 19])
+def test_short_messages_are_gathered_at_once_and_long_ones_in_a_ring(pool: RankPool, ring_bytes: int) -> None:
+    assert pool.run(gather, ring_bytes, ranks=3) == [[r for r in range(3) for _ in range(6)]] * 3
 
 
 def fail_once(group: dist.ProcessGroup) -> list[str]:
