@@ -14,6 +14,21 @@ from typing import Any, final
 import torch
 from torch.amp.grad_scaler import GradScaler, OptState
 
+CLAIMED = "saef unscales"  # in what a scaler has of an optimizer, until its next update()
+
+
+@final
+class _Claimed(GradScaler):
+    """Names the remedy where PyTorch's own error would say that unscale_() was called twice."""
+
+    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
+        if CLAIMED in self._per_optimizer_states[id(optimizer)]:
+            raise RuntimeError(
+                "scaler.unscale_(): SAEFState has compressed and sent these gradients, and unscales them itself. Leave "
+                "the call out; to clip, give SAEFState max_grad_norm, which is of the unscaled gradient"
+            )
+        super().unscale_(optimizer)
+
 
 @final
 class LossScale:
@@ -61,7 +76,9 @@ class LossScale:
         mine = self._scaler._per_optimizer_states[id(optimizer)]
         if mine["stage"] is OptState.READY:
             self._found_inf = torch.zeros((), device=self._scaler._scale.device)
-            mine["stage"] = OptState.UNSCALED
+            mine["stage"], mine[CLAIMED] = OptState.UNSCALED, True
+            if type(self._scaler) is GradScaler:
+                self._scaler.__class__ = _Claimed
             mine["found_inf_per_device"] = {self._found_inf.device: self._found_inf}
 
     def check(self, optimizer: torch.optim.Optimizer) -> None:

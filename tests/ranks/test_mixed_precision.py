@@ -210,7 +210,7 @@ def misuse(group: dist.ProcessGroup, what: str) -> str:
         ("loss not scaled", "call scaler.scale(loss).backward()"),
         ("plain step", "call scaler.step(optimizer), not optimizer.step()"),
         ("update before step", "loss scale changed between backward() and optimizer.step()"),
-        ("unscale", "unscale_() has already been called"),
+        ("unscale", "unscales them itself. Leave the call out"),
     ],
 )
 def test_misuse_is_refused(pool: RankPool, what: str, message: str) -> None:
