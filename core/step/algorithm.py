@@ -35,7 +35,7 @@ class Algorithm:
     def __init__(self, context: Context, memory: Memory, rule: LocalRule, clock: Clock) -> None:
         self._weights, self._transport, self._placement = context.weights, context.transport, context.placement
         self._memory, self._rule, self._clock = memory, rule, clock
-        self._sharded = context.placement.strategy == "sharded"
+        self._sharded, self._pipelines = context.placement.strategy == "sharded", context.pipelines
         self._error_decay = context.settings.error_decay
         self._clips, self._outer, self._node = context.clips, context.settings.outer, context.node
         self._kernels = kernels.select(context.weights.device)
@@ -124,7 +124,8 @@ class Algorithm:
             reply = received.new_zeros(plan.reply.message_bytes)
             if reply.numel():  # a server may have no block in a small bucket
                 self._kernels.serve(plan.receive.table, plan.reply.table, received, self._memory.e_server, reply)
-            arrive = answer(self._transport.replies, self._sharded, reply, plan.reply_bytes)
+            way = self._transport.replies if self._pipelines else self._transport
+            arrive = answer(way, self._sharded, reply, plan.reply_bytes)
         bucket.received.append(received)
         return self._go_on(self._receive, bucket, arrive)
 
@@ -142,7 +143,7 @@ class Algorithm:
         self, stage: Callable[[Bucket, Arriving], Tensor | None], bucket: Bucket, arrive: Arriving
     ) -> Tensor | None:
         """The next stage of a bucket: now, or beside what is sent next where the transport can do both."""
-        if not self._transport.pipelines:
+        if not self._pipelines:
             return stage(bucket, arrive)
         self._transport.replies.submit(partial(stage, bucket, arrive), bucket.done, bucket.given)
         return None

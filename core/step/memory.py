@@ -9,7 +9,7 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
-from ..comm.exchange import choose
+from ..comm.exchange import PIECE_BYTES, choose
 from ..comm.node import Node
 from ..comm.transport import Purpose, Transport
 from ..rules import AdamW, Difference, Rule
@@ -30,6 +30,7 @@ class Context(NamedTuple):
         settings: compressors and the like. rule: whose vectors `Memory.m` holds.
         placement: which rank serves which blocks.
         transport: the workers; where these are nodes, the ranks of the same place in each. node: this worker's ranks.
+        pipelines: whether replies travel beside the messages that follow; a short message has none that do.
     """
 
     weights: Weights
@@ -38,17 +39,18 @@ class Context(NamedTuple):
     placement: Placement
     transport: Transport
     node: Node
+    pipelines: bool
 
     @classmethod
     def create(cls, weights: Weights, settings: Settings, rule: Rule, transport: Transport, node: Node) -> Context:
         """Choose the strategy, and which rank serves which blocks."""
         up, down = weights.codes(settings.compressor), weights.codes(settings.reply_compressor)
-        strategy = settings.exchange
+        strategy, sizes = settings.exchange, [message_bytes(c, weights.numels, weights.dtype) for c in (up, down)]
         if strategy == "auto":
-            sizes = [message_bytes(c, weights.numels, weights.dtype) for c in (up, down)]
             strategy = choose(transport.size, *(int(max(node.gather(size))) for size in sizes))  # alike in all places
         at = place(weights.numels, weights.groups, up, down, strategy, transport.size, transport.rank)
-        return cls(weights, settings, rule, at, transport, node)
+        pipelines = transport.pipelines and sizes[0] > PIECE_BYTES
+        return cls(weights, settings, rule, at, transport, node, pipelines)
 
     @property
     def serves_with_error(self) -> bool:

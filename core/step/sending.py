@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.futures import Future
 
+from ..comm.exchange import PIECE_BYTES
 from ..wire.plan import Plans
 from .algorithm import Algorithm
 from .buckets import SPARSE, Buckets, flatten_gradients, gather_gradients, group
@@ -18,8 +19,6 @@ from .memory import Context, Memory
 from .parts import Parts
 from .prepared import Bucket, Prepared
 from .weights import Weights
-
-PIECE_BYTES = 1 << 17  # of a message: while the reply of one piece of a bucket travels, so does the next
 
 
 class Since(NamedTuple):
@@ -67,7 +66,7 @@ class Sending:
         self._weights, self._transport, self._memory = context.weights, context.transport, memory
         self._rule, self._loss_scale, self._algorithm = rule, loss_scale, algorithm
         self._clips = context.clips
-        in_pieces = self._transport.pipelines and not isinstance(self._weights, Parts)
+        in_pieces = context.pipelines and not isinstance(self._weights, Parts)
         self._plans = Plans(
             context.placement,
             self._weights.parameters,

@@ -21,7 +21,7 @@ from saef.comm import torch_transport
 from saef.comm.torch_transport import TorchTransport
 from saef.comm.transport import _OrderedWorker
 from saef.hooks import saef_hook
-from saef.step import sending
+from saef.step import memory, sending
 from support.ranks import RankPool
 from support.training import Job, train
 
@@ -175,8 +175,10 @@ def test_a_failure_in_a_reply_ends_both_ways_on_all_ranks(pool: RankPool) -> Non
 
 
 def in_pieces(group: dist.ProcessGroup, job: Job, piece_bytes: int) -> dict[str, Any]:
-    with mock.patch.object(sending, "PIECE_BYTES", piece_bytes):
-        return train(group, job)
+    beside = mock.patch.object(TorchTransport, "_beside", autospec=True, side_effect=TorchTransport._beside)
+    with mock.patch.object(sending, "PIECE_BYTES", piece_bytes), mock.patch.object(memory, "PIECE_BYTES", piece_bytes):
+        with beside as made:
+            return {**train(group, job), "replies": made.call_count}
 
 
 @pytest.mark.parametrize("settings", [{}, {"max_grad_norm": 0.1}, {"local_steps": 2}], ids=str)
@@ -189,6 +191,7 @@ def test_messages_in_pieces_give_the_same_bits(
     job = Job(state={"exchange": exchange, "compressor": compressor, **settings}, ddp={"bucket_cap_mb": 1.0})
     whole, cut = (pool.run(in_pieces, job, size, ranks=3) for size in (1 << 17, 1))
     for one, other in zip(whole, cut, strict=True):
+        assert (one["replies"], other["replies"]) == (0, 1)
         assert one["metrics"]["steps"] == other["metrics"]["steps"] > 0
         for name in ("x", "e", "m", "e_server"):
             assert torch.equal(one[name], other[name])
