@@ -61,7 +61,8 @@ class Run:
 
 
 def schedule(optimizer: torch.optim.Optimizer) -> Any:
-    return torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.7)
+    """Around a resume after step 2, so that the rate counts, which the optimizer keeps, and the scheduler's count."""
+    return torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 3], 0.7)
 
 
 def resumed(ours: dict[str, Any], kind: str, samples: Samples) -> Run:
