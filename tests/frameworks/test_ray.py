@@ -47,7 +47,7 @@ def run(folder: Path) -> str:
     )
     try:
         done = subprocess.run(
-            [sys.executable, str(JOB)], cwd=folder, env=env, capture_output=True, text=True, timeout=600
+            [sys.executable, str(JOB)], cwd=folder, env=env, capture_output=True, text=True, timeout=450
         )
     finally:
         for pid in started_with(f"RAY_TMPDIR={sessions}"):
