@@ -47,9 +47,14 @@ def main() -> None:
     parser.add_argument("--plain-v", action="store_true", help="v of each worker's own gradient")
     parser.add_argument("--lr", default="8e-3")
     parser.add_argument("--seed", default="0")
+    parser.add_argument("--data", help="a text (default: the sources of Python's standard library)")
+    parser.add_argument("--batch", type=int, default=32, help="total over the workers, at least one each")
     given = parser.parse_args()
     K, form = given.workers, given.form
-    args = train_gpt.parse(["--lr", given.lr, "--seed", given.seed, "--batch", str(max(32, K))])
+    batch = str(max(given.batch, K))
+    args = train_gpt.parse(
+        ["--lr", given.lr, "--seed", given.seed, "--batch", batch, *(["--data", given.data] if given.data else [])]
+    )
     train_gpt.F.scaled_dot_product_attention = attend
     text = train_gpt.read(args.data)
     held_out = len(text) * 95 // 100

@@ -1,6 +1,6 @@
-"""One small task for the trainers of three frameworks, and DDP's own loop over it to compare them with.
+"""One small task for the trainers of four frameworks, and DDP's own loop over it to compare them with.
 
-K is 2 everywhere, and every rank is a process of a pool (`support.ranks`).
+Every rank is a process of a pool of two (`support.ranks`), or one of Ray's three workers.
 """
 
 import os
@@ -86,7 +86,7 @@ class Samples(Dataset[Batch]):
 
 
 def of_both(i: int) -> int:
-    """A source of batches, which are dealt out one by one, by which both ranks get the same."""
+    """A source of batches, which are dealt out one by one to two ranks, by which both get the same."""
     return i // (2 * BATCH) * BATCH + i % BATCH
 
 
