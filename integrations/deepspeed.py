@@ -33,9 +33,9 @@ from typing_extensions import Unpack
 
 import saef
 from saef.comm.agreement import compare
-from saef.step.arguments import CLIPS
+from saef.step.arguments import CLIPS, Carried
 
-from .deepspeed_config import Params, check_config, parse, take_over_clipping
+from .deepspeed_config import NODE_SIZE, Params, check_config, parse, take_over_clipping
 
 try:
     import deepspeed
@@ -69,18 +69,17 @@ class SAEF(torch.optim.Optimizer):
 
     def __init__(self, params: Iterable[Any], **settings: Unpack[Params]) -> None:
         _, hyper, self._settings = parse(settings)
+        self._node_size = settings.get("node_size", NODE_SIZE)
         super().__init__(params, **hyper)  # torch's optimizer, which `_of` puts next
         self.register_step_pre_hook(_refuse_unattached)
 
     def attach(self, engine: DeepSpeedEngine) -> None:
         """Make the engine exchange gradients, and save and load, by a SAEFState. Collective."""
-        self.saef = saef.SAEFState(
-            engine,
-            self,
-            grad_scaler=engine.torch_autocast_z0_gradscaler,
-            process_group=engine.data_parallel_group,
-            **self._settings,
-        )
+        who: Carried = {"process_group": engine.data_parallel_group}
+        if (size := self._node_size) != 1:
+            who = {"mesh": saef.node_mesh(engine.device, None if size == "auto" else size)}
+        scaler = engine.torch_autocast_z0_gradscaler
+        self.saef = saef.SAEFState(engine, self, grad_scaler=scaler, **who, **self._settings)
         engine.allreduce_gradients = lambda *_, **__: _exchange(engine)
         momentum = "momentum" if isinstance(self, torch.optim.SGD) else "betas"
         engine.get_mom = lambda: engine._get_optimizer_param(momentum)  # for its log; it would go by the name
@@ -196,7 +195,7 @@ def _load_checkpoint(engine: DeepSpeedEngine, original: Callable[..., Any], argu
 def _folder(state: saef.SAEFState, root: str | Path, tag: str | None, method: str) -> Path:
     """Where SAEF's part of a checkpoint lies. Collective: all ranks raise ValueError unless their tags are equal."""
     heading, what = "the ranks name different checkpoints", f"DeepSpeedEngine.{method}"
-    compare({"tag": tag}, state.engine.transport, state.weights.device, heading, what)
+    compare({"tag": tag}, state.engine.node.everyone, state.weights.device, heading, what)
     return Path(root) / str(tag) / "saef"
 
 

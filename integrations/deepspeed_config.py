@@ -106,6 +106,7 @@ class Params(TypedDict, total=False):
     outer: Mapping[str, Any] | None
     on_bad_round: BadRound
     overlap: bool
+    node_size: int | Literal["auto"]
 
 
 RULE = {"type": "sgd"}
@@ -113,13 +114,14 @@ OF_RULE = ("betas", "eps")  # fields of the rule that may also stand beside lr, 
 FILLED = ("lr", "weight_decay", *OF_RULE)  # where Hugging Face's Trainer fills in "auto"
 HYPER = {"lr": 1e-3, "momentum": 0.0, "weight_decay": 0.0, "nesterov": False, "maximize": False}
 NOT_IN_JSON = ("model", "optimizer", "grad_scaler", "mesh", "process_group", "transport")  # what the engine knows
+NODE_SIZE = 1  # ranks that are one worker
 SETTINGS = {
     name: parameter.default
     for name, parameter in inspect.signature(saef.SAEFState).parameters.items()
     if name not in NOT_IN_JSON
 }
 
-WORDS = ("exchange", "server_step_ahead")  # settings that can be "auto"
+WORDS = ("exchange", "server_step_ahead", "node_size")  # settings that can be "auto"
 
 ZERO = (
     "ZeRO reduces gradients into shards and keeps one copy of the weights, while here every rank takes its gradient at "
@@ -216,10 +218,16 @@ def parse(params: Mapping[str, Any]) -> tuple[type[torch.optim.Optimizer], dict[
         raise TypeError(f'optimizer.params must be an object such as {{"lr": 0.1}}, got {params!r}')
     if "mesh" in params:
         raise ValueError(
-            "optimizer.params: mesh is not for DeepSpeed, where a worker is a rank: nodes have no gradients there, "
-            "and ZeRO and MiCS keep theirs in buffers of their own. Leave it out, or use FSDP2 with SAEFState(mesh=...)"
+            'optimizer.params: mesh is an object of Python: write "node_size": 8, so many ranks are one worker, or '
+            '"auto", as many as the launcher has started on this machine'
         )
-    check_known("optimizer.params", params, ["rule", *HYPER, *OF_RULE, *SETTINGS])
+    check_known("optimizer.params", params, ["rule", *HYPER, *OF_RULE, *SETTINGS, "node_size"])
+    size = params.get("node_size", NODE_SIZE)
+    if size != "auto" and not (is_number(size) and isinstance(size, int) and size >= 1):
+        raise ValueError(
+            f'optimizer.params.node_size must be an integer >= 1 (ranks that are one worker), or "auto" (those of this '
+            f"machine), got {size!r}{nearest(size, ['auto'])}"
+        )
     if unfilled := [key for key, value in params.items() if value == "auto" and key not in WORDS]:
         raise ValueError(
             f'optimizer.params has "auto" for {unfilled}, which Hugging Face\'s Trainer alone fills in, for {FILLED} '

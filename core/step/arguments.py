@@ -24,7 +24,7 @@ Exchange = Literal["auto", Strategy]
 ServerStepAhead = bool | Literal["auto"]
 BadRound = Literal["restore", "keep"]
 # Of adapters, in the log, of a framework's own setting.
-CLIPS = "%s is taken over as SAEFState's max_grad_norm: each rank's own gradient is clipped, before it is sent"
+CLIPS = "%s is taken over as SAEFState's max_grad_norm: each worker's own gradient is clipped, before it is sent"
 
 
 # -- types: `**settings: Unpack[StateSettings]`, or of those parts that a function takes -------------------------------
