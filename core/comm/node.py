@@ -124,6 +124,12 @@ class Node:
         gathered = self._between.call(lambda: within.all_gather(part.view(torch.uint8), sizes, "phase2"))
         return gathered.view(part.dtype)
 
+    def average(self, v: Tensor) -> Tensor:
+        """v <- its mean over the ranks of the node, the same bits on each. Collective within it, between steps."""
+        if (within := self.within) is not None:
+            self._between.call(lambda: within.mean(v, "phase1"))
+        return v
+
     def norm(self, values: Sequence[float]) -> float:
         """L2 norm of a vector, from those of its parts."""
         return math.hypot(*values)

@@ -141,10 +141,10 @@ class Engine:
         """Raise TypeError or ValueError on what nodes cannot do."""
         if mesh.device_type != self.weights.device.type:
             raise ValueError(f"mesh is of {mesh.device_type} devices, and the parameters are on {self.weights.device}")
-        if not self.rule.rule.of_gradients:
+        if not self.rule.rule.of_gradients and is_sharded(model):
             raise ValueError(
-                "mesh is for SGD, AdamW and Adam with local_steps=1, whose steps are computed within saef: local steps "
-                "and other optimizers take steps of their own, on whole parameters. Leave mesh out, or local_steps"
+                "with FSDP2 mesh is for SGD, AdamW and Adam with local_steps=1, whose steps are computed within saef: "
+                "what other optimizers keep of a DTensor has no form in a checkpoint. Use DistributedDataParallel"
             )
         group = getattr(model, "process_group", None)
         ours = sorted(mesh.mesh.flatten().tolist())
@@ -461,7 +461,7 @@ class Engine:
     def gradient_norm(self) -> float:
         """L2 norm of this worker's own gradient, unscaled, before any clipping: after the exchange, before the step.
 
-        Of a node's, all its ranks must ask.
+        Of a node's, all its ranks must ask. With local steps it is this rank's, of what its node will average.
 
         Raises:
             RuntimeError: if nothing was exchanged since the last step.
