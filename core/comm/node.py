@@ -81,12 +81,13 @@ class Node:
         device: where messages live.
 
     Attributes:
+        between, within: as given.
         place, size: this rank's number among the ranks of its node, and how many they are, S.
         everyone: all ranks of all nodes.
     """
 
     def __init__(self, between: Transport, within: Transport | None, device: torch.device) -> None:
-        self._between, self.within, self._device = between, within, device
+        self.between, self.within, self._device = between, within, device
         self.place, self.size = (0, 1) if within is None else (within.rank, within.size)
         self.everyone: Gathers = between if within is None else Everyone(between, within)
         both = [weakref.ref(one) for one in (between, within) if isinstance(one, Ordered)]
@@ -102,7 +103,7 @@ class Node:
     def gather(self, value: float) -> list[float]:
         """The value of each rank of the node, in order. Collective within it."""
         within = self.within
-        return [value] if within is None else self._between.call(lambda: self._gather(within, value))
+        return [value] if within is None else self.between.call(lambda: self._gather(within, value))
 
     def for_this_place(self, parts: Sequence[Tensor]) -> Tensor:
         """[S, n] what each rank of the node has for this place. Collective, in `Transport.call` or `submit`.
@@ -121,13 +122,13 @@ class Node:
         if self.within is None:
             return part
         within, sizes = self.within, [part.numel() * part.element_size()] * self.size
-        gathered = self._between.call(lambda: within.all_gather(part.view(torch.uint8), sizes, "phase2"))
+        gathered = self.between.call(lambda: within.all_gather(part.view(torch.uint8), sizes, "phase2"))
         return gathered.view(part.dtype)
 
     def average(self, v: Tensor) -> Tensor:
         """v <- its mean over the ranks of the node, the same bits on each. Collective within it, between steps."""
         if (within := self.within) is not None:
-            self._between.call(lambda: within.mean(v, "phase1"))
+            self.between.call(lambda: within.mean(v, "phase1"))
         return v
 
     def norm(self, values: Sequence[float]) -> float:

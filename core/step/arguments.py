@@ -13,6 +13,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..comm.exchange import Strategy
+from ..comm.node import Node
 from ..comm.transport import Transport
 from ..protocols.averaging import Averaging
 from ..wire.compressors import Compressor
@@ -68,7 +69,7 @@ class Carried(TypedDict, total=False):
 
     mesh: DeviceMesh | None
     process_group: torch.distributed.ProcessGroup | None
-    transport: Transport | None
+    transport: Transport | Node | None
 
 
 class StateSettings(Agreed, Scaled, Carried, total=False):

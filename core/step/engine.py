@@ -93,7 +93,7 @@ class Engine:
         grad_scaler: GradScaler | None,
         mesh: DeviceMesh | None,
         process_group: torch.distributed.ProcessGroup | None,
-        transport: Transport | None,
+        transport: Transport | Node | None,
     ) -> None:
         given, model, optimizer = optimizer, unwrap_model(model), unwrap_optimizer(optimizer)
         check_optimizer(optimizer)
@@ -106,20 +106,20 @@ class Engine:
         if mesh is not None:
             check_mesh(mesh)
         check_sharded(model, mesh)
-        self._optimizer, self._settings, self._mesh = optimizer, settings, mesh
+        self._optimizer, self._settings = optimizer, settings
+        self._place = (0, 1)  # this rank's number among those of its worker, and how many they are
+        if mesh is not None:
+            self._place = mesh.get_local_rank(1), mesh.size(1)
+        elif isinstance(transport, Node):
+            self._place = transport.place, transport.size
         self.weights = weights = self._weights_of(model)
         self.loss_scale.check_dtypes(p.dtype for p in weights.parameters)  # before any rank waits for another
         if sum(given is not None for given in (mesh, process_group, transport)) > 1:
             raise ValueError("give a mesh, a process_group or a transport: each says who the ranks are")
         kernels.prepare(weights.device, weights.dtype)
         self.process_group = process_group or getattr(model, "process_group", None)
-        within: Transport | None = None
-        if mesh is not None:
-            self._check_nodes(model, mesh)
-            transport = TorchTransport(mesh.get_group(0), weights.device)
-            within = TorchTransport(mesh.get_group(1), weights.device) if mesh.size(1) > 1 else None
-        self.transport = transport or TorchTransport(self.process_group, weights.device)
-        self.node = Node(self.transport, within, weights.device)
+        self.node = self._join(model, mesh, transport)
+        self.transport = self.node.between
         self.rule.workers = self.transport.size
         self._averaging = ErrorAveraging(settings.averaging, self.transport)
         self._v_averaging = ErrorAveraging(settings.v_averaging, self.transport)
@@ -136,6 +136,17 @@ class Engine:
         sharded = weights.parameters if is_sharded(model) else ()
         self._attachment = Attachment(model, optimizer, given, sharded, self)
         self._kept.save_with(optimizer)
+
+    def _join(self, model: nn.Module, mesh: DeviceMesh | None, transport: Transport | Node | None) -> Node:
+        """The ranks that are this worker, and what carries bytes to the others. Collective."""
+        device = self.weights.device
+        if isinstance(transport, Node):
+            return transport
+        if mesh is None:
+            return Node(transport or TorchTransport(self.process_group, device), None, device)
+        self._check_nodes(model, mesh)
+        between = TorchTransport(mesh.get_group(0), device)
+        return Node(between, TorchTransport(mesh.get_group(1), device) if mesh.size(1) > 1 else None, device)
 
     def _check_nodes(self, model: nn.Module, mesh: DeviceMesh) -> None:
         """Raise TypeError or ValueError on what nodes cannot do."""
@@ -155,11 +166,11 @@ class Engine:
             )
 
     def _weights_of(self, model: nn.Module) -> Weights:
-        s, mesh = self._settings.step_ahead, self._mesh
+        s, (place, size) = self._settings.step_ahead, self._place
         if is_sharded(model):
             return Shards(model, self._optimizer, s)
-        if mesh is not None and mesh.size(1) > 1:
-            return Parts(model, self._optimizer, s, mesh.get_local_rank(1), mesh.size(1))
+        if size > 1:
+            return Parts(model, self._optimizer, s, place, size)
         return create(model, self._optimizer, s)
 
     def _agree(self, weights: Weights, what: str = "SAEFState()") -> None:
