@@ -125,8 +125,9 @@ WORDS = ("exchange", "server_step_ahead", "node_size")  # settings that can be "
 
 ZERO = (
     "ZeRO reduces gradients into shards and keeps one copy of the weights, while here every rank takes its gradient at "
-    "weights of its own, x - e_k, and keeps e_k. Use stage 0 (saef's state takes about 4 vectors of the model's size), "
-    "or ZeRO with another optimizer"
+    "weights of its own, x - e_k, and keeps e_k. Use stage 0, with \"node_size\" where nodes have several ranks: each then "
+    "has 1/S of errors, momentum and master weights, as in ZeRO 1. For weights that do not fit use FSDP2 with "
+    "SAEFState(mesh=...), or ZeRO with another optimizer"
 )
 NOT_REDUCED = "it is about DeepSpeed's own all-reduce of gradients, which SAEF replaces"
 PARALLEL = "SAEF knows data parallelism only, so far"
