@@ -125,9 +125,9 @@ WORDS = ("exchange", "server_step_ahead", "node_size")  # settings that can be "
 
 ZERO = (
     "ZeRO reduces gradients into shards and keeps one copy of the weights, while here every rank takes its gradient at "
-    "weights of its own, x - e_k, and keeps e_k. Use stage 0, with \"node_size\" where nodes have several ranks: each then "
-    "has 1/S of errors, momentum and master weights, as in ZeRO 1. For weights that do not fit use FSDP2 with "
-    "SAEFState(mesh=...), or ZeRO with another optimizer"
+    "weights of its own, x - e_k, and keeps e_k. Use stage 0, whose nodes of S ranks have 1/S of errors, momentum and "
+    'master weights on each ("node_size"), as ZeRO 1; for weights that do not fit stage 3 within the nodes '
+    '("node_size", and mpu=saef.integrations.deepspeed.Nodes(size)) or FSDP2; or ZeRO with another optimizer'
 )
 NOT_REDUCED = "it is about DeepSpeed's own all-reduce of gradients, which SAEF replaces"
 PARALLEL = "SAEF knows data parallelism only, so far"
@@ -173,6 +173,22 @@ REFUSED: list[tuple[str, tuple[Any, ...], str, str]] = [
 ]
 
 
+# The same at ZeRO stage 3, within nodes.
+WITHIN = "within nodes ZeRO 3 is for weights alone"
+REFUSED_WITHIN: list[tuple[str, tuple[Any, ...], str, str]] = [
+    (
+        "zero_config.param_persistence_threshold",
+        (0,),
+        "zero_optimization.stage3_param_persistence_threshold",
+        "parameters that stay gathered would not follow x_half",
+    ),
+    ("zero_config.zero_hpz_partition_size", (1,), "zero_optimization.zero_hpz_partition_size", WITHIN),
+    ("zero_config.zero_quantized_weights", (False,), "zero_optimization.zero_quantized_weights", WITHIN),
+    ("zero_config.zero_quantized_gradients", (False,), "zero_optimization.zero_quantized_gradients", WITHIN),
+    ("torch_autocast_enabled", (False, None), "torch_autocast.enabled", 'use "bf16"'),
+]
+
+
 def take_over_clipping(config: Any) -> float | None:
     """Make gradient_clipping, if the JSON has it, the optimizer's max_grad_norm; what it was.
 
@@ -194,7 +210,8 @@ def check_config(config: Any) -> None:
     check_known("optimizer", config._param_dict["optimizer"], ["type", "params"])
     parse(config.optimizer_params or {})
     problems = []
-    for path, allowed, key, why in REFUSED:
+    within = (config.optimizer_params or {}).get("node_size", NODE_SIZE) != 1 and config.zero_config.stage == 3
+    for path, allowed, key, why in [*REFUSED[1:], *REFUSED_WITHIN] if within else REFUSED:
         value = reduce(lambda part, name: getattr(part, name, None), path.split("."), config)
         if value not in allowed:
             problems.append(f"{key} is {value}, expected {allowed[0]}: {why}")

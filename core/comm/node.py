@@ -79,14 +79,18 @@ class Node:
         between: to the ranks of the same place in the other nodes.
         within: to the other ranks of this node; None where each rank is a worker.
         device: where messages live.
+        in_parts: whether the model that each rank has is its part of the node's.
 
     Attributes:
-        between, within: as given.
+        between, within, in_parts: as given.
         place, size: this rank's number among the ranks of its node, and how many they are, S.
         everyone: all ranks of all nodes.
     """
 
-    def __init__(self, between: Transport, within: Transport | None, device: torch.device) -> None:
+    def __init__(
+        self, between: Transport, within: Transport | None, device: torch.device, in_parts: bool = False
+    ) -> None:
+        self.in_parts = in_parts
         self.between, self.within, self._device = between, within, device
         self.place, self.size = (0, 1) if within is None else (within.rank, within.size)
         self.everyone: Gathers = between if within is None else Everyone(between, within)

@@ -107,10 +107,10 @@ class Engine:
             check_mesh(mesh)
         check_sharded(model, mesh)
         self._optimizer, self._settings = optimizer, settings
-        self._place = (0, 1)  # this rank's number among those of its worker, and how many they are
+        self._place = (0, 1)  # this rank's number among those of its worker, and how many they are, to cut parameters
         if mesh is not None:
             self._place = mesh.get_local_rank(1), mesh.size(1)
-        elif isinstance(transport, Node):
+        elif isinstance(transport, Node) and not transport.in_parts:
             self._place = transport.place, transport.size
         self.weights = weights = self._weights_of(model)
         self.loss_scale.check_dtypes(p.dtype for p in weights.parameters)  # before any rank waits for another
@@ -141,6 +141,11 @@ class Engine:
         """The ranks that are this worker, and what carries bytes to the others. Collective."""
         device = self.weights.device
         if isinstance(transport, Node):
+            if transport.in_parts and not self.rule.rule.of_gradients:
+                raise ValueError(
+                    "where each rank has a part of its node's model, the optimizer is SGD, AdamW or Adam, with "
+                    "local_steps=1: others, and local steps, need weights that are whole on each rank"
+                )
             return transport
         if mesh is None:
             return Node(transport or TorchTransport(self.process_group, device), None, device)
