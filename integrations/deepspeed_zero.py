@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple, final
 
 import torch
@@ -28,6 +29,7 @@ import saef
 from saef.comm.node import Node
 from saef.comm.torch_transport import TorchTransport
 from saef.step.arguments import Agreed
+from saef.step.attachment import tensors_in
 
 # What of ZeRO's optimizer is used here is none of DeepSpeed's interface: 0.19.8 has it.
 
@@ -127,6 +129,18 @@ class Shards(nn.Module):
         else:
             self.rest()
 
+    def after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Its backward reads the weights again, whatever was looked at between: an output's gradient is its first."""
+        if torch.is_grad_enabled():
+            for tensor in tensors_in(output):
+                if tensor.requires_grad:
+                    tensor.register_hook(partial(self._before_backward, self.state.weights.number))
+
+    def _before_backward(self, number: int, gradient: Tensor) -> None:
+        if not self.state.engine.ahead:
+            self.state.engine.enter(number)
+            self.show()
+
     def rest(self) -> None:
         """The weights are x."""
         if self.state.engine.ahead:
@@ -173,6 +187,7 @@ def attach(engine: DeepSpeedEngine, shards: Shards) -> None:
 
     engine.allreduce_gradients = reduced
     engine.register_forward_pre_hook(shards.before_forward, prepend=True)
+    engine.register_forward_hook(shards.after_forward)
     engine.module.register_state_dict_pre_hook(lambda *_: shards.rest())
     zero.saef, zero.step = shards.state, lambda closure=None: shards.step()
 
