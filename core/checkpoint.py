@@ -105,6 +105,11 @@ def consolidated_form(memory: Memory, context: Context, own: Callable[[bool], Sa
     Args:
         own: gives the same as means over the ranks, collectively.
     """
+    if context.node.in_parts:
+        raise ValueError(
+            "each rank has a part of its node's model, which does not say what the whole is: save the rank form, "
+            "state_dict() or save_checkpoint(consolidate=False), for as many nodes of as many ranks"
+        )
     transport = context.transport
     means = replace(memory, m=memory.m.clone())
 

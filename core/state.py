@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from . import checkpoint, telemetry
 from .comm.exchange import Strategy
+from .comm.node import Node
 from .comm.transport import Transport
 from .protocols.averaging import Averaging
 from .step.arguments import BadRound, Exchange, ServerCompressor, ServerStepAhead, WeightDecayMode, check_keywords
@@ -86,7 +87,8 @@ class SAEFState:
             a DistributedDataParallel over all ranks, or a model that FSDP2 has sharded over the inner axis
             (docs/nodes.md). None: a worker is a rank.
         process_group: the ranks that train together; None: the model's (DDP), or the default group.
-        transport: what carries the bytes (a `saef.comm.transport.Transport`); None: torch.distributed.
+        transport: what carries the bytes, a `saef.comm.transport.Transport`, or a `saef.comm.node.Node` of two; None:
+            torch.distributed.
 
     Attributes:
         steps: exchanges committed so far, t: steps, or rounds of `local_steps` steps. skipped, skipped_in_a_row: those
@@ -127,7 +129,7 @@ class SAEFState:
         grad_scaler: GradScaler | None = None,
         mesh: DeviceMesh | None = None,
         process_group: torch.distributed.ProcessGroup | None = None,
-        transport: Transport | None = None,
+        transport: Transport | Node | None = None,
     ) -> None:
         settings = Settings(
             compressor,

@@ -159,10 +159,7 @@ def build(args: Namespace, device: torch.device) -> tuple:
     """The model under DDP or FSDP2, its optimizer, and saef's state (None without saef)."""
     torch.manual_seed(args.seed)
     net = GPT(args.width, args.layers, args.heads, args.context).to(device)
-    mesh, size = None, args.node_size or (int(os.environ["LOCAL_WORLD_SIZE"]) if args.fsdp else 1)
-    if size > 1:
-        shape = (dist.get_world_size() // size, size)
-        mesh = dist.init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+    mesh = saef.node_mesh(device, args.node_size) if args.fsdp or args.node_size else None
     if args.fsdp:
         for part in [*net.blocks, net]:  # without saef FSDP exchanges between the nodes, too
             fully_shard(part, mesh=mesh if METHODS[args.method] is None else mesh["shard"])

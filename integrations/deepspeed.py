@@ -24,6 +24,7 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,18 +34,22 @@ from typing_extensions import Unpack
 
 import saef
 from saef.comm.agreement import compare
-from saef.step.arguments import CLIPS
+from saef.step.arguments import CLIPS, Carried
 
-from .deepspeed_config import Params, check_config, parse, take_over_clipping
+from .deepspeed_config import NODE_SIZE, Params, check_config, parse, take_over_clipping
 
 try:
     import deepspeed
     from deepspeed.runtime.config import DeepSpeedConfig
     from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f"saef.integrations.deepspeed needs DeepSpeed: pip install 'saef[deepspeed]' ({error})"
     ) from error
+
+from .deepspeed_zero import Nodes, Shards, first_node_alone, idle
+from .deepspeed_zero import attach as attach_zero
 
 logger = logging.getLogger("saef")
 NAME = "SAEF"
@@ -69,23 +74,18 @@ class SAEF(torch.optim.Optimizer):
 
     def __init__(self, params: Iterable[Any], **settings: Unpack[Params]) -> None:
         _, hyper, self._settings = parse(settings)
+        self._node_size = settings.get("node_size", NODE_SIZE)
         super().__init__(params, **hyper)  # torch's optimizer, which `_of` puts next
         self.register_step_pre_hook(_refuse_unattached)
 
     def attach(self, engine: DeepSpeedEngine) -> None:
-        """Make the engine exchange gradients, and save and load, by a SAEFState. Collective."""
-        self.saef = saef.SAEFState(
-            engine,
-            self,
-            grad_scaler=engine.torch_autocast_z0_gradscaler,
-            process_group=engine.data_parallel_group,
-            **self._settings,
-        )
+        """Make the engine exchange gradients by a SAEFState. Collective."""
+        who: Carried = {"process_group": engine.data_parallel_group}
+        if (size := self._node_size) != 1:
+            who = {"mesh": saef.node_mesh(engine.device, None if size == "auto" else size)}
+        scaler = engine.torch_autocast_z0_gradscaler
+        self.saef = saef.SAEFState(engine, self, grad_scaler=scaler, **who, **self._settings)
         engine.allreduce_gradients = lambda *_, **__: _exchange(engine)
-        momentum = "momentum" if isinstance(self, torch.optim.SGD) else "betas"
-        engine.get_mom = lambda: engine._get_optimizer_param(momentum)  # for its log; it would go by the name
-        engine.save_checkpoint = _wrap(engine, engine.save_checkpoint, _save_checkpoint)
-        engine.load_checkpoint = _wrap(engine, engine.load_checkpoint, _load_checkpoint)
 
     def __repr__(self) -> str:
         return super().__repr__() + ("" if self.saef is None else f"\n{self.saef!r}")
@@ -119,7 +119,7 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
         ValueError: if the config names another optimizer, or has what SAEF cannot honour.
     """
     engine, *others = deepspeed.initialize(*args, **kwargs)
-    if not isinstance(engine.optimizer, SAEF):
+    if not hasattr(engine.optimizer, "saef"):
         raise ValueError(
             f'the config has optimizer.type {engine.optimizer_name()!r}: write "optimizer": {{"type": "{NAME}", ...}}, '
             "or call deepspeed.initialize for another optimizer"
@@ -163,8 +163,10 @@ def _save_checkpoint(engine: DeepSpeedEngine, original: Callable[..., Any], argu
     arguments["tag"] = f"global_step{engine.global_steps}" if tag is None else str(tag)
     state = engine.optimizer.saef
     folder = _folder(state, arguments["save_dir"], arguments["tag"], "save_checkpoint()")
-    saef.save_checkpoint(folder, state, {"global_steps": engine.global_steps}, keep=1)
-    return original(**arguments)
+    in_parts = state.engine.node.in_parts
+    saef.save_checkpoint(folder, state, {"global_steps": engine.global_steps}, keep=1, consolidate=not in_parts)
+    with first_node_alone(engine) if in_parts else nullcontext():
+        return original(**arguments)
 
 
 def _load_checkpoint(engine: DeepSpeedEngine, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
@@ -176,6 +178,11 @@ def _load_checkpoint(engine: DeepSpeedEngine, original: Callable[..., Any], argu
     if arguments["tag"] is None:
         return original(**arguments)  # there is no checkpoint, as DeepSpeed says
     if not arguments["load_optimizer_states"] or arguments["load_module_only"]:
+        if state.engine.node.in_parts:
+            raise ValueError(
+                "load_module_only=True, or load_optimizer_states=False, with ZeRO 3 within nodes: x is the optimizer's "
+                "own copy of the weights there. Load all, and call engine.optimizer.saef.reset_errors() to owe nothing"
+            )
         state.engine.recheck()
         return original(**arguments)
     extra = saef.load_checkpoint(folder, state)
@@ -196,7 +203,7 @@ def _load_checkpoint(engine: DeepSpeedEngine, original: Callable[..., Any], argu
 def _folder(state: saef.SAEFState, root: str | Path, tag: str | None, method: str) -> Path:
     """Where SAEF's part of a checkpoint lies. Collective: all ranks raise ValueError unless their tags are equal."""
     heading, what = "the ranks name different checkpoints", f"DeepSpeedEngine.{method}"
-    compare({"tag": tag}, state.engine.transport, state.weights.device, heading, what)
+    compare({"tag": tag}, state.engine.node.everyone, state.weights.device, heading, what)
     return Path(root) / str(tag) / "saef"
 
 
@@ -224,17 +231,45 @@ def _register() -> None:
         if engine._config.optimizer_name != NAME:  # optimizer_name() would be that of client_optimizer
             return configure_others(engine, client_optimizer, model_parameters)  # type: ignore[no-any-return]
         _check_engine(engine, client_optimizer)
-        optimizer = SAEF(model_parameters, **(engine.optimizer_params() or {}))
+        params: Any = engine.optimizer_params() or {}
+        within = engine.zero_optimization_stage() > 0
+        if within:
+            _check_nodes(engine, params["node_size"])
+        kind, hyper, settings = parse(params)
+        optimizer: Any = idle(kind)(model_parameters, **hyper) if within else SAEF(model_parameters, **params)
+        groups = [[*group["params"]] for group in optimizer.param_groups if group["params"]]
         # What this finds decides on a wrapper for bf16. There shall be none: saef keeps float32 master weights itself.
-        engine._do_optimizer_sanity_check = lambda _: None
+        engine._do_optimizer_sanity_check = lambda _: ZERO_OPTIMIZATION if within else None
         configure_others(engine, optimizer, model_parameters)
         del engine._do_optimizer_sanity_check
-        optimizer.attach(engine)
+        if within:
+            attach_zero(engine, Shards(engine, groups, kind, settings))
+        else:
+            optimizer.attach(engine)
+        momentum = "momentum" if kind is torch.optim.SGD else "betas"
+        engine.get_mom = lambda: engine._get_optimizer_param(momentum)  # for its log; it would go by the name
+        engine.save_checkpoint = _wrap(engine, engine.save_checkpoint, _save_checkpoint)
+        engine.load_checkpoint = _wrap(engine, engine.load_checkpoint, _load_checkpoint)
         if (clips := engine._config._saef_clips) is not None and engine.global_rank == 0:
             logger.warning(CLIPS, f'"gradient_clipping": {clips}')
 
     DeepSpeedConfig._do_sanity_check = check
     DeepSpeedEngine._configure_optimizer = configure
+
+
+def _check_nodes(engine: DeepSpeedEngine, node_size: Any) -> None:
+    """Raise ValueError unless ZeRO is to stay within the nodes."""
+    mpu = engine.mpu
+    if not isinstance(mpu, Nodes) or node_size not in ("auto", mpu.get_data_parallel_world_size()):
+        raise ValueError(
+            f"at ZeRO stage 3 DeepSpeed must know the nodes, too: deepspeed.initialize(..., mpu={Nodes.__module__}."
+            f"Nodes(size)), with the node_size of the JSON, {node_size!r}"
+        )
+    if engine.training_dataloader is not None:
+        raise ValueError(
+            "within nodes DeepSpeed's loader would give every node the same data: leave training_data out, and use a "
+            "DataLoader with a DistributedSampler over all ranks"
+        )
 
 
 def _check_engine(engine: DeepSpeedEngine, client_optimizer: Any) -> None:
@@ -244,6 +279,8 @@ def _check_engine(engine: DeepSpeedEngine, client_optimizer: Any) -> None:
             f"deepspeed.initialize got an optimizer ({type(client_optimizer).__name__}) that would take the place of "
             f'the {NAME} in the config: pass model_parameters instead, or take "optimizer" out of the config'
         )
+    if isinstance(engine.mpu, Nodes) and not engine.zero_optimization_stage():
+        raise ValueError("at ZeRO stage 0 node_size alone says what a node is, in the JSON: leave mpu=Nodes(...) out")
     found = {
         "a PipelineModule": engine.pipeline_parallelism,
         "mixture-of-experts layers": engine.has_moe_layers,

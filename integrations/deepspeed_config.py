@@ -106,6 +106,7 @@ class Params(TypedDict, total=False):
     outer: Mapping[str, Any] | None
     on_bad_round: BadRound
     overlap: bool
+    node_size: int | Literal["auto"]
 
 
 RULE = {"type": "sgd"}
@@ -113,18 +114,20 @@ OF_RULE = ("betas", "eps")  # fields of the rule that may also stand beside lr, 
 FILLED = ("lr", "weight_decay", *OF_RULE)  # where Hugging Face's Trainer fills in "auto"
 HYPER = {"lr": 1e-3, "momentum": 0.0, "weight_decay": 0.0, "nesterov": False, "maximize": False}
 NOT_IN_JSON = ("model", "optimizer", "grad_scaler", "mesh", "process_group", "transport")  # what the engine knows
+NODE_SIZE = 1  # ranks that are one worker
 SETTINGS = {
     name: parameter.default
     for name, parameter in inspect.signature(saef.SAEFState).parameters.items()
     if name not in NOT_IN_JSON
 }
 
-WORDS = ("exchange", "server_step_ahead")  # settings that can be "auto"
+WORDS = ("exchange", "server_step_ahead", "node_size")  # settings that can be "auto"
 
 ZERO = (
     "ZeRO reduces gradients into shards and keeps one copy of the weights, while here every rank takes its gradient at "
-    "weights of its own, x - e_k, and keeps e_k. Use stage 0 (saef's state takes about 4 vectors of the model's size), "
-    "or ZeRO with another optimizer"
+    "weights of its own, x - e_k, and keeps e_k. Use stage 0, whose nodes of S ranks have 1/S of errors, momentum and "
+    'master weights on each ("node_size"), as ZeRO 1; for weights that do not fit stage 3 within the nodes '
+    '("node_size", and mpu=saef.integrations.deepspeed.Nodes(size)) or FSDP2; or ZeRO with another optimizer'
 )
 NOT_REDUCED = "it is about DeepSpeed's own all-reduce of gradients, which SAEF replaces"
 PARALLEL = "SAEF knows data parallelism only, so far"
@@ -170,6 +173,22 @@ REFUSED: list[tuple[str, tuple[Any, ...], str, str]] = [
 ]
 
 
+# The same at ZeRO stage 3, within nodes.
+WITHIN = "within nodes ZeRO 3 is for weights alone"
+REFUSED_WITHIN: list[tuple[str, tuple[Any, ...], str, str]] = [
+    (
+        "zero_config.param_persistence_threshold",
+        (0,),
+        "zero_optimization.stage3_param_persistence_threshold",
+        "parameters that stay gathered would not follow x_half",
+    ),
+    ("zero_config.zero_hpz_partition_size", (1,), "zero_optimization.zero_hpz_partition_size", WITHIN),
+    ("zero_config.zero_quantized_weights", (False,), "zero_optimization.zero_quantized_weights", WITHIN),
+    ("zero_config.zero_quantized_gradients", (False,), "zero_optimization.zero_quantized_gradients", WITHIN),
+    ("torch_autocast_enabled", (False, None), "torch_autocast.enabled", 'use "bf16"'),
+]
+
+
 def take_over_clipping(config: Any) -> float | None:
     """Make gradient_clipping, if the JSON has it, the optimizer's max_grad_norm; what it was.
 
@@ -191,7 +210,8 @@ def check_config(config: Any) -> None:
     check_known("optimizer", config._param_dict["optimizer"], ["type", "params"])
     parse(config.optimizer_params or {})
     problems = []
-    for path, allowed, key, why in REFUSED:
+    within = (config.optimizer_params or {}).get("node_size", NODE_SIZE) != 1 and config.zero_config.stage == 3
+    for path, allowed, key, why in [*REFUSED[1:], *REFUSED_WITHIN] if within else REFUSED:
         value = reduce(lambda part, name: getattr(part, name, None), path.split("."), config)
         if value not in allowed:
             problems.append(f"{key} is {value}, expected {allowed[0]}: {why}")
@@ -216,10 +236,16 @@ def parse(params: Mapping[str, Any]) -> tuple[type[torch.optim.Optimizer], dict[
         raise TypeError(f'optimizer.params must be an object such as {{"lr": 0.1}}, got {params!r}')
     if "mesh" in params:
         raise ValueError(
-            "optimizer.params: mesh is not for DeepSpeed, where a worker is a rank: nodes have no gradients there, "
-            "and ZeRO and MiCS keep theirs in buffers of their own. Leave it out, or use FSDP2 with SAEFState(mesh=...)"
+            'optimizer.params: mesh is an object of Python: write "node_size": 8, so many ranks are one worker, or '
+            '"auto", as many as the launcher has started on this machine'
         )
-    check_known("optimizer.params", params, ["rule", *HYPER, *OF_RULE, *SETTINGS])
+    check_known("optimizer.params", params, ["rule", *HYPER, *OF_RULE, *SETTINGS, "node_size"])
+    size = params.get("node_size", NODE_SIZE)
+    if size != "auto" and not (is_number(size) and isinstance(size, int) and size >= 1):
+        raise ValueError(
+            f'optimizer.params.node_size must be an integer >= 1 (ranks that are one worker), or "auto" (those of this '
+            f"machine), got {size!r}{nearest(size, ['auto'])}"
+        )
     if unfilled := [key for key, value in params.items() if value == "auto" and key not in WORDS]:
         raise ValueError(
             f'optimizer.params has "auto" for {unfilled}, which Hugging Face\'s Trainer alone fills in, for {FILLED} '

@@ -25,7 +25,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from itertools import count
-from typing import Any, final
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor, nn
@@ -33,12 +33,14 @@ from typing_extensions import Unpack
 
 from saef import SAEFState
 from saef.comm.meeting import REMEDY, NotTogether
+from saef.comm.node import Node
 from saef.comm.transport import Ordered, Purpose
 from saef.step.arguments import Agreed, Scaled, check_known
 from saef.step.buckets import SPARSE
 
 try:
     import horovod.torch as hvd
+    from horovod.torch.mpi_ops import _basics
 except ImportError as error:
     raise ImportError(
         "saef.integrations.horovod needs Horovod with PyTorch support, which current versions of torch only build with "
@@ -52,7 +54,7 @@ _numbers = count()  # of transports; every rank makes them in one order
 
 @final
 class HorovodTransport(Ordered):
-    """A `saef.comm.transport.Transport` over Horovod's collectives among all ranks.
+    """A `saef.comm.transport.Transport` over Horovod's collectives among some ranks, ascending, or all.
 
     They run on CPU tensors: on a GPU, messages (not gradients) are copied to the host and back.
     """
@@ -64,18 +66,17 @@ class HorovodTransport(Ordered):
     )
     restart = "horovodrun ends it"
 
-    def __init__(self, device: torch.device) -> None:
-        if not hvd.is_initialized():
-            raise RuntimeError("call hvd.init() before creating SAEFCompression")
-        super().__init__(hvd.rank(), hvd.size(), device, thread=True)
+    def __init__(self, device: torch.device, ranks: Sequence[int]) -> None:
+        super().__init__(ranks.index(hvd.rank()), len(ranks), device, thread=True)
         self._prefix = f"saef.{next(_numbers)}"
+        self._set = _process_set(ranks)
 
     def _meet(self, what: str) -> None:
         """Horovod waits for the other ranks by a tensor's name, and its warnings of stalled tensors print that."""
         self._count("settings", self.size - 1)
         name = f"{self._prefix}: {what}, to which all ranks must come"
         try:
-            _wait(hvd.allgather_async(torch.zeros(1, dtype=torch.uint8, device="cpu"), name))
+            _wait(hvd.allgather_async(torch.zeros(1, dtype=torch.uint8, device="cpu"), name, self._set))
         except RuntimeError as error:
             raise NotTogether(
                 f'rank {self.rank} of {self.size} is at "{what}", but not all others: one died, or does something else '
@@ -83,19 +84,19 @@ class HorovodTransport(Ordered):
             ) from error
 
     def _begin_all_gather(self, message: Tensor, sizes: Sequence[int], purpose: Purpose) -> Callable[[], Tensor]:
-        handle = hvd.allgather_async(message.cpu(), f"{self._prefix}.{purpose}.{sum(sizes)}")
+        handle = hvd.allgather_async(message.cpu(), f"{self._prefix}.{purpose}.{sum(sizes)}", self._set)
         return lambda: _wait(handle).to(self.device)
 
     def _begin_all_to_all(
         self, message: Tensor, sizes: Sequence[int], received: int, purpose: Purpose
     ) -> Callable[[], Tensor]:
         splits = torch.tensor(sizes, dtype=torch.int32, device="cpu")
-        handle = hvd.alltoall_async(message.cpu(), splits, f"{self._prefix}.{purpose}.{message.numel()}")
+        handle = hvd.alltoall_async(message.cpu(), splits, f"{self._prefix}.{purpose}.{message.numel()}", self._set)
         return lambda: _wait(handle)[0].to(self.device)
 
     def _sum(self, v: Tensor, purpose: Purpose) -> None:
-        host = v.cpu()
-        _wait(hvd.allreduce_async_(host, op=hvd.Sum, name=f"{self._prefix}.{purpose}.{v.numel()}"))
+        host, name = v.cpu(), f"{self._prefix}.{purpose}.{v.numel()}"
+        _wait(hvd.allreduce_async_(host, op=hvd.Sum, name=name, process_set=self._set))
         v.copy_(host)
 
     def _send_receive(self, v: Tensor, to: Sequence[int], sources: Sequence[int], purpose: Purpose) -> list[Tensor]:
@@ -103,8 +104,37 @@ class HorovodTransport(Ordered):
         sizes = [v.numel() if r in to else 0 for r in range(self.size)]
         splits = torch.tensor(sizes, dtype=torch.int32, device="cpu")
         host, name = v.cpu().repeat(len(to)), f"{self._prefix}.{purpose}.neighbours.{v.numel()}"
-        out: Tensor = _wait(hvd.alltoall_async(host, splits, name))[0]
+        out: Tensor = _wait(hvd.alltoall_async(host, splits, name, self._set))[0]
         return list(out.to(self.device).view(len(sources), v.numel()).unbind()) if sources else []
+
+
+def _process_set(ranks: Sequence[int]) -> Any:
+    """Horovod's, of these ranks alone; made if there is none yet, which all ranks must come to in one order."""
+    if len(ranks) in (1, hvd.size()):  # a rank alone sends nothing
+        return hvd.global_process_set
+    known = {tuple(of): number for number, of in _basics._get_process_set_ids_and_ranks().items()}
+    if tuple(ranks) not in known:
+        try:
+            return hvd.add_process_set(ranks)
+        except ValueError as error:
+            raise RuntimeError(
+                'node_size makes process sets, which Horovod allows after hvd.init(process_sets="dynamic") only. The '
+                f"cause: {error}"
+            ) from error
+    found = hvd.ProcessSet(ranks)
+    found.process_set_id = known[tuple(ranks)]
+    return found
+
+
+def _node(device: torch.device, size: int) -> Node:
+    """The ranks that are one worker with this one. Collective."""
+    ranks = range(hvd.size())
+    nodes, places = [ranks[i : i + size] for i in ranks[::size]], [ranks[i::size] for i in range(size)]
+    for some in (*nodes, *places):
+        _process_set(some)
+    node, place = divmod(hvd.rank(), size)
+    between = HorovodTransport(device, places[place])
+    return Node(between, HorovodTransport(device, nodes[node]) if size > 1 else None, device)
 
 
 def _wait(handle: Any) -> Any:
@@ -133,6 +163,8 @@ class SAEFCompression:
     Args:
         model: the module that is trained.
         optimizer: the one that DistributedOptimizer is given too. Its class becomes a subclass of what it was.
+        node_size: ranks that are one worker, a node (docs/nodes.md), which follow each other; "auto": as many as
+            Horovod has on this machine.
         settings: keyword arguments of SAEFState, but for mesh, process_group and transport.
 
     Attributes:
@@ -145,18 +177,31 @@ class SAEFCompression:
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, **settings: Unpack[CompressionSettings]
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        node_size: int | Literal["auto"] = 1,
+        **settings: Unpack[CompressionSettings],
     ) -> None:
         if "transport" in settings or "process_group" in settings:
             raise TypeError("SAEFCompression exchanges among all Horovod ranks: it takes no transport or process_group")
         if "mesh" in settings:
             raise TypeError(
-                "SAEFCompression has a worker on each rank, and takes no mesh: Horovod has no gradients of nodes. "
-                "Use torch.distributed, with SAEFState(mesh=...)"
+                "a mesh is of torch.distributed's ranks, and here they are Horovod's: give SAEFCompression node_size, "
+                'so many ranks are one worker, or "auto", as many as Horovod has on this machine'
             )
-        check_known("SAEFCompression", settings, CompressionSettings.__annotations__, TypeError)
+        check_known("SAEFCompression", settings, ["node_size", *CompressionSettings.__annotations__], TypeError)
+        if not hvd.is_initialized():
+            raise RuntimeError("call hvd.init() before creating SAEFCompression")
+        size = hvd.local_size() if node_size == "auto" else node_size
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1 or hvd.size() % size:
+            raise ValueError(
+                f'node_size must be "auto", or an integer of which the number of ranks, {hvd.size()}, is a multiple '
+                f"(ranks that are one worker), got {size!r}"
+            )
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        self.state = SAEFState(model, optimizer, transport=HorovodTransport(device), **settings)
+        self.state = SAEFState(model, optimizer, transport=_node(device, size), **settings)
         self._engine = self.state.engine
         optimizer.__class__ = _followed(self, type(optimizer))
         self._optimizer: Any = None  # the DistributedOptimizer
@@ -204,7 +249,7 @@ class SAEFCompression:
         """Exchange what is left, once a step. `dummy` is the mean of the ranks'."""
         if self._pending:
             self._pending = False
-            size = self._engine.transport.size
+            size = self._engine.node.everyone.size
             if round(float(dummy) * size) != size:
                 raise RuntimeError(f"hvd.join() cannot work with SAEFCompression: {UNEVEN}")
             self._engine.exchange_gradients()
@@ -219,7 +264,7 @@ class SAEFCompression:
         if not engine.under_way and not any(bool(g.any()) for g in gradients):
             optimizer.zero_grad()  # hvd.broadcast_optimizer_state fills a new optimizer by a step of zeros
             return None
-        if engine.transport.size == 1 and gradients:  # Horovod calls neither compress nor decompress
+        if engine.node.everyone.size == 1 and gradients:  # Horovod calls neither compress nor decompress
             engine.exchange_gradients()
         engine.before_step(optimizer, (optimizer,), {})
         loss = own_step()
@@ -259,12 +304,12 @@ class SAEFCompression:
 
     def _check(self) -> None:
         """Raise unless the DistributedOptimizer averages dense gradients over all ranks, the same as ever."""
-        found, transport = self._optimizer, self._engine.transport
+        found, everyone = self._optimizer, self._engine.node.everyone
         if found is None:
             raise ValueError("give hvd.DistributedOptimizer the optimizer that SAEFCompression was created with")
-        if (hvd.rank(), hvd.size()) != (transport.rank, transport.size):
+        if (hvd.rank(), hvd.size()) != (everyone.rank, everyone.size):
             raise RuntimeError(
-                f"Horovod was started anew: rank {transport.rank} of {transport.size} is rank {hvd.rank()} of "
+                f"Horovod was started anew: rank {everyone.rank} of {everyone.size} is rank {hvd.rank()} of "
                 f"{hvd.size()} now. Create SAEFCompression and DistributedOptimizer again and load a checkpoint"
             )
         if not hasattr(found, "op"):  # Horovod's other class

@@ -24,33 +24,39 @@ from .transport import Gathers, Ordered, Purpose, Transport
 T = TypeVar("T")
 
 
-def node_mesh(device: torch.device | str) -> DeviceMesh:
-    """A mesh of the nodes that torchrun has started: [nodes, ranks a node], axes "replicate" and "shard".
+LAUNCHERS = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")  # how many ranks a node has, as torchrun and deepspeed tell them
 
-    Collective, as `torch.distributed.device_mesh.init_device_mesh` is. A node's ranks follow each other, as torchrun
-    numbers them; LOCAL_WORLD_SIZE is how many they are.
+
+def node_mesh(device: torch.device | str, node_size: int | None = None) -> DeviceMesh:
+    """A mesh of the job's nodes: [nodes, ranks a node], axes "replicate" and "shard".
+
+    Collective, as `torch.distributed.device_mesh.init_device_mesh` is. A node's ranks follow each other, as launchers
+    number them.
 
     Args:
         device: "cuda" or "cpu", where the parameters are.
+        node_size: ranks a node; None: as many as torchrun or deepspeed has started on this machine.
 
     Raises:
-        RuntimeError: without a process group or LOCAL_WORLD_SIZE.
-        ValueError: if the nodes do not have equally many ranks.
+        RuntimeError: without a process group, or without node_size and a launcher that says it.
+        ValueError: if the ranks are no whole number of such nodes.
     """
     if not torch.distributed.is_initialized():
         raise RuntimeError("call torch.distributed.init_process_group() before saef.node_mesh()")
-    ranks, found = torch.distributed.get_world_size(), os.environ.get("LOCAL_WORLD_SIZE")
-    if found is None:
-        raise RuntimeError(
-            "saef.node_mesh() takes the ranks of a node from LOCAL_WORLD_SIZE, which torchrun sets and which is not "
-            "set here: start with torchrun, or give init_device_mesh(device, (nodes, ranks a node), mesh_dim_names="
-            '("replicate", "shard"))'
+    ranks, size = torch.distributed.get_world_size(), node_size
+    if size is None:
+        found = next((os.environ[name] for name in LAUNCHERS if name in os.environ), None)
+        if found is None:
+            raise RuntimeError(
+                f"saef.node_mesh() takes the ranks of a node from {' or '.join(LAUNCHERS)}, which torchrun and "
+                "deepspeed set and which are not set here: start with one of them, or say node_size"
+            )
+        size = int(found)
+    if size < 1 or ranks % size:
+        raise ValueError(
+            f"{ranks} ranks are no whole number of nodes of {size}: start as many ranks on each node, or say node_size"
         )
-    of_a_node = int(found)
-    if ranks % of_a_node:
-        raise ValueError(f"{ranks} ranks are no whole number of nodes of {of_a_node}: start as many ranks on each node")
-    shape = (ranks // of_a_node, of_a_node)
-    return init_device_mesh(torch.device(device).type, shape, mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh(torch.device(device).type, (ranks // size, size), mesh_dim_names=("replicate", "shard"))
 
 
 def check_mesh(mesh: Any) -> None:
@@ -73,14 +79,19 @@ class Node:
         between: to the ranks of the same place in the other nodes.
         within: to the other ranks of this node; None where each rank is a worker.
         device: where messages live.
+        in_parts: whether the model that each rank has is its part of the node's.
 
     Attributes:
+        between, within, in_parts: as given.
         place, size: this rank's number among the ranks of its node, and how many they are, S.
         everyone: all ranks of all nodes.
     """
 
-    def __init__(self, between: Transport, within: Transport | None, device: torch.device) -> None:
-        self._between, self.within, self._device = between, within, device
+    def __init__(
+        self, between: Transport, within: Transport | None, device: torch.device, in_parts: bool = False
+    ) -> None:
+        self.in_parts = in_parts
+        self.between, self.within, self._device = between, within, device
         self.place, self.size = (0, 1) if within is None else (within.rank, within.size)
         self.everyone: Gathers = between if within is None else Everyone(between, within)
         both = [weakref.ref(one) for one in (between, within) if isinstance(one, Ordered)]
@@ -96,7 +107,7 @@ class Node:
     def gather(self, value: float) -> list[float]:
         """The value of each rank of the node, in order. Collective within it."""
         within = self.within
-        return [value] if within is None else self._between.call(lambda: self._gather(within, value))
+        return [value] if within is None else self.between.call(lambda: self._gather(within, value))
 
     def for_this_place(self, parts: Sequence[Tensor]) -> Tensor:
         """[S, n] what each rank of the node has for this place. Collective, in `Transport.call` or `submit`.
@@ -115,8 +126,14 @@ class Node:
         if self.within is None:
             return part
         within, sizes = self.within, [part.numel() * part.element_size()] * self.size
-        gathered = self._between.call(lambda: within.all_gather(part.view(torch.uint8), sizes, "phase2"))
+        gathered = self.between.call(lambda: within.all_gather(part.view(torch.uint8), sizes, "phase2"))
         return gathered.view(part.dtype)
+
+    def average(self, v: Tensor) -> Tensor:
+        """v <- its mean over the ranks of the node, the same bits on each. Collective within it, between steps."""
+        if (within := self.within) is not None:
+            self.between.call(lambda: within.mean(v, "phase1"))
+        return v
 
     def norm(self, values: Sequence[float]) -> float:
         """L2 norm of a vector, from those of its parts."""

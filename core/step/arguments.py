@@ -13,6 +13,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..comm.exchange import Strategy
+from ..comm.node import Node
 from ..comm.transport import Transport
 from ..protocols.averaging import Averaging
 from ..wire.compressors import Compressor
@@ -24,7 +25,7 @@ Exchange = Literal["auto", Strategy]
 ServerStepAhead = bool | Literal["auto"]
 BadRound = Literal["restore", "keep"]
 # Of adapters, in the log, of a framework's own setting.
-CLIPS = "%s is taken over as SAEFState's max_grad_norm: each rank's own gradient is clipped, before it is sent"
+CLIPS = "%s is taken over as SAEFState's max_grad_norm: each worker's own gradient is clipped, before it is sent"
 
 
 # -- types: `**settings: Unpack[StateSettings]`, or of those parts that a function takes -------------------------------
@@ -68,7 +69,7 @@ class Carried(TypedDict, total=False):
 
     mesh: DeviceMesh | None
     process_group: torch.distributed.ProcessGroup | None
-    transport: Transport | None
+    transport: Transport | Node | None
 
 
 class StateSettings(Agreed, Scaled, Carried, total=False):

@@ -23,16 +23,17 @@ def compare_settings(settings: Settings, weights: Weights, node: Node, scaled: b
         scaled: whether there is a GradScaler.
         what: where the ranks meet (`Transport.meet`).
     """
+    own = node.part if node.in_parts else ""  # ranks of one place compare
     fields = {field: getattr(settings, field) for field in settings.__dataclass_fields__}
     every = zip(weights.names, weights.parameters, weights.views, strict=True)
     parameters = [(n, tuple(p.shape), (view if view.shape == p.shape else p).stride(), p.dtype) for n, p, view in every]
     for way, compressor in (("to", settings.compressor), ("from", settings.reply_compressor)):
         runs = groupby(weights.codes(compressor))  # of neighbours with one code
-        fields[f"codes {way} the servers"] = [(len([*run]), code) for code, run in runs]
+        fields[f"codes {way} the servers{own}"] = [(len([*run]), code) for code, run in runs]
     fields.update(saef=version("saef"), world_size=node.everyone.size)
     if node.size > 1:
         fields.update({"ranks a node": node.size, f"sizes{node.part}": weights.numels})
-    fields.update(parameters=parameters, groups=weights.groups, grad_scaler=scaled)
+    fields.update({f"parameters{own}": parameters, "groups": weights.groups, "grad_scaler": scaled})
     compare(fields, node.everyone, weights.device, what=what)
 
 

@@ -93,7 +93,7 @@ class Engine:
         grad_scaler: GradScaler | None,
         mesh: DeviceMesh | None,
         process_group: torch.distributed.ProcessGroup | None,
-        transport: Transport | None,
+        transport: Transport | Node | None,
     ) -> None:
         given, model, optimizer = optimizer, unwrap_model(model), unwrap_optimizer(optimizer)
         check_optimizer(optimizer)
@@ -106,20 +106,20 @@ class Engine:
         if mesh is not None:
             check_mesh(mesh)
         check_sharded(model, mesh)
-        self._optimizer, self._settings, self._mesh = optimizer, settings, mesh
+        self._optimizer, self._settings = optimizer, settings
+        self._place = (0, 1)  # this rank's number among those of its worker, and how many they are, to cut parameters
+        if mesh is not None:
+            self._place = mesh.get_local_rank(1), mesh.size(1)
+        elif isinstance(transport, Node) and not transport.in_parts:
+            self._place = transport.place, transport.size
         self.weights = weights = self._weights_of(model)
         self.loss_scale.check_dtypes(p.dtype for p in weights.parameters)  # before any rank waits for another
         if sum(given is not None for given in (mesh, process_group, transport)) > 1:
             raise ValueError("give a mesh, a process_group or a transport: each says who the ranks are")
         kernels.prepare(weights.device, weights.dtype)
         self.process_group = process_group or getattr(model, "process_group", None)
-        within: Transport | None = None
-        if mesh is not None:
-            self._check_nodes(model, mesh)
-            transport = TorchTransport(mesh.get_group(0), weights.device)
-            within = TorchTransport(mesh.get_group(1), weights.device) if mesh.size(1) > 1 else None
-        self.transport = transport or TorchTransport(self.process_group, weights.device)
-        self.node = Node(self.transport, within, weights.device)
+        self.node = self._join(model, mesh, transport)
+        self.transport = self.node.between
         self.rule.workers = self.transport.size
         self._averaging = ErrorAveraging(settings.averaging, self.transport)
         self._v_averaging = ErrorAveraging(settings.v_averaging, self.transport)
@@ -137,14 +137,30 @@ class Engine:
         self._attachment = Attachment(model, optimizer, given, sharded, self)
         self._kept.save_with(optimizer)
 
+    def _join(self, model: nn.Module, mesh: DeviceMesh | None, transport: Transport | Node | None) -> Node:
+        """The ranks that are this worker, and what carries bytes to the others. Collective."""
+        device = self.weights.device
+        if isinstance(transport, Node):
+            if transport.in_parts and not self.rule.rule.of_gradients:
+                raise ValueError(
+                    "where each rank has a part of its node's model, the optimizer is SGD, AdamW or Adam, with "
+                    "local_steps=1: others, and local steps, need weights that are whole on each rank"
+                )
+            return transport
+        if mesh is None:
+            return Node(transport or TorchTransport(self.process_group, device), None, device)
+        self._check_nodes(model, mesh)
+        between = TorchTransport(mesh.get_group(0), device)
+        return Node(between, TorchTransport(mesh.get_group(1), device) if mesh.size(1) > 1 else None, device)
+
     def _check_nodes(self, model: nn.Module, mesh: DeviceMesh) -> None:
         """Raise TypeError or ValueError on what nodes cannot do."""
         if mesh.device_type != self.weights.device.type:
             raise ValueError(f"mesh is of {mesh.device_type} devices, and the parameters are on {self.weights.device}")
-        if not self.rule.rule.of_gradients:
+        if not self.rule.rule.of_gradients and is_sharded(model):
             raise ValueError(
-                "mesh is for SGD, AdamW and Adam with local_steps=1, whose steps are computed within saef: local steps "
-                "and other optimizers take steps of their own, on whole parameters. Leave mesh out, or local_steps"
+                "with FSDP2 mesh is for SGD, AdamW and Adam with local_steps=1, whose steps are computed within saef: "
+                "what other optimizers keep of a DTensor has no form in a checkpoint. Use DistributedDataParallel"
             )
         group = getattr(model, "process_group", None)
         ours = sorted(mesh.mesh.flatten().tolist())
@@ -155,11 +171,11 @@ class Engine:
             )
 
     def _weights_of(self, model: nn.Module) -> Weights:
-        s, mesh = self._settings.step_ahead, self._mesh
+        s, (place, size) = self._settings.step_ahead, self._place
         if is_sharded(model):
             return Shards(model, self._optimizer, s)
-        if mesh is not None and mesh.size(1) > 1:
-            return Parts(model, self._optimizer, s, mesh.get_local_rank(1), mesh.size(1))
+        if size > 1:
+            return Parts(model, self._optimizer, s, place, size)
         return create(model, self._optimizer, s)
 
     def _agree(self, weights: Weights, what: str = "SAEFState()") -> None:
@@ -461,7 +477,7 @@ class Engine:
     def gradient_norm(self) -> float:
         """L2 norm of this worker's own gradient, unscaled, before any clipping: after the exchange, before the step.
 
-        Of a node's, all its ranks must ask.
+        Of a node's, all its ranks must ask. With local steps it is this rank's, of what its node will average.
 
         Raises:
             RuntimeError: if nothing was exchanged since the last step.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.futures import Future
 
+from ..comm.node import Node
 from ..comm.transport import Transport
 from .algorithm import Algorithm
 from .local_rule import LocalRule
@@ -32,6 +33,7 @@ class Host(Protocol):
 
     settle: commit what was sent, or skip it, on all ranks alike. left_out: parameters that are trained no longer.
     exchange_gradients: of every p.grad, after a backward. has_hook: whether a framework is to do that.
+    node: the ranks that are this worker.
     """
 
     @property
@@ -46,6 +48,8 @@ class Host(Protocol):
     def sending(self) -> Sending: ...
     @property
     def algorithm(self) -> Algorithm: ...
+    @property
+    def node(self) -> Node: ...
     @property
     def left_out(self) -> Sequence[Tensor]: ...
     @property

@@ -145,6 +145,17 @@ class Parts(Copying):
     def _show_half(self) -> None:
         exchange(self.parameters, self._halves)
 
+    # -- X: what an optimizer makes of x_half, alike on the ranks of the node ---------------------
+
+    def _keep_local(self) -> None:
+        pass  # it lies where x_half lay
+
+    def local_of(self, i: int) -> Tensor:
+        return self._cut_halves[self._place][i]
+
+    def local_written(self) -> None:
+        self._spread(torch.cat(self._cut_halves[self._place]), self._cut_halves, self._sent_as)
+
     # -- parts and whole tensors --------------------------------------------------------------
 
     def part_of(self, i: int, value: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Rounds: several steps of the user's own optimizer between two exchanges, in the difference form.
 
     forward          the first of a round: X <- x_half = x - s e; parameters <- X       Engine.begin
-    backward         nothing is sent; p.grad are this worker's own
+    backward         nothing is sent; p.grad are this rank's own (and averaged before a step, if a node is the worker)
     its end          parameters <- x
     optimizer step   parameters <- X; the optimizer's own step; parameters <- x         before_step, after_step
                      after the H-th: u = x_half - X is exchanged, e and x move; or the round is dropped, on all ranks
@@ -21,7 +21,7 @@ from torch.futures import Future
 
 from ..comm.transport import Transport
 from .algorithm import minus_sent
-from .buckets import group
+from .buckets import gather_gradients, group
 from .form import Closure, Form, Host
 from .kept import STEP
 from .optimizer_state import Saved, capture, changed, mean_of_ranks, restore, settings_of
@@ -61,6 +61,7 @@ class Rounds(Form):
             restore(optimizer, weights, loaded["optimizer"], self._own)
         self._before = capture(optimizer, weights) if self._settings.on_bad_round == "restore" else None
         self._loaded = None
+        in_part = self._flight is not None
         if self._flight is not None:
             self._start_shifted(self._flight)
         if loaded is not None and loaded["done"]:
@@ -68,6 +69,9 @@ class Rounds(Form):
             with torch.no_grad():
                 for i, name in enumerate(weights.names):
                     weights.local_of(i).copy_(loaded["X"][name])
+            in_part = True
+        if in_part:
+            weights.local_written()
 
     def go_on(self) -> bool:
         """Raises RuntimeError if x was changed since the last local step, as far as that shows at no cost."""
@@ -123,27 +127,49 @@ class Rounds(Form):
         begun = self._host.sending.begun
         if not begun and closure is None and self._has_gradients():
             raise RuntimeError(NOT_AHEAD)
+        if closure is not None and self._host.node.size > 1:
+            raise RuntimeError(
+                "with mesh all ranks of a node take the same steps, and a closure would tell each rank's optimizer "
+                "another loss: call backward(), then step() without it. For LBFGS leave mesh out"
+            )
         if begun and self.done + 1 == self._settings.local_steps:
             self._check_x(whole=True)
+        if begun and closure is None:  # else gradients of further micro-batches may come in it
+            self._prepare(optimizer)
         self.stepping, self._settings_before = True, settings_of(optimizer)
         if begun:
             self._host.weights.enter()
-            if closure is None:  # else gradients of further micro-batches may come in it
-                self._prepare(optimizer)
         elif closure is None:
             self._hide()
         return None if closure is None else self._at_local(closure)
 
     def _prepare(self, optimizer: Any) -> None:
-        """Do a GradScaler's work, which leaves it to optimizers that claim to; and clip."""
+        """Do a GradScaler's work, which leaves it to optimizers that claim to; average within the node; and clip."""
         found, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
         if found is not None:
             optimizer.grad_scale = optimizer.found_inf = None
-            if bool(found):  # this worker alone takes one local step less, as its scaler knows
+            if any(self._host.node.gather(float(found))):  # this worker alone takes one local step less
                 self._hide()
-            elif scale is not None:
+                return
+            if scale is not None:
                 torch._foreach_div_([p.grad for p in self._host.weights.parameters if p.grad is not None], float(scale))
+        self._average()
         self._clip()
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        """p.grad <- the mean over the node's ranks, whose X so stay alike."""
+        if self._host.node.size == 1:
+            return
+        for bucket in group(self._host.weights.parameters):
+            parameters = [self._host.weights.parameters[i] for i in bucket]
+            flat, views = gather_gradients(parameters)
+            self._host.node.average(flat)
+            for p, view in zip(parameters, views, strict=True):
+                if p.grad is None:
+                    p.grad = view.clone()
+                else:
+                    p.grad.copy_(view)
 
     def _clip(self) -> None:
         if self._settings.max_grad_norm is not None:

@@ -154,7 +154,7 @@ class Sending:
                 "gradients enabled"
             )
         given, given_views, parts = flat, views, list[list[Tensor]]()
-        if isinstance(self._weights, Parts):
+        if isinstance(self._weights, Parts) and self._rule.rule.of_gradients:  # differences are of this rank's part
             flat, views, parts = self._weights.apart(given_views)
         given_views = [v for p, v in zip(parameters, given_views, strict=True) if id(p) in self._numbers]
         pieces, views = self._plans.find(parameters, views, flat)

@@ -209,6 +209,9 @@ class Weights(ABC):
         if shift is not None:
             part.add_(shift)
 
+    def local_written(self) -> None:  # noqa: B027 - most have all of X
+        """What `local_of` gives was written to, on all ranks of the node. Collective within it."""
+
     def restart(self) -> None:
         """x_half is to be made anew: it has become X."""
         self._marks = []
@@ -288,7 +291,7 @@ class Weights(ABC):
 
     @abstractmethod
     def local_of(self, i: int) -> Tensor:
-        """X of one parameter, in its shape and dtype; writing to it changes X."""
+        """X of one parameter, in its shape and dtype, or this rank's part of it; writing to it changes X."""
 
     @abstractmethod
     def _x_of(self, i: int) -> Tensor:

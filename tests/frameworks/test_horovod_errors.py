@@ -201,6 +201,11 @@ def process_set() -> None:
     steps(net, optimizer, JOB, range(1))
 
 
+def nodes() -> None:
+    """Without process sets."""
+    make(Job({"node_size": 2}), make_model(JOB, hvd.rank()))
+
+
 @pytest.mark.parametrize(
     ("job", "message"),
     [
@@ -209,11 +214,12 @@ def process_set() -> None:
         (alone, r"saef\.0: SAEFState\.x_tilde\(\), to which all ranks must come"),
         (join, LOST),
         (process_set, "SAEF exchanges among all ranks"),
+        (nodes, r'hvd\.init\(process_sets="dynamic"\)'),
     ],
 )
 @pytest.mark.ahead
 def test_a_job_that_cannot_go_on_ends_with_an_error(job: Any, message: str) -> None:
-    words = command(3, str(Path(__file__)), job.__name__)
+    words = command(4 if job is nodes else 3, str(Path(__file__)), job.__name__)
     env = environment() | {"HOROVOD_DYNAMIC_PROCESS_SETS": str(int(job is process_set))}
     done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode != 0

@@ -18,7 +18,7 @@ import yaml
 
 import saef
 import saef.hooks
-from saef.integrations.deepspeed_config import AVERAGING, COMPRESSORS, HYPER, RULE, RULES, SETTINGS
+from saef.integrations.deepspeed_config import AVERAGING, COMPRESSORS, HYPER, NODE_SIZE, RULE, RULES, SETTINGS
 
 CHECKOUT = next(folder for folder in Path(__file__).resolve().parents if (folder / "setup.cfg").is_file())
 README = (CHECKOUT / "README.md").read_text()
@@ -255,6 +255,7 @@ def test_the_keys_of_deepspeeds_json_and_their_defaults() -> None:
         shown = json.loads(listed[key][2].strip("`"))
         assert (saef.ScaledSign() if shown == {"type": "sign"} else shown) == defaults[key], key
     assert json.loads(listed["rule"][2].strip("`")) == RULE
+    assert json.loads(listed["node_size"][2].strip("`")) == NODE_SIZE
     for name, kind in {**RULES, **COMPRESSORS, **AVERAGING}.items():
         (row,) = [row for row in found if f'`"{name}"`' in row[0]]
         shown = dict(re.findall(r"`(\w+)`(?: \(([^)]*)\))?", row[1]))

@@ -189,7 +189,7 @@ def test_what_ranks_agree_on_is_what_settings_hold():
 
 
 def test_deepspeeds_keys_have_types():
-    assert [*Params.__annotations__] == ["rule", *HYPER, *OF_RULE, *DEFAULTS]
+    assert [*Params.__annotations__] == ["rule", *HYPER, *OF_RULE, *DEFAULTS, "node_size"]
     ours, theirs = get_type_hints(Agreed), get_type_hints(Params)
     for name in {*DEFAULTS} - {
         "compressor",
@@ -236,9 +236,16 @@ WORDS = [("exchange", "shraded", "sharded"), ("exchange", "Replicated", "replica
          ("weight_decay_mode", "couple", "coupled"), ("weight_decay_mode", "OUTER", "outer")]  # fmt: skip
 
 
-def test_a_mesh_in_deepspeeds_json_is_refused_by_name():
-    with pytest.raises(ValueError, match="mesh is not for DeepSpeed.*FSDP2"):
+def test_a_mesh_in_deepspeeds_json_is_told_the_key_for_nodes():
+    with pytest.raises(ValueError, match='mesh is an object of Python: write "node_size": 8'):
         parse({"mesh": [2, 2]})
+
+
+@pytest.mark.parametrize("size", [0, -2, 2.0, True, None, "2", "atuo"])
+def test_a_node_size_in_deepspeeds_json_is_a_count_or_auto(size):
+    with pytest.raises(ValueError, match=rf"node_size must be an integer >= 1 .*, got {size!r}"):
+        parse({"node_size": size})
+    assert parse({"node_size": 2}) == parse({"node_size": "auto"}) == parse({})  # it is no setting of a state
 
 
 @pytest.mark.parametrize("field, word, meant", [*WORDS, ("server_compressor", "Same", "same")])

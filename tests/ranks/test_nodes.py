@@ -799,7 +799,7 @@ def made(group: Any) -> tuple[Any, ...]:
         found.append("3 ranks a node")
     with mock.patch.dict(os.environ):
         os.environ.pop("LOCAL_WORLD_SIZE", None)
-        with pytest.raises(RuntimeError, match="start with torchrun"):
+        with pytest.raises(RuntimeError, match="which torchrun and deepspeed set .*say node_size"):
             saef.node_mesh("cpu")
         found.append("torchrun")
     return tuple(found)

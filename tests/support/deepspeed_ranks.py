@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import saef
 import saef.integrations.deepspeed
+from support.nodes import x_tilde
 from support.training import SIZES, batch, flat, make_net, param_groups
 
 # On CPU DeepSpeed compiles an all-reduce of its own for ranks of one machine, for 100 s; nothing here goes through it.
@@ -137,11 +138,11 @@ def save(group: dist.ProcessGroup, setup: Setup, folder: Path, stop: int, end: i
     torch.manual_seed(100 + dist.get_rank())
     steps(engine, range(stop), next(engine.module.parameters()).dtype)
     saved = engine.save_checkpoint(str(folder), client_state={"epoch": 3})
-    x_tilde = engine.optimizer.saef.x_tilde()
+    whole = x_tilde(engine.optimizer.saef)
     steps(engine, range(stop, end), next(engine.module.parameters()).dtype)
     found = everything(engine)
     engine.destroy()
-    return found, x_tilde, saved
+    return found, whole, saved
 
 
 def resume(group: dist.ProcessGroup, setup: Setup, folder: Path, end: int) -> Any:
@@ -149,8 +150,8 @@ def resume(group: dist.ProcessGroup, setup: Setup, folder: Path, end: int) -> An
     torch.manual_seed(2 + dist.get_rank())
     engine = start(setup, Net())
     loaded = engine.load_checkpoint(str(folder))
-    x_tilde = engine.optimizer.saef.x_tilde()
+    whole = x_tilde(engine.optimizer.saef)
     steps(engine, range(engine.global_steps, end), next(engine.module.parameters()).dtype)
     found = everything(engine)
     engine.destroy()
-    return found, x_tilde, loaded
+    return found, whole, loaded

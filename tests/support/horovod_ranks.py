@@ -80,7 +80,7 @@ class HorovodPool:
         with tempfile.TemporaryDirectory(prefix="saef-") as folder, Listener(f"{folder}/socket") as listener:
             words = command(self.ranks, __file__, f"{folder}/socket")
             # While they are stopped time goes on, and a rank may be in the middle of asking the others.
-            env = {**environment(), "HOROVOD_GLOO_TIMEOUT_SECONDS": "36000"}
+            env = {**environment(), "HOROVOD_GLOO_TIMEOUT_SECONDS": "36000", "HOROVOD_DYNAMIC_PROCESS_SETS": "1"}
             self._launcher = subprocess.Popen(
                 words, env=env, stdout=self._output, stderr=self._output, text=True, preexec_fn=end_with_parent
             )

@@ -70,7 +70,7 @@ def train_ddp(group: Any, job: Job, nodes: int) -> dict[str, Any]:
 def wrap_nodes(group: Any, job: Job, nodes: int) -> tuple[Any, Any, SAEFState]:
     """(DDP, optimizer, state)."""
     net = make_net(job.dtype)
-    model = DDP(net, process_group=group, bucket_cap_mb=0.0005, **job.ddp)
+    model = DDP(net, process_group=group, **{"bucket_cap_mb": 0.0005, **job.ddp})
     optimizer = make_optimizer(net, job.groups, job.optimizer)
     mesh = mesh_of(nodes, dist.get_world_size(group) // nodes) if nodes else None
     state = SAEFState(model, optimizer, mesh=mesh, **job.state)
