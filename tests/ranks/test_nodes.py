@@ -90,6 +90,7 @@ def test_sharded_nodes_equal_the_reference(pool: RankPool, case: dict[str, Any])
     assert all(run["strategy"] == case["exchange"] for run in runs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case", pairwise({k: v for k, v in VALUES.items() if k != "options"}), ids=lambda c: "-".join(map(str, c.values()))
 )
