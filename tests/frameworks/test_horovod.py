@@ -15,7 +15,7 @@ from support import reference
 from support.cases import close, reference_of, reference_settings, start
 from support.horovod_ranks import HorovodPool
 from support.ranks import RankPool
-from support.training import ADAMW, Job, gradient, wild_lrs
+from support.training import ADAMW, STEPS, Job, gradient, wild_lrs
 from support.training import train as train_ddp
 
 COMPRESSORS = {"sign": saef.ScaledSign(block=7), "topk": saef.TopK(0.3, block="layer")}
@@ -48,7 +48,7 @@ def job_of(case: Case, dtype: torch.dtype) -> Job:
     state = {"compressor": COMPRESSORS[compressor], "averaging": averaging, "exchange": exchange}
     rate = 0.1 if "optimizer" in options else 1.0  # AdamW's, as in `cases`
     return Job(
-        **{"state": state, "groups": GROUPS, "lrs": [rate * lr for lr in wild_lrs(30)], "dtype": dtype, **options}
+        **{"state": state, "groups": GROUPS, "lrs": [rate * lr for lr in wild_lrs(STEPS)], "dtype": dtype, **options}
     )
 
 
@@ -75,7 +75,7 @@ def test_protocols_between_neighbours_are_ddps_bit_for_bit(
 ) -> None:
     """By an all-to-all in which others get nothing; as many bytes as between two gloo ranks."""
     state = {"compressor": COMPRESSORS["topk"], "averaging": protocol}
-    job = Job(state, GROUPS, lrs=wild_lrs(30), dtype=torch.float32)
+    job = Job(state, GROUPS, lrs=wild_lrs(STEPS), dtype=torch.float32)
     runs = horovod.run(jobs.train, job, {})
     for run, other in zip(runs, pool.run(train_ddp, job, ranks=horovod.ranks), strict=True):
         for part in ("x", "e", "m", "e_server"):

@@ -23,7 +23,7 @@ from support.ranks import RankPool
 from support.slopes import setup, slope
 from support.training import batch, randn
 
-STOP = 17
+STOP = 7
 
 
 def through_a_file(saved: Any) -> Any:
@@ -109,7 +109,7 @@ def resumed(group: dist.ProcessGroup, cases: list[dict[str, Any]], folder: str) 
 def test_resuming_in_fresh_processes_is_bit_for_bit(
     pool: RankPool, fresh: RankPool, tmp_path: Path, ranks: int
 ) -> None:
-    """Step 17 of 40: parameters, x, e, m, server error, buffers, counters and random state at the end."""
+    """Step 7 of 20: parameters, x, e, m, server error, buffers, counters and random state at the end."""
     cases = CASES if ranks == 4 else CASES[::5] + CASES[-3:]
     expected = pool.run(uninterrupted, cases, str(tmp_path), ranks=ranks)
     found = fresh.run(resumed, cases, str(tmp_path), ranks=ranks)
@@ -186,14 +186,14 @@ def test_loading_within_a_step_drops_it(pool: RankPool) -> None:
 
 
 def save_consolidated(group: dist.ProcessGroup, settings: dict[str, Any], source: str, target: str) -> list[Tensor]:
-    """(x~ as loaded, x~ as saved, mean momentum as loaded, as saved, x as loaded, as saved), 20 steps between them."""
+    """(x~ as loaded, x~ as saved, mean momentum as loaded, as saved, x as loaded, as saved), 10 steps between them."""
     run = Run(group, settings)
     if source:
         saved = torch.load(source, weights_only=True)
         run.load_others(saved)
         run.state.load_state_dict(saved["saef"])
     looks = [look(run, group)]
-    run.train(range(run.state.steps, run.state.steps + 20))
+    run.train(range(run.state.steps, run.state.steps + 10))
     looks.append(look(run, group))
     assert torch.isfinite(looks[1][0]).all() and not torch.equal(looks[0][0], looks[1][0])
     consolidated = run.state.consolidated_state_dict()

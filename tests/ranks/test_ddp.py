@@ -102,6 +102,7 @@ def test_full_step_ahead_and_decaying_errors_equal_the_reference(
 HALF = torch.bfloat16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exchange", ["replicated", "sharded"])
 @pytest.mark.parametrize(
     ("compressor", "server", "rule"),
@@ -264,7 +265,7 @@ def test_majority_vote_presets_equal_the_reference(pool: RankPool, momentum: flo
 def test_identity_equals_plain_ddp_with_sgd(pool: RankPool) -> None:
     """SAEF without compression is torch's own momentum SGD on the mean gradient."""
     options = {"momentum": 0.9, "weight_decay": 1e-2, "nesterov": True}
-    job = Job(state={"compressor": saef.Identity()}, groups=[options], lrs=wild_lrs(60))
+    job = Job(state={"compressor": saef.Identity()}, groups=[options])
     for ours, plain in zip(pool.run(train, job), pool.run(train_plain, job), strict=True):
         close(ours["x"], plain)
 
@@ -274,7 +275,7 @@ def test_identity_equals_plain_ddp_with_sgd(pool: RankPool) -> None:
 def test_identity_and_one_worker_equal_torch_optim(pool: RankPool, optimizer: str, more: dict[str, Any]) -> None:
     """Whatever torch computes it with. Of several workers each has a second moment of its own."""
     options = {**ADAMW, "weight_decay": 0.1, **more}
-    lrs = [0.1 * lr for lr in wild_lrs(60)]
+    lrs = [0.1 * lr for lr in wild_lrs(STEPS)]
     job = Job(state={"compressor": saef.Identity()}, groups=[options], optimizer=optimizer, lrs=lrs)
     close(pool.run(train, job, ranks=1)[0]["x"], pool.run(train_plain, job, ranks=1)[0])
 
@@ -302,7 +303,10 @@ def train_plain(group: Any, job: Job) -> torch.Tensor:
 def test_float32_ranks_are_bit_identical_after_hundreds_of_steps(
     pool: RankPool, optimizer: str, steps: int, compressor: saef.Compressor
 ) -> None:
-    """And so are the two strategies: x depends on who served with full step ahead alone, which has two forms."""
+    """And so are the two strategies: x depends on who served with full step ahead alone, which has two forms.
+
+    Of three ranks, whose mean, unlike that of four, is rounded by the division too.
+    """
     runs = []
     for exchange in ("replicated", "sharded"):
         job = Job(
@@ -317,7 +321,7 @@ def test_float32_ranks_are_bit_identical_after_hundreds_of_steps(
             lrs=wild_lrs(steps),
             dtype=torch.float32,
         )
-        runs += pool.run(train, job)
+        runs += pool.run(train, job, ranks=3)
     for run in runs[1:]:
         assert torch.equal(run["x"], runs[0]["x"])
     assert not torch.equal(runs[0]["e"], runs[1]["e"])  # the workers did differ

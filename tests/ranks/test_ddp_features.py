@@ -47,8 +47,9 @@ def reference_x(lrs: list[float], ranks: int = 4, **settings: Any) -> Tensor:
 )
 def test_ddp_options(pool: RankPool, ddp: dict[str, Any]) -> None:
     job = Job(state=SETTINGS, groups=[MOMENTUM], ddp=ddp)
+    expected = reference_x(job.lrs)
     for run in pool.run(train, job):
-        close(run["x"], reference_x(job.lrs))
+        close(run["x"], expected)
 
 
 @pytest.mark.slow
@@ -56,8 +57,9 @@ def test_ddp_options(pool: RankPool, ddp: dict[str, Any]) -> None:
 def test_gradient_accumulation_equals_one_large_batch(pool: RankPool, ddp: dict[str, Any]) -> None:
     """All micro-batches are computed at the same x_half, so four quarters make the whole batch."""
     job = Job(state=SETTINGS, groups=[MOMENTUM], micro_batches=4, ddp=ddp)
+    expected = reference_x(job.lrs)
     for run in pool.run(train, job):
-        close(run["x"], reference_x(job.lrs))
+        close(run["x"], expected)
 
 
 @pytest.mark.parametrize("averaging", [None, saef.AllReduce(3)])
@@ -92,7 +94,7 @@ def test_local_clipping_equals_the_reference(pool: RankPool, max_norm: float) ->
 
 
 def test_maximize_climbs_what_minimize_descends(pool: RankPool) -> None:
-    job = Job(state=SETTINGS, groups=[{**MOMENTUM, "maximize": True}], lrs=wild_lrs(20))
+    job = Job(state=SETTINGS, groups=[{**MOMENTUM, "maximize": True}], lrs=[0.1 * lr for lr in wild_lrs(20)])
     down = reference.run(
         reference.Settings(reference.scaled_sign, block=7, momentum=0.9),
         start(),
@@ -148,7 +150,7 @@ def trainable(net: nn.Module) -> Tensor:
 @pytest.mark.parametrize("averaging", [None, saef.AllReduce(4)])
 def test_unused_frozen_and_tied_parameters(pool: RankPool, averaging: Any) -> None:
     """A parameter nobody used counts as one with a zero gradient; a tied weight is one parameter."""
-    lrs, net = wild_lrs(30), Branches().double()
+    lrs, net = wild_lrs(STEPS), Branches().double()
     names = [p for p in net.parameters() if p.requires_grad]
 
     def grad(k: int, t: int, parameters: list[Tensor]) -> list[Tensor]:
@@ -210,7 +212,7 @@ def train_conv(group: dist.ProcessGroup, lrs: list[float], channels_last: bool) 
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_channels_last_weights(pool: RankPool, channels_last: bool) -> None:
     """Layer blocks of scaled sign do not depend on the order of entries, so both formats match one reference."""
-    lrs, net = wild_lrs(30), make_conv()
+    lrs, net = wild_lrs(STEPS), make_conv()
 
     def grad(k: int, t: int, parameters: list[Tensor]) -> list[Tensor]:
         with torch.no_grad():
@@ -254,13 +256,13 @@ def test_bfloat16_trains_like_float32(pool: RankPool) -> None:
     """bf16 parameters get a float32 master and stay its rounding; ranks agree bit for bit; the loss falls alike."""
     ends = {}
     for kind in ("float32", "parameters", "autocast"):
-        runs = pool.run(train_16_bit, kind)
+        runs = pool.run(train_16_bit, kind, ranks=2)
         for weights, x, losses in runs:
             assert torch.equal(weights, runs[0][0]) and torch.equal(x, runs[0][1])
             assert torch.equal(weights, x.to(weights.dtype))
             assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
         ends[kind] = sum(sum(losses[-10:]) for _, _, losses in runs)
-    # bf16 rounds activations to 2**-8 relative; averaged over 320 losses far less remains. Measured: 1 %.
+    # bf16 rounds activations to 2**-8 relative; averaged over 160 losses far less remains. Measured: 1 %.
     assert abs(ends["parameters"] / ends["float32"] - 1) < 0.03
     assert abs(ends["autocast"] / ends["float32"] - 1) < 0.03
 

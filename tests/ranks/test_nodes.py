@@ -84,19 +84,20 @@ def matches(
 def test_sharded_nodes_equal_the_reference(pool: RankPool, case: dict[str, Any]) -> None:
     """2 x 2: the reference has two workers, whose blocks are cut within the ranks' parts."""
     case = {**FIXED, **case}
-    job = replace(job_of(case), lrs=job_of(case).lrs[:22])  # up to the step with lr = 0 and one more
+    job = replace(job_of(case), lrs=job_of(case).lrs[:14])  # up to the step with lr = 0 and one more
     runs = pool.run(train_sharded, job, 2, case["options"])
     matches(runs, reference_of_nodes(case, 2, 2), job.lrs, 2)
     assert all(run["strategy"] == case["exchange"] for run in runs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case", pairwise({k: v for k, v in VALUES.items() if k != "options"}), ids=lambda c: "-".join(map(str, c.values()))
 )
 def test_ddp_with_nodes_equals_the_reference(pool: RankPool, case: dict[str, Any]) -> None:
     """2 x 2: each rank has half of each parameter's entries, or one more, or none."""
     case = {**FIXED, **case}
-    job = replace(job_of(case), lrs=job_of(case).lrs[:22])
+    job = replace(job_of(case), lrs=job_of(case).lrs[:14])
     runs = pool.run(train_ddp, job, 2)
     matches(runs, reference_of_nodes(case, 2, 2, entries), job.lrs, 2, entries)
     assert all(run["strategy"] == case["exchange"] for run in runs)
@@ -116,7 +117,7 @@ def test_a_nodes_gradient_is_clipped_and_accumulated_as_one(pool: RankPool, more
         "averaging": None,
         "exchange": "sharded",
     }
-    job = replace(job_of(case), lrs=job_of(case).lrs[:22])
+    job = replace(job_of(case), lrs=job_of(case).lrs[:14])
     settings = {}
     if "max_grad_norm" in more:
         job.state.update(more)
@@ -334,7 +335,7 @@ def pool_of_two() -> Iterator[RankPool]:
 def test_one_node_and_nodes_of_one_rank_equal_the_reference(pool: RankPool, how: str, nodes: int) -> None:
     """Of 1 x 4 some ranks have no part of the smallest parameters."""
     case = {**FIXED, "compressor": saef.ScaledSign(block=7), "rule": "adamw", "averaging": None, "exchange": "sharded"}
-    job = replace(job_of(case), lrs=job_of(case).lrs[:22])
+    job = replace(job_of(case), lrs=job_of(case).lrs[:14])
     train, cut = HOW[how]
     matches(pool.run(train, job, nodes), reference_of_nodes(case, nodes, 4 // nodes, cut), job.lrs, nodes, cut)
 

@@ -104,7 +104,7 @@ def test_copies_and_swaps_are_bit_identical(pool: RankPool, step_ahead: float, f
             "exchange": "sharded" if full else "auto",
         },
         groups=[{"momentum": 0.9, "weight_decay": 1e-2}],
-        lrs=wild_lrs(30),
+        lrs=wild_lrs(20),
         dtype=torch.float32,
     )
     copies, swaps = (pool.run(train_with, job, way, ranks=2) for way in ("copies", "swaps"))

@@ -6,6 +6,7 @@ effect that it has with plain DDP.
 
 import copy
 import io
+import os
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -495,7 +496,7 @@ def with_default(group: dist.ProcessGroup, way: str, device: str | None, setting
     """All that a state does beside `device`, which may have no memory: whatever is made must say where it lies."""
     at = Setting(group, way, None)
     batches = [batch(at.rank, t) for t in range(4)]
-    before, kept = torch.get_default_device(), way_of_keeping_x(way)
+    before, kept = os.environ.get("SAEF_TEST_DEVICE"), way_of_keeping_x(way)  # as in `support.ranks`
     torch.set_default_device(device or before)
     try:
         with mock.patch("saef.step.engine.create", kept):

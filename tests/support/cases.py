@@ -11,8 +11,8 @@ from saef.wire.plan import partition
 from support import reference
 from support.training import ADAMW, STEPS, Job, make_net, wild_lrs
 
-# float64; a run makes 40 to 60 steps of well-conditioned operations on numbers of order 1, each rounded to 1e-16 and
-# amplified by at most 1/(1 - mu) = 10 per step: 60 * 10 * 1e-16 = 6e-14 is expected, 1e-10 is required. A wrong
+# float64; a run makes 20 steps of well-conditioned operations on numbers of order 1, each rounded to 1e-16 and
+# amplified by at most 1/(1 - mu) = 10 per step: 20 * 10 * 1e-16 = 2e-14 is expected, 1e-10 is required. A wrong
 # sign or selected coordinate would show at 1e-4 or more.
 TOLERANCE = 1e-10
 

@@ -12,7 +12,7 @@ import saef
 from saef.hooks import saef_hook
 from support.training import ADAMW, batch
 
-END = 40  # steps
+END = 20  # steps
 # Seconds, and the ranks' comparing each other once more after loading.
 NOT_COMPARED = {"bytes_sent", "bytes_sent_settings", "seconds_compress", "seconds_exchange", "seconds_apply"}
 SIGN, TOPK = saef.ScaledSign(block=20), saef.TopK(0.1, block=30)

@@ -11,6 +11,7 @@ NUMBA_BOUNDSCHECK=1 in the environment every access of the CPU kernels is checke
 
 import argparse
 import inspect
+import math
 import random
 import sys
 import tempfile
@@ -73,8 +74,8 @@ class Target:
             numbers = codec.scalars(layout.scalars, message, self.dtype)
             if layout.halves:
                 numbers = codec.scalars(layout.halves, message[numbers.nbytes :], torch.bfloat16)
-            assert len(message) == self.n and bool(torch.isfinite(decoded).all())
-            assert float(decoded.abs().max()) <= float(numbers.abs().max())
+            assert len(message) == self.n
+            assert float(decoded.abs().max()) <= float(numbers.abs().max()) < math.inf  # so there is no NaN either
         if with_kernels and len(message) == self.n:  # a collective receives no other length
             self._kernels(message)
         return decoded is not None

@@ -8,12 +8,14 @@ import os
 from pathlib import Path
 
 import torch
-import torch._dynamo  # the first step of an optimizer imports it
+import torch._dynamo.guards  # the first step of an optimizer imports it
 
 import saef
 import saef.hooks
 
 torch.set_num_threads(1)
+# After each compilation torch measures its guards, with cold caches, for a log that nobody reads: half of the time.
+torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0
 for dtype in (torch.float32, torch.float64):  # numba, and its cache
     for compressor in (saef.ScaledSign(), saef.TopK(0.1), saef.Identity()):
         codec = saef.Codec(compressor, [10], dtype)

@@ -127,7 +127,8 @@ def _serve(rank: int, world: int, store: str, pipe: Any) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    torch.set_default_device(os.environ.get("SAEF_TEST_DEVICE", "cpu"))
+    if device := os.environ.get("SAEF_TEST_DEVICE"):  # a default device costs each call of torch a call of Python
+        torch.set_default_device(device)
     dist.init_process_group(
         "gloo",
         init_method=f"file://{store}",

@@ -16,7 +16,7 @@ from saef.step.weights import Weights
 
 SIZES = (6, 9, 7, 1)
 SETTINGS = {"compressor": ScaledSign(block=7), "exchange": "sharded"}
-STEPS = 40  # enough for every period, a jump of the rate by 10, and a step in which it is 0
+STEPS = 20  # four or five of each period in use, a jump of the rate by 10, a step in which it is 0, and seven more
 MOMENTUM = {"momentum": 0.9}
 ADAMW = {"betas": (0.8, 0.95), "eps": 1e-3}  # an eps at which u does not amplify rounding by more than 1000
 
@@ -61,8 +61,8 @@ def batch(k: int, t: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, T
 
 def wild_lrs(steps: int) -> list[float]:
     """A learning rate that warms up from 0, jumps up and down by 10, is 0 once, and decays."""
-    lrs = [0.05 * min(1.0, t / 10) * (10.0 if t % 17 == 16 else 1.0) * 0.99**t for t in range(steps)]
-    lrs[min(20, steps - 1)] = 0.0
+    lrs = [0.05 * min(1.0, t / 5) * (10.0 if t % 17 == 8 else 1.0) * 0.99**t for t in range(steps)]
+    lrs[min(12, steps - 1)] = 0.0
     return lrs
 
 

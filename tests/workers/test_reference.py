@@ -214,6 +214,7 @@ def test_invariant_with_full_step_ahead_and_decaying_errors(compressor, server, 
         assert violation(SAEF(settings, PROBLEM.x0, K), LRS) <= 1, (K, settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["without", "replicated", "sharded"])
 @pytest.mark.parametrize("server", ["same", None])
 @pytest.mark.parametrize("compressor", COMPRESSORS)
