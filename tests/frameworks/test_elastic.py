@@ -128,7 +128,7 @@ def test_from_4_to_3_to_4_ranks(tmp_path: Path) -> None:
     port = 29500 + os.getpid() % 1000
     words = ["--nnodes", "3:4", "--nproc_per_node", "1", "--max-restarts", "9", "--rdzv-backend", "c10d"]
     words += ["--rdzv-endpoint", f"localhost:{port}", "--rdzv-id", "saef", "--local-addr", "127.0.0.1"]
-    conf = "last_call_timeout=5,keep_alive_interval=1,keep_alive_max_attempt=3,join_timeout=120,is_host="
+    conf = "last_call_timeout=30,keep_alive_interval=1,keep_alive_max_attempt=3,join_timeout=120,is_host="
 
     def agent(number: int) -> subprocess.Popen[bytes]:
         host = str(number == 0).lower()
