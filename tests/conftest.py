@@ -1,15 +1,12 @@
 """The order of the tests, tests that run ahead, and fixtures that all share.
 
 A test marked `ahead` starts processes of its own and mostly waits for them. They run in threads, two at a time, beside
-the tests of this process, to which they and their processes give way (`nice`): whatever these leave of the cores, as
-ranks do that wait for each other, is theirs. They are reported after the other tests of their folder. So they may have
-no fixture but `tmp_path`, change nothing of this process, and must allow for other work on the machine.
+the tests of this process: from the first on, but not beside those of `ranks`, which use all cores themselves. They are
+reported after the other tests of their folder. So they may have no fixture but `tmp_path`, change nothing of this
+process, and must allow for other work on the machine.
 """
 
 import inspect
-import os
-import sys
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from support.ranks import RankPool, context
+from support.ranks import RankPool
 
 torch.set_num_threads(1)  # beside other processes torch's threads wait for each other for longer than they work
 FOLDERS = ("pure", "workers", "ranks", "frameworks")  # what each needs: see support/__init__.py
@@ -38,13 +35,7 @@ def runs_ahead(item: pytest.Item) -> bool:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """By folder; in it last those ahead, and first those beside which none may run, before long ones are under way."""
-
-    def place(item: pytest.Item) -> tuple[int, bool, bool]:
-        disturbed = "undisturbed" not in getattr(item, "fixturenames", ())
-        return FOLDERS.index(folder_of(item)), disturbed, runs_ahead(item)
-
-    items.sort(key=place)
+    items.sort(key=lambda item: (FOLDERS.index(folder_of(item)), runs_ahead(item)))
 
 
 # ---- tests that run ahead ---------------------------------------------------------------------------------------
@@ -54,11 +45,8 @@ class Ahead:
     """The tests that run ahead, in the order of their folders, and each one's outcome by its id."""
 
     def __init__(self, items: list[pytest.Item], folders: pytest.TempPathFactory) -> None:
-        if items:
-            context()  # here, so that ranks are not forked from a process that gives way
         self._gate, self._running = Event(), Semaphore(2)
-        self._gate.set()
-        self.threads = ThreadPoolExecutor(2, initializer=give_way)
+        self.threads = ThreadPoolExecutor(2)
         self.outcomes: dict[str, Future[None]] = {}
         for item in items:
             test: Any = item
@@ -71,33 +59,30 @@ class Ahead:
         with self._running:
             test(**words)
 
+    def open(self, now: bool) -> None:
+        """Whether further tests may start."""
+        (self._gate.set if now else self._gate.clear)()
+
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Within it none is running; those that are end first."""
-        self._gate.clear()
+        """Within it none is running."""
         for _ in range(2):
             self._running.acquire()
         yield
         self._running.release(2)
-        self._gate.set()
-
-
-def give_way() -> None:
-    """Of Linux's threads each has a nice value of its own, which the processes that it starts inherit."""
-    if sys.platform == "linux":
-        thread = threading.get_native_id()
-        os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + 5))
 
 
 @pytest.fixture(scope="session")
 def ahead_of_others(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ahead]:
     found = Ahead([item for item in request.session.items if runs_ahead(item)], tmp_path_factory)
     yield found
+    found.open(True)
     found.threads.shutdown(cancel_futures=True)
 
 
 @pytest.fixture(autouse=True)
 def start_ahead(request: pytest.FixtureRequest, ahead_of_others: Ahead) -> None:
+    ahead_of_others.open(folder_of(request.node) != "ranks")
     request.node.stash[OUTCOMES] = ahead_of_others.outcomes
 
 

@@ -1,8 +1,8 @@
 """Python without its start: programs forked from a process that has loaded torch and saef (`support.preload`).
 
 `python()` is an executable that takes what `python` takes (a script, -m or -c, and words for it), and passes on the
-standard streams, the exit status, signals and its nice value. It spares each process four seconds of imports. A
-program's `sys.executable` is that executable too, so the ranks of a launcher that was started by it are forked as well.
+standard streams, the exit status and signals. It spares each process four seconds of imports. A program's
+`sys.executable` is that executable too, so the ranks of a launcher that was started by it are forked as well.
 
 Only where the system can wait for a process by a file descriptor, which is on Linux; elsewhere it is Python itself.
 """
@@ -149,18 +149,11 @@ def serve(place: Path, parent: Any) -> None:
 
 
 def become(
-    executable: str,
-    streams: list[int],
-    client: int,
-    nice: int,
-    words: list[str],
-    cwd: str,
-    variables: dict[str, str],
+    executable: str, streams: list[int], client: int, words: list[str], cwd: str, variables: dict[str, str]
 ) -> None:
     """Run the program in this process, and end it: after its threads, by its exit handlers, without destructors."""
     sys.executable = executable
     os.setsid()
-    os.nice(max(0, nice - os.nice(0)))
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)

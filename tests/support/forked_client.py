@@ -13,8 +13,7 @@ PASSED_ON = [signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signa
 
 
 def main(place: str, *words: str) -> None:
-    request = {"client": os.getpid(), "nice": os.nice(0), "words": words}
-    request |= {"cwd": os.getcwd(), "variables": dict(os.environ)}
+    request = {"client": os.getpid(), "words": words, "cwd": os.getcwd(), "variables": dict(os.environ)}
     with socket.socket(socket.AF_UNIX) as server, server.makefile() as answers:
         server.connect(str(Path(place, "socket")))
         socket.send_fds(server, [b"\n"], [0, 1, 2])
