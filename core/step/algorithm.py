@@ -35,7 +35,7 @@ class Algorithm:
     def __init__(self, context: Context, memory: Memory, rule: LocalRule, clock: Clock) -> None:
         self._weights, self._transport, self._placement = context.weights, context.transport, context.placement
         self._memory, self._rule, self._clock = memory, rule, clock
-        self._sharded, self._pipelines = context.placement.strategy == "sharded", context.pipelines
+        self._sharded, self._pipelines = context.placement.strategy == "sharded", context.piece_numel is not None
         self._error_decay = context.settings.error_decay
         self._clips, self._outer, self._node = context.clips, context.settings.outer, context.node
         self._kernels = kernels.select(context.weights.device)

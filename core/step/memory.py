@@ -30,7 +30,8 @@ class Context(NamedTuple):
         settings: compressors and the like. rule: whose vectors `Memory.m` holds.
         placement: which rank serves which blocks.
         transport: the workers; where these are nodes, the ranks of the same place in each. node: this worker's ranks.
-        pipelines: whether replies travel beside the messages that follow; a short message has none that do.
+        piece_numel: coordinates in one message where replies travel beside the messages that follow; None where they do
+            not: a short message has none that follow.
     """
 
     weights: Weights
@@ -39,7 +40,7 @@ class Context(NamedTuple):
     placement: Placement
     transport: Transport
     node: Node
-    pipelines: bool
+    piece_numel: int | None
 
     @classmethod
     def create(cls, weights: Weights, settings: Settings, rule: Rule, transport: Transport, node: Node) -> Context:
@@ -49,8 +50,9 @@ class Context(NamedTuple):
         if strategy == "auto":
             strategy = choose(transport.size, *(int(max(node.gather(size))) for size in sizes))  # alike in all places
         at = place(weights.numels, weights.groups, up, down, strategy, transport.size, transport.rank)
-        pipelines = transport.pipelines and sizes[0] > PIECE_BYTES
-        return cls(weights, settings, rule, at, transport, node, pipelines)
+        long = transport.pipelines and sizes[0] > PIECE_BYTES
+        piece_numel = max(1, PIECE_BYTES * sum(weights.numels) // sizes[0]) if long else None
+        return cls(weights, settings, rule, at, transport, node, piece_numel)
 
     @property
     def serves_with_error(self) -> bool:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.futures import Future
 
-from ..comm.exchange import PIECE_BYTES
 from ..wire.plan import Plans
 from .algorithm import Algorithm
 from .buckets import SPARSE, Buckets, flatten_gradients, gather_gradients, group
@@ -66,13 +65,13 @@ class Sending:
         self._weights, self._transport, self._memory = context.weights, context.transport, memory
         self._rule, self._loss_scale, self._algorithm = rule, loss_scale, algorithm
         self._clips = context.clips
-        in_pieces = context.pipelines and not isinstance(self._weights, Parts)
+        whole = isinstance(self._weights, Parts)
         self._plans = Plans(
             context.placement,
             self._weights.parameters,
             self._weights.dtype,
             since.left_out,
-            PIECE_BYTES if in_pieces else None,
+            None if whole else context.piece_numel,
         )
         self._buckets = Buckets(self._weights.parameters, self._send_own)
         self._numbers = {id(p): i for i, p in enumerate(self._weights.parameters)}

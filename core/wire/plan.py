@@ -197,7 +197,8 @@ class Plans:
         parameters: in the order of the flat state.
         dtype: of the state.
         left_out: parameters whose gradients may come, and do not travel.
-        piece_bytes: about how long messages shall be, cut where a parameter ends; None: a bucket is one message.
+        piece_numel: coordinates that a message shall have, about: it is cut where a parameter ends. None: a bucket is
+            one message.
     """
 
     def __init__(
@@ -206,12 +207,12 @@ class Plans:
         parameters: Sequence[Tensor],
         dtype: torch.dtype,
         left_out: Sequence[Tensor] = (),
-        piece_bytes: int | None = None,
+        piece_numel: int | None = None,
     ) -> None:
         self._placement, self._itemsize, self._left_out = placement, dtype.itemsize, [*left_out]  # kept, for their ids
         self._index: dict[int, int | None] = {id(p): i for i, p in enumerate(parameters)}
         self._index.update({id(p): None for p in left_out})
-        self._piece_bytes = piece_bytes
+        self._piece_numel = piece_numel
         self._found: dict[tuple[tuple[int, int], ...], list[Piece]] = {}
 
     def __len__(self) -> int:
@@ -238,13 +239,11 @@ class Plans:
 
     def _cut(self, where: Sequence[tuple[int, int]], numels: Sequence[int], device: torch.device) -> list[Piece]:
         """where: as `plan_bucket` has it. numels: of the same parameters."""
-        whole = self._plan(where, slice(0, len(where)))
-        pieces = 1 if self._piece_bytes is None else round(whole.plan.send.message_bytes / self._piece_bytes)
-        found, total = [whole], sum(numels)
-        if pieces > 1:
-            piece_of = [(end * pieces - 1) // total for end in accumulate(numels)]
-            cuts = [i for i in range(1, len(where)) if piece_of[i] > piece_of[i - 1]]
-            found = [self._plan(where, slice(*ends)) for ends in pairwise([0, *cuts, len(where)])]
+        total = max(1, sum(numels))  # parameters may be empty
+        pieces = 1 if self._piece_numel is None else max(1, round(total / self._piece_numel))
+        piece_of = [(max(1, end) * pieces - 1) // total for end in accumulate(numels)]
+        cuts = [i for i in range(1, len(where)) if piece_of[i] > piece_of[i - 1]]
+        found = [self._plan(where, slice(*ends)) for ends in pairwise([0, *cuts, len(where)])]
         return [piece._replace(plan=piece.plan.to(device)) for piece in found]
 
     def _plan(self, where: Sequence[tuple[int, int]], among: slice) -> Piece:

@@ -720,15 +720,14 @@ def test_different_settings_are_named_by_rank_and_field():
 
 
 def test_a_bucket_is_cut_where_parameters_end() -> None:
-    """In pieces of about equal size, each parameter once and in order, and as many as the message's length asks for."""
+    """In pieces of about equal size, each parameter once and in order, and as many as the bucket's size asks for."""
     numels, C = [1000, 10, 3000, 1, 1989], ScaledSign()
     parameters = [torch.zeros(n) for n in numels]
     flat = torch.zeros(sum(numels))
     views = list(flat.split(numels))
     placement = place(numels, [0] * 5, C, C, "sharded", 2, 0)
-    message = plan_bucket(placement.blocks, [(i, sum(numels[:i])) for i in range(5)], 2, 0, 4).send.message_bytes
     for pieces, expected in ((1, [5]), (2, [2, 3]), (3, [2, 3]), (100, [2, 2, 1])):
-        plans = Plans(placement, parameters, torch.float32, piece_bytes=message // pieces)
+        plans = Plans(placement, parameters, torch.float32, piece_numel=sum(numels) // pieces)
         found, own = plans.find(parameters, views, flat)
         assert [len(piece.parameters) for piece in found] == expected
         assert [i for piece in found for i in piece.parameters] == [*range(5)]

@@ -21,7 +21,7 @@ from saef.comm import torch_transport
 from saef.comm.torch_transport import TorchTransport
 from saef.comm.transport import _OrderedWorker
 from saef.hooks import saef_hook
-from saef.step import memory, sending
+from saef.step import memory
 from support.ranks import RankPool
 from support.training import Job, train
 
@@ -176,9 +176,8 @@ def test_a_failure_in_a_reply_ends_both_ways_on_all_ranks(pool: RankPool) -> Non
 
 def in_pieces(group: dist.ProcessGroup, job: Job, piece_bytes: int) -> dict[str, Any]:
     beside = mock.patch.object(TorchTransport, "_beside", autospec=True, side_effect=TorchTransport._beside)
-    with mock.patch.object(sending, "PIECE_BYTES", piece_bytes), mock.patch.object(memory, "PIECE_BYTES", piece_bytes):
-        with beside as made:
-            return {**train(group, job), "replies": made.call_count}
+    with mock.patch.object(memory, "PIECE_BYTES", piece_bytes), beside as made:
+        return {**train(group, job), "replies": made.call_count}
 
 
 @pytest.mark.parametrize("settings", [{}, {"max_grad_norm": 0.1}, {"local_steps": 2}], ids=str)
