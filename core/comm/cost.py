@@ -180,20 +180,22 @@ def bucket_seconds(method: Method, network: Network) -> float:
         return 0.0
     if method.dense_bytes:
         total += network.all_reduce(method.dense_bytes / n)
-    if method.message_bytes and method.strategy == "replicated":
-        total += network.all_gather(method.message_bytes / n)
-    elif method.message_bytes:
-        total += network.all_to_all(method.message_bytes / n)
-        total += network.all_gather(method.reply_bytes / n / network.workers)
+    if method.message_bytes:
+        total += _messages_seconds(method, network, method.message_bytes / n, method.reply_bytes / n)
     return total
+
+
+def _messages_seconds(method: Method, network: Network, message_bytes: float, reply_bytes: float) -> float:
+    if method.strategy == "replicated":
+        return network.all_gather(message_bytes)
+    return network.all_to_all(message_bytes) + network.all_gather(reply_bytes / network.workers)
 
 
 def _latency_hidden(method: Method, network: Network) -> float:
     """Of a bucket's seconds on the network those that pass while other buckets travel."""
     if not (network.pipelines and method.message_bytes) or network.workers == 1:
         return 0.0
-    replies = network.all_to_all(0.0) if method.strategy == "sharded" else 0.0
-    return network.all_gather(0.0) + replies
+    return _messages_seconds(method, network, 0.0, 0.0)
 
 
 def break_even_bits_per_s(

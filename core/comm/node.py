@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from .agreement import gather_values
-from .transport import Gathers, Ordered, Purpose, Transport
+from .transport import Gathers, Ordered, Purpose, Transport, end_all
 
 T = TypeVar("T")
 
@@ -97,7 +97,7 @@ class Node:
         both = [weakref.ref(one) for one in (between, within) if isinstance(one, Ordered)]
         for one in both if within is not None else ():
             if (transport := one()) is not None:
-                transport.after_failure(partial(_end, both))
+                transport.after_failure(partial(end_all, both))
 
     @property
     def part(self) -> str:
@@ -163,13 +163,6 @@ class Node:
         mine = torch.tensor([value], dtype=torch.float64, device=self._device).view(torch.uint8)
         found: list[float] = within.all_gather(mine, [8] * self.size, "settings").view(torch.float64).tolist()
         return found
-
-
-def _end(transports: Sequence[weakref.ref[Ordered]]) -> None:
-    """Whom this rank is joined to by one transport learns of a failure in the other: few are joined by both."""
-    for one in transports:
-        if (transport := one()) is not None:
-            transport.end()
 
 
 @final

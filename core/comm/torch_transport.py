@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store, _get_process_group_store
 
 from .meeting import Meetings, NotTogether
-from .transport import Ordered, Purpose, _OrderedWorker
+from .transport import Ordered, Purpose, _OrderedWorker, end_all
 
 RING_BYTES = 1 << 20  # from so many on, in all, gloo's ring is faster than all ranks sending to all
 LONGEST_LOOK_S = 60.0  # between two looks at where the others are
@@ -73,7 +73,7 @@ class TorchTransport(Ordered):
         other = copy.copy(self)
         other._private = other.group = gloo(PrefixStore("replies", self._store), self.rank, self.size, self._timeout)
         other._worker = _OrderedWorker(self._on_side, self._worker)
-        self.after_failure(partial(_end, weakref.ref(self)))
+        self.after_failure(partial(end_all, [weakref.ref(self)]))
         return other
 
     def _await_replies(self) -> None:
@@ -234,11 +234,6 @@ def _devices(interfaces: str) -> list[Any]:
     kind: Any = dist.distributed_c10d.ProcessGroupGloo
     names = [n for n in interfaces.split(",") if n]
     return [kind.create_device(interface=n) for n in names] or [kind.create_default_device()]
-
-
-def _end(transport: weakref.ref[TorchTransport]) -> None:
-    if (found := transport()) is not None:
-        found.end()
 
 
 def timeout_of(group: dist.ProcessGroup, device: torch.device) -> timedelta:

@@ -319,6 +319,13 @@ class Ordered(ABC):
     def _send_receive(self, v: Tensor, to: Sequence[int], sources: Sequence[int], purpose: Purpose) -> list[Tensor]: ...
 
 
+def end_all(transports: Sequence[weakref.ref[Ordered]]) -> None:
+    """Of a failure in one of them, whom this rank is joined to by any learns: few are joined by all."""
+    for one in transports:
+        if (transport := one()) is not None:
+            transport.end()
+
+
 def _here(message: Tensor) -> Tensor:
     """What has arrived of a collective of one rank."""
     return message
