@@ -16,17 +16,12 @@ import saef
 from saef import SAEFState
 from saef.hooks import saef_hook
 from support import reference
-from support.cases import close, operator, pairwise, start
+from support.cases import OPTIMIZERS, close, operator, pairwise, start
 from support.nodes import each_place, entries, gradient_of_nodes, joined, mesh_of, parts_of, servers_of, whole, x_tilde
 from support.ranks import RankPool
 from support.training import batch, flat, make_net, wild_lrs
 
 pytestmark = pytest.mark.slow
-OPTIMIZERS: dict[str, dict[str, Any]] = {
-    "SGD": {"momentum": 0.9, "weight_decay": 1e-2},
-    "AdamW": {"betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 1e-2},
-    "RMSprop": {"alpha": 0.9, "eps": 1e-2, "centered": True},
-}
 VALUES: dict[str, list[Any]] = {
     "optimizer": [*OPTIMIZERS],
     "compressor": [saef.ScaledSign(block=7), saef.TopK(0.3, block=10)],

@@ -18,15 +18,10 @@ from saef import SAEFState
 from saef.hooks import saef_hook
 from saef.step import engine
 from support import reference
-from support.cases import close, operator, pairwise, servers_of, start
+from support.cases import OPTIMIZERS, close, operator, pairwise, servers_of, start
 from support.ranks import RankPool
 from support.training import batch, flat, gradient, make_net, way_of_keeping_x, wild_lrs
 
-OPTIMIZERS: dict[str, dict[str, Any]] = {
-    "SGD": {"momentum": 0.9, "weight_decay": 1e-2},
-    "AdamW": {"betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 1e-2},
-    "RMSprop": {"alpha": 0.9, "eps": 1e-2, "centered": True},
-}
 VALUES: dict[str, list[Any]] = {
     "optimizer": [*OPTIMIZERS],
     "local_steps": [1, 4],

@@ -21,6 +21,14 @@ SGD = {"sgd": (0.0, False), "momentum": (0.9, False), "nesterov": (0.9, True)}  
 ADAM = {"adamw": ("AdamW", "decoupled"), "adam": ("Adam", "coupled")}  # whose decay is as it is
 
 
+# Of torch, with settings under which no step is large, for local steps.
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "SGD": {"momentum": 0.9, "weight_decay": 1e-2},
+    "AdamW": {"betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 1e-2},
+    "RMSprop": {"alpha": 0.9, "eps": 1e-2, "centered": True},
+}
+
+
 def operator(compressor: saef.Compressor) -> tuple[reference.Compressor, Any]:
     """The reference's C and block size for one of ours."""
     if isinstance(compressor, saef.ScaledSign):
