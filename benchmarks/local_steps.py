@@ -1,11 +1,12 @@
 """What a step costs with several local steps between two exchanges: real gloo ranks, on a link of a chosen rate.
 
     python benchmarks/local_steps.py [--mbit 100] [--ranks 4] [--local-steps 16] [--layers 10] [--width 1024]
-                                     [--batch 8] [--rounds 5]
+                                     [--batch 8] [--rounds 5] [--methods "sign, H" ...]
 
 --mbit shapes the loopback of a network namespace of its own (needs `unshare` and `tc`) to so many Mb/s for each rank,
 which all share. Times are by step of the optimizer, AdamW: of whole rounds, divided by their steps. "no exchange" is
 the same training without any communication. Then bytes on the interface, and the memory of each form on one rank.
+--methods takes those whose names have one of these words in them: fewer of them disturb one another less.
 """
 
 import argparse
@@ -95,7 +96,8 @@ class Trainer:
 def run_rank(rank: int, args: argparse.Namespace, store: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=args.ranks)
-    trainers = {name: Trainer(args, settings) for name, settings in methods(args.local_steps).items()}
+    chosen = {n: s for n, s in methods(args.local_steps).items() if any(word in n for word in args.methods)}
+    trainers = {name: Trainer(args, settings) for name, settings in chosen.items()}
     alone = Trainer(args, None)
     work: dict[str, Callable[[], None]] = {"no exchange": lambda: [alone.alone() for _ in range(16)] and None}
     work |= {name: trainer.round for name, trainer in trainers.items()}
@@ -143,6 +145,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--methods", nargs="+", default=[""], metavar="WORDS")
     args = parser.parse_args()
     if args.mbit and "SAEF_SHAPED" not in os.environ:
         rate = f"rate {args.mbit * args.ranks:g}mbit burst 256k latency 1s"
