@@ -101,11 +101,12 @@ $(VENV)/.docs: $(VENV)/.deps
 	rm -rf build *.egg-info
 	touch $@
 
+# In three processes (-n): two cores then have little to wait for. ARGS="-n 0 FILE" runs a file in one.
 test: env horovod
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n 3 $(ARGS)
 
 quick: env
-	$(PY) -m pytest -m 'not slow' tests/pure tests/workers tests/ranks $(ARGS)
+	$(PY) -m pytest -n 3 -m 'not slow' tests/pure tests/workers tests/ranks $(ARGS)
 
 # ---- programs -----------------------------------------------------------------------------------------------
 

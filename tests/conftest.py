@@ -1,17 +1,16 @@
-"""The order of the tests, tests that run ahead, and fixtures that all share.
+"""The order of the tests, what may run beside what, and fixtures that all share.
 
-A test marked `ahead` starts processes of its own and mostly waits for them. They run in threads, two at a time, beside
-the tests of this process: from the first on, but not beside those of `ranks`, which use all cores themselves. They are
-reported after the other tests of their folder. So they may have no fixture but `tmp_path`, change nothing of this
-process, and must allow for other work on the machine.
+`make test` runs them in several processes (pytest-xdist), a file in one of them: what tests wait for, other processes'
+starts and messages above all, then costs little. They may not depend on one another, nor on having the machine
+for themselves. A test marked `alone` has it.
 """
 
-import inspect
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+import fcntl
+import os
+import re
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Event, Semaphore
 from typing import Any
 
 import pytest
@@ -21,6 +20,7 @@ from support.ranks import RankPool
 
 torch.set_num_threads(1)  # beside other processes torch's threads wait for each other for longer than they work
 FOLDERS = ("pure", "workers", "ranks", "frameworks")  # what each needs: see support/__init__.py
+KINDS = r"test_(horovod|deepspeed)"  # files that share processes which take long to start
 
 
 # ---- order ------------------------------------------------------------------------------------------------------
@@ -30,79 +30,48 @@ def folder_of(item: pytest.Item) -> str:
     return item.path.relative_to(Path(__file__).parent).parts[0]
 
 
-def runs_ahead(item: pytest.Item) -> bool:
-    return item.get_closest_marker("ahead") is not None
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: (FOLDERS.index(folder_of(item)), runs_ahead(item)))
+    items.sort(key=lambda item: FOLDERS.index(folder_of(item)))
 
 
-# ---- tests that run ahead ---------------------------------------------------------------------------------------
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Each process gets the next file; those of a kind go to one."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.split("::")[0]
+            kind = re.search(KINDS, path)
+            return kind.group() if kind else path
+
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
 
 
-class Ahead:
-    """The tests that run ahead, in the order of their folders, and each one's outcome by its id."""
-
-    def __init__(self, items: list[pytest.Item], folders: pytest.TempPathFactory) -> None:
-        self._gate, self._running = Event(), Semaphore(2)
-        self.threads = ThreadPoolExecutor(2)
-        self.outcomes: dict[str, Future[None]] = {}
-        for item in items:
-            test: Any = item
-            given = {"tmp_path": folders.mktemp("ahead"), **(test.callspec.params if hasattr(test, "callspec") else {})}
-            words = {name: given[name] for name in inspect.signature(test.obj).parameters}
-            self.outcomes[item.nodeid] = self.threads.submit(self._run, test.obj, words)
-
-    def _run(self, test: Callable[..., None], words: dict[str, Any]) -> None:
-        self._gate.wait()
-        with self._running:
-            test(**words)
-
-    def open(self, now: bool) -> None:
-        """Whether further tests may start."""
-        (self._gate.set if now else self._gate.clear)()
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Within it none is running."""
-        for _ in range(2):
-            self._running.acquire()
-        yield
-        self._running.release(2)
+# ---- beside one another -----------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="session")
-def ahead_of_others(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ahead]:
-    found = Ahead([item for item in request.session.items if runs_ahead(item)], tmp_path_factory)
-    yield found
-    found.open(True)
-    found.threads.shutdown(cancel_futures=True)
+DOOR, ROOM = Path(__file__), Path(__file__).with_name("support")  # locked, so that no files are needed for that
 
 
-@pytest.fixture(autouse=True)
-def start_ahead(request: pytest.FixtureRequest, ahead_of_others: Ahead) -> None:
-    ahead_of_others.open(folder_of(request.node) != "ranks")
-    request.node.stash[OUTCOMES] = ahead_of_others.outcomes
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """A test enters the room when those before it have gone through the door: one that is `alone` waits in it."""
+    with opened(ROOM) as room:
+        with opened(DOOR) as door:
+            fcntl.flock(door, fcntl.LOCK_EX)
+            fcntl.flock(room, fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH)
+        return (yield)
 
 
-@pytest.fixture
-def undisturbed(ahead_of_others: Ahead) -> Iterator[None]:
-    """For a test that looks at the whole machine: no test runs beside it."""
-    with ahead_of_others.paused():
-        yield
-
-
-OUTCOMES = pytest.StashKey[dict[str, "Future[None]"]]()
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
-    """In place of calling a test that runs ahead: wait for it."""
-    if not runs_ahead(pyfuncitem):
-        return None
-    pyfuncitem.stash[OUTCOMES][pyfuncitem.nodeid].result()
-    return True
+@contextmanager
+def opened(path: Path) -> Iterator[int]:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        yield file
+    finally:
+        os.close(file)  # which unlocks it
 
 
 # ---- ranks ------------------------------------------------------------------------------------------------------

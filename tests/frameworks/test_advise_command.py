@@ -6,11 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from saef import probe
-
-pytestmark = pytest.mark.ahead
 
 TRAIN = """
 import torch

@@ -11,13 +11,11 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
 
 from support import CHECKOUT, EXAMPLES, environment
 from support.forked import python
 
-pytestmark = pytest.mark.ahead
 NODES = 2
 # Two agents on one machine, whose name may have no address.
 TORCHRUN = """#!/bin/bash

@@ -16,8 +16,6 @@ from support import EXAMPLES, elastic_job, environment
 from support.forked import program, python
 from support.ranks import context
 
-pytestmark = pytest.mark.ahead
-
 EXAMPLE = EXAMPLES / "train_ddp.py"
 JOB = Path(elastic_job.__file__)
 ENVIRONMENT = environment(GLOO_SOCKET_IFNAME="lo")

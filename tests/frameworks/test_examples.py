@@ -13,8 +13,6 @@ import pytest
 from support import EXAMPLES, readme_script
 from support.forked import python
 
-pytestmark = pytest.mark.ahead
-
 
 def run(*command: str, cwd: Path, fresh: bool = False) -> str:
     env = {**os.environ, "OMP_NUM_THREADS": "1"}

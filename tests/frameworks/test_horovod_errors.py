@@ -217,7 +217,6 @@ def nodes() -> None:
         (nodes, r'hvd\.init\(process_sets="dynamic"\)'),
     ],
 )
-@pytest.mark.ahead
 def test_a_job_that_cannot_go_on_ends_with_an_error(job: Any, message: str) -> None:
     words = command(4 if job is nodes else 3, str(Path(__file__)), job.__name__)
     env = environment() | {"HOROVOD_DYNAMIC_PROCESS_SETS": str(int(job is process_set))}

@@ -110,7 +110,6 @@ def test_lr_find_sees_what_it_sees_without_saef(trainers: RankPool, tmp_path: Pa
         assert_equal(after, straight, ("x", "e", "m", "e_server", "steps"))
 
 
-@pytest.mark.ahead
 def test_torchrun_restarts_a_killed_rank_and_the_trainer_goes_on_bit_for_bit(tmp_path: Path) -> None:
     """Killed in step 5, in the middle of the second epoch; the last checkpoint is of step 4, in its middle too."""
     script = Path(__file__).parents[1] / "support" / "lightning_job.py"

@@ -13,7 +13,6 @@ import pytest
 
 from support import CHECKOUT
 
-pytestmark = pytest.mark.ahead
 NETLAB = CHECKOUT / "benchmarks" / "netlab"
 
 

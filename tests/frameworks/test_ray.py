@@ -30,7 +30,7 @@ from support.ranks import context
 from support.trainers import COMPRESSORS, TOLERANCE
 from support.trainers import assert_equal as assert_same_steps
 
-pytestmark = [pytest.mark.ahead, pytest.mark.skipif(find_spec("ray") is None, reason="needs ray")]
+pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="needs ray")
 JOB = Path(__file__).parents[1] / "support" / "ray_job.py"
 
 

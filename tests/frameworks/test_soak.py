@@ -7,8 +7,6 @@ import pytest
 from support import CHECKOUT
 from support.forked import python
 
-pytestmark = pytest.mark.ahead
-
 SCRIPT = CHECKOUT / "tests" / "support" / "soak.py"
 
 

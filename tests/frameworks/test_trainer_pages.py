@@ -12,7 +12,6 @@ from support import CHECKOUT
 from support.forked import python
 
 
-@pytest.mark.ahead
 @pytest.mark.parametrize(
     ("page", "expected", "kept"),
     [

@@ -58,7 +58,6 @@ def test_other_checkpoints(trainers: RankPool, tmp_path: Path) -> None:
         assert "errors are of step 0" in said["alone"] and "reset_errors()" in said["alone"]
 
 
-@pytest.mark.ahead
 def test_a_deepspeed_json_in_which_all_is_auto(tmp_path: Path) -> None:
     """By SAEF in the JSON: the Trainer's values, DDP's steps and its own resume, bit for bit."""
     script = Path(__file__).parents[1] / "support" / "transformers_deepspeed_job.py"

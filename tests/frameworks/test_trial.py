@@ -13,8 +13,6 @@ import torch.distributed as dist
 
 from saef import trial
 
-pytestmark = pytest.mark.ahead
-
 # `python -m saef` where the packages of the first argument are not installed.
 HIDING = """
 import importlib.metadata, runpy, sys

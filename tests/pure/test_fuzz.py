@@ -19,7 +19,6 @@ def start(*words: str, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-@pytest.mark.ahead
 @pytest.mark.slow
 def test_100_000_messages_for_each_codec() -> None:
     """In two processes; each codec met messages that decode and messages that do not."""
@@ -33,7 +32,6 @@ def test_100_000_messages_for_each_codec() -> None:
         assert count == 100_000 == decoded + refused and decoded > 5_000 and refused > 5_000
 
 
-@pytest.mark.ahead
 def test_no_access_leaves_its_array() -> None:
     process = start("--messages", "700", **JIT_OFF)
     said = process.communicate()[0]
@@ -41,7 +39,6 @@ def test_no_access_leaves_its_array() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.ahead
 @pytest.mark.skipif(sys.platform != "linux", reason="atheris has wheels for Linux only")
 def test_coverage_guided() -> None:
     process = start("--atheris", "--messages", "4000", **JIT_OFF)

@@ -787,7 +787,6 @@ def test_a_reply_stays_within_its_bytes(dtype):
         assert (reply[:guard] == 0xA5).all() and (reply[-guard:] == 0xA5).all()
 
 
-@pytest.mark.ahead
 def test_no_index_leaves_its_array():
     """All kernels as plain Python in a process of its own: there numpy checks every index."""
     env = {**os.environ, "NUMBA_DISABLE_JIT": "1"}
@@ -844,7 +843,6 @@ def start(code: str, **environment: str) -> subprocess.Popen:
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.ahead
 @pytest.mark.slow
 def test_one_process_compiles_and_says_so(tmp_path):
     """Two at once in a fresh cache, then a third: eight kernels compiled once, and loaded twice without a word."""
@@ -861,7 +859,6 @@ def test_one_process_compiles_and_says_so(tmp_path):
     assert lines[1].startswith("log WARNING compiled the CPU kernels for float32 in ")
 
 
-@pytest.mark.ahead
 def test_without_a_cache_each_process_compiles(tmp_path):
     """As with a read-only installation and home: said once, with what helps. Only `inspect`, to be quick."""
     code = """
@@ -882,7 +879,6 @@ assert not compiling.prepare([(loops.inspect, (int64[:, ::1], uint8[::1]))], "fl
     assert len(lines) == 2 and "NUMBA_CACHE_DIR" in lines[0] and lines[1].startswith("log compiled")
 
 
-@pytest.mark.ahead
 @pytest.mark.slow
 def test_a_compiler_that_dies_stops_nobody(tmp_path):
     """The system takes its lock away."""
@@ -904,7 +900,6 @@ with compiling._lock(sys.argv[1] if len(sys.argv) > 1 else os.environ["PLACE"]):
     holder.communicate()
 
 
-@pytest.mark.ahead
 def test_importing_the_wire_compiles_nothing():
     """Neither numba nor triton, which take seconds, before there is a vector to work on."""
     code = """

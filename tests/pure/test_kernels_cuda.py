@@ -59,7 +59,6 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
         yield torch.device(request.param)
 
 
-@pytest.mark.ahead
 @pytest.mark.parametrize("which", ["block or misleads", "not (block or misleads)"])
 def test_in_a_process_of_its_own(which: str) -> None:
     if not TOO_LATE:
@@ -790,7 +789,6 @@ print("checked")
 """
 
 
-@pytest.mark.ahead
 def test_kernels_compile_for_hopper() -> None:
     """What the interpreter forgives, the compiler may not; it needs no GPU.
 

@@ -83,7 +83,6 @@ ignore_missing_imports = True
 
 
 @pytest.mark.slow
-@pytest.mark.ahead
 def test_wrong_names_and_words_are_errors_and_right_ones_are_not(tmp_path: Path) -> None:
     """All in one run, since mypy takes some seconds to start."""
     if not find_spec("mypy"):

@@ -282,9 +282,10 @@ def _sent(state: saef.SAEFState | None) -> float:
     return state.metrics()["bytes_sent"] if state else 0.0
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/net/dev").exists(), reason="needs Linux's interface counters")
-def test_traffic_on_the_interface_is_what_is_counted_and_a_thirtieth(pool: RankPool, undisturbed: None) -> None:
+def test_traffic_on_the_interface_is_what_is_counted_and_a_thirtieth(pool: RankPool) -> None:
     """d = 10 M, K = 4. Sharded double-way sends 1/32 of plain DDP and scales; top-1 % 6 of 400 bytes (1/66).
 
     Within 10 %: TCP headers and acknowledgements are 1 to 3 % on top, small messages more.

@@ -30,18 +30,11 @@ from support import CHECKOUT
 from support.ranks import context
 
 CLIENT = Path(__file__).with_name("forked_client.py")
-LOCK = threading.Lock()
-
-
-def folder() -> Path:
-    """Where the server listens."""
-    with LOCK:  # tests that run ahead do so in threads
-        return start_server()
 
 
 @cache
-def start_server() -> Path:
-    """The server ends with this process."""
+def folder() -> Path:
+    """Where the server listens, which ends with this process."""
     found = Path(tempfile.mkdtemp(prefix="saef-python-"))
     script = found / "python"
     script.write_text(f'#!/bin/sh\nexec {shlex.join([sys.executable, "-IS", str(CLIENT), str(found)])} "$@"\n')

@@ -16,7 +16,6 @@ import multiprocessing.forkserver
 import os
 import pickle
 import signal
-import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -53,10 +52,12 @@ class RankPool:
         return results
 
     def _start(self) -> None:
-        store = tempfile.mktemp(prefix="saef-ranks-")
+        from torch.distributed import TCPStore  # not a file, at which ranks look every 10 ms
+
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for rank in range(self.world):
             ours, theirs = context().Pipe()
-            process = context().Process(target=_serve, args=(rank, self.world, store, theirs), daemon=True)
+            process = context().Process(target=_serve, args=(rank, self.world, self._store.port, theirs), daemon=True)
             process.start()
             theirs.close()
             self._processes.append(process)
@@ -121,7 +122,7 @@ def answer(job: Callable[..., Any], *args: Any) -> bytes:
         return pickle.dumps((False, traceback.format_exc()))
 
 
-def _serve(rank: int, world: int, store: str, pipe: Any) -> None:
+def _serve(rank: int, world: int, port: int, pipe: Any) -> None:
     os.environ["LOCAL_RANK"] = str(rank)  # as launchers set it; DeepSpeed asks for it
     import torch
     import torch.distributed as dist
@@ -131,7 +132,7 @@ def _serve(rank: int, world: int, store: str, pipe: Any) -> None:
         torch.set_default_device(device)
     dist.init_process_group(
         "gloo",
-        init_method=f"file://{store}",
+        store=dist.TCPStore("127.0.0.1", port, is_master=False),
         rank=rank,
         world_size=world,
         timeout=timedelta(seconds=TIMEOUT_S),
