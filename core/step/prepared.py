@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import NamedTuple, final
 
 import torch
@@ -14,7 +15,40 @@ from ..rules import AnyHyper
 from ..wire import kernels
 from ..wire.kernels.table import Update
 from ..wire.plan import Plan
-from .weights import Weights, held
+from .weights import Weights, all_held, held
+
+_GRADIENT = attrgetter("grad")
+
+
+class Marks(NamedTuple):
+    """What p.grad of each parameter is: places and versions are others after any change in place or replacement.
+
+    Attributes:
+        places: addresses; -1 where there is no p.grad. versions: as autograd counts writes.
+        prints: [parameters] fingerprints: a write through `.data` or numpy leaves no other trace. None on devices
+            without kernels of ours.
+    """
+
+    places: list[int]
+    versions: list[int]
+    prints: Tensor | None
+
+    @staticmethod
+    def of(parameters: Sequence[Tensor]) -> Marks:
+        gradients = all_held([*map(_GRADIENT, parameters)])
+        places = [-1 if g is None else g.data_ptr() for g in gradients]
+        versions = [-1 if g is None else g._version for g in gradients]
+        return Marks(places, versions, kernels.fingerprints(gradients, parameters[0].device))
+
+    def differ(self, other: Marks) -> set[int]:
+        """The parameters whose p.grad was written to, as far as these tell."""
+        found: set[int] = set()
+        for mine, theirs in (self.places, other.places), (self.versions, other.versions):
+            if mine != theirs:
+                found.update(i for i, (a, b) in enumerate(zip(mine, theirs, strict=True)) if a != b)
+        if self.prints is not None and other.prints is not None:
+            found.update((self.prints != other.prints).nonzero().view(-1).tolist())
+        return found
 
 
 class Bucket(NamedTuple):
@@ -51,7 +85,7 @@ class Prepared:
     Attributes:
         hyper: the optimizer's settings that the messages contain; update: the same with the clipping, once known.
         norms: of the parts of this worker's gradient that its node's ranks have, this rank's too; known to clip.
-        gradients: address and version of each p.grad after the backward. prints: fingerprints of them.
+        gradients: of each p.grad after the backward; empty before its end.
         parameters: those of all buckets.
     """
 
@@ -60,8 +94,7 @@ class Prepared:
     hyper: list[AnyHyper] = field(default_factory=list)
     update: Update | None = None
     norms: list[float] = field(default_factory=list)
-    gradients: list[tuple[int, int] | None] = field(default_factory=list)
-    prints: Tensor | None = None
+    gradients: Marks = Marks([], [], None)  # noqa: RUF009 - nobody changes that one
 
     def fix(self, update: Update) -> Update:
         """From now on the messages are made with this."""
@@ -70,13 +103,11 @@ class Prepared:
 
     def backward_ended(self, parameters: Sequence[Tensor]) -> None:
         """What p.grad are now was sent: no change of them can count."""
-        self.gradients, self.prints = gradients(parameters), _prints(parameters)
+        self.gradients = Marks.of(parameters)
 
     def expect_change(self, parameter: int) -> None:
         """p.grad of this parameter will be set once more, to what it is."""
-        found = self.gradients[parameter]
-        if found is not None:
-            self.gradients[parameter] = found[0], found[1] + 1
+        self.gradients.versions[parameter] += 1
 
     def add(self, bucket: Bucket) -> None:
         self.buckets.append(bucket)
@@ -109,9 +140,9 @@ class Prepared:
         Args:
             hyper: the optimizer's settings now.
         """
-        missing = {*range(len(weights.names))} - self.parameters
-        if missing or not self.gradients or not all(b.replies for b in self.buckets):
-            names = [weights.names[i] for i in sorted(missing)][:5]
+        whole = len(self.parameters) == len(weights.names)
+        if not whole or not self.gradients.places or not all(b.replies for b in self.buckets):
+            names = [name for i, name in enumerate(weights.names) if i not in self.parameters][:5]
             raise RuntimeError(
                 f"the exchange of this step is incomplete (parameters not exchanged: {names}): the backward failed, or "
                 "DDP was told to ignore them. Call optimizer.zero_grad() and run forward and backward again"
@@ -130,19 +161,17 @@ class Prepared:
         Raises:
             RuntimeError: if such a p.grad is not what was sent, or there is none any more.
         """
-        found, now, prints = [], gradients(weights.parameters), _prints(weights.parameters)
-        other = {i for i, (a, b) in enumerate(zip(now, self.gradients, strict=True)) if a != b}
-        if prints is not None and self.prints is not None:
-            other.update((prints != self.prints).nonzero().view(-1).tolist())
+        found, before, now = [], self.gradients, Marks.of(weights.parameters)
+        other = before.differ(now)
         for bucket in self.buckets if other else []:
             touched = [(i, view) for i, view in zip(bucket.parameters, bucket.given_views, strict=True) if i in other]
             for i, view in touched:
                 grad = weights.parameters[i].grad
                 if grad is None or not _holds(held(grad), view):
                     raise changed([weights.names[i]])
-            inside = [i for i, view in touched if (before := self.gradients[i]) and before[0] == view.data_ptr()]
+            inside = [i for i, view in touched if before.places[i] == view.data_ptr()]
             if inside and bucket.parts:  # what other ranks of the node have added is not here, to compare with
-                if prints is None or self.prints is None or not torch.equal(prints[inside], self.prints[inside]):
+                if now.prints is None or before.prints is None or bool((now.prints != before.prints)[inside].any()):
                     raise changed([weights.names[i] for i in inside])
             elif inside:
                 found.append(bucket)
@@ -158,17 +187,6 @@ class Prepared:
             return []
         bad = sorted(i for b, fine in zip(self.buckets, finite.tolist(), strict=True) if not fine for i in b.parameters)
         return [weights.names[i] for i in bad]
-
-
-def gradients(parameters: Sequence[Tensor]) -> list[tuple[int, int] | None]:
-    """Address and version of each p.grad: different after any change in place or replacement."""
-    every = [None if p.grad is None else held(p.grad) for p in parameters]
-    return [None if g is None else (g.data_ptr(), g._version) for g in every]
-
-
-def _prints(parameters: Sequence[Tensor]) -> Tensor | None:
-    """By the values: a write through `.data` or numpy leaves no other trace."""
-    return kernels.fingerprints([None if p.grad is None else held(p.grad) for p in parameters], parameters[0].device)
 
 
 def changed(names: Sequence[str]) -> RuntimeError:

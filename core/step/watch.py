@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._C._dynamo.guards import TensorGuards
 from torch.nn.parallel import DistributedDataParallel
 
-from .weights import Weights, held
+from .weights import Weights, all_held, held
 
 _TRAINED = attrgetter("requires_grad")
 
@@ -59,7 +59,7 @@ class Watch:
         return TensorGuards(*self._parameters, dynamic_dims_sizes=None, dynamic_dims_strides=None)
 
     def _places_now(self) -> list[int]:
-        return [*map(Tensor.data_ptr, map(held, self._parameters))]
+        return [*map(Tensor.data_ptr, all_held(self._parameters))]
 
     def _tree_now(self) -> list[Any]:
         """What is where; of the parameters that were trained, `_fast` sees whether they are."""

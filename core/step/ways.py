@@ -276,7 +276,7 @@ class OnCPU(Swaps):
         super().committed()
         if self.server is not None:
             self.server.step(self.flat)  # what `advance` has made is x - s e_k
-        self._marks, self._made_from = [self._seen[0], self._versions_now()], self._to_come
+        self._marks, self._made_from = [self._seen[0], [v + 1 for v in self._seen[1]]], self._to_come
         self._to_come = torch.zeros_like(self._to_come)
 
     def commit(

@@ -15,6 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import accumulate
 from operator import attrgetter
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,8 @@ from ..wire.plan import Plan
 from .server_ahead import ServerAhead
 
 _VERSION = attrgetter("_version")
-_WHOLE = (Tensor, nn.Parameter)
+_WHOLE: set[Any] = {Tensor, nn.Parameter}
+T = TypeVar("T", bound=Tensor | None)
 FIRST_HALF, NEXT_HALF = 1 << 30, 16  # versions of the x_half: from where on, and how far apart (writes in between show)
 
 
@@ -321,9 +323,14 @@ class Weights(ABC):
         """
 
 
-def held(tensor: Tensor) -> Tensor:
+def held(tensor: T) -> T:
     """What of a parameter, or of its gradient, lies on this rank: of a DTensor its shard, of another all of it."""
     return tensor if type(tensor) in _WHOLE else getattr(tensor, "_local_tensor", tensor)
+
+
+def all_held(tensors: Sequence[T]) -> Sequence[T]:
+    """`held` of each, of thousands without a loop in Python. None stays."""
+    return tensors if {*map(type, tensors)} <= _WHOLE else [held(t) for t in tensors]
 
 
 def cut(flat: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:

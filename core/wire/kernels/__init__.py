@@ -23,12 +23,15 @@ it agrees to one unit in the last place, in float64 to the rounding of the sum, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .table import Update, Worker
+
+_DEVICE = attrgetter("device")
 
 
 class Kernels(Protocol):
@@ -81,11 +84,12 @@ def fingerprints(tensors: Sequence[Tensor | None], device: torch.device) -> Tens
         tensors: on `device`, which is where the result is; None counts as one without entries. One elsewhere: None.
     """
     there = [t for t in tensors if t is not None]
-    if device.type not in ("cpu", "cuda") or any(t.device.type != device.type for t in there):
+    if device.type not in ("cpu", "cuda") or any(at.type != device.type for at in {*map(_DEVICE, there)}):
         return None
-    dense = [t if t is None or t.is_contiguous() or is_dense(t) else t.contiguous() for t in tensors]  # looks changed
-    addresses = [0 if t is None else t.data_ptr() for t in dense]
-    return fingerprints_at(addresses, [0 if t is None else t.numel() * t.element_size() for t in dense], device)
+    if not all(map(Tensor.is_contiguous, there)):  # what has gaps is copied, and so looks changed
+        tensors = [t if t is None or is_dense(t) else t.contiguous() for t in tensors]
+    addresses = [0 if t is None else t.data_ptr() for t in tensors]
+    return fingerprints_at(addresses, [0 if t is None else t.nbytes for t in tensors], device)
 
 
 def fingerprints_at(addresses: Sequence[int], sizes: Sequence[int], device: torch.device) -> Tensor:
