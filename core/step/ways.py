@@ -1,7 +1,7 @@
 """The two ways of keeping x, and which one serves.
 
 Copies   x lies in a flat vector, and is copied into the parameters. Any device; for bf16 parameters the
-         flat vector is their float32 master.
+         flat vector is their float32 master. FSDP's `replicate` has views of the parameters' storage.
 Swaps    x stays in the parameters' own storage; x_half lies in a flat vector, and in a window `p.data`
          points there: float32 and float64. `OnCPU`, where memory traffic is what a step costs, x_half is
          written by the kernel that has e and x in cache; `OnCUDA`, where launches cost too, by one at the
@@ -26,13 +26,14 @@ from ..wire.codec import Block, lay_out
 from ..wire.compressors import Identity
 from ..wire.kernels.table import STATE, Update, Worker
 from ..wire.plan import Plan
+from .fsdp import uses_fsdp
 from .weights import Weights
 
 FULL = {torch.float32, torch.float64}
 
 
 class Copying(Weights):
-    """`flat` is x; subclasses say how the parameters become x_half, and x."""
+    """`flat` is x, and `held` becomes x_half, or x."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, s: float) -> None:
         super().__init__(model, optimizer, s)
@@ -82,8 +83,8 @@ class Copying(Weights):
                 mine.copy_(halves[i] if halves else step_ahead(self.views[i], self._errors[i], self.s))
 
     @torch.no_grad()
-    def _copy_half(self) -> None:
-        """`held` <- x_half, or X."""
+    def _show_half(self) -> None:
+        self.rest()
         if self.local:
             torch._foreach_copy_(self.held, self._locals)
             return
@@ -94,8 +95,8 @@ class Copying(Weights):
             p.copy_(step_ahead(x, error, self.s))
 
     @torch.no_grad()
-    def _copy_x(self) -> None:
-        """`held` <- x."""
+    def _show_x(self) -> None:
+        self.rest()
         torch._foreach_copy_(self.held, self.views)
 
     @torch.no_grad()
@@ -128,12 +129,6 @@ class Copying(Weights):
 @final
 class Copies(Copying):
     """Of whole parameters."""
-
-    def _show_half(self) -> None:
-        self._copy_half()
-
-    def _show_x(self) -> None:
-        self._copy_x()
 
 
 class Swaps(Weights):
@@ -323,7 +318,8 @@ def create(model: nn.Module, optimizer: torch.optim.Optimizer, s: float) -> Weig
     check_storage(model)
     trainable = [p for p in model.parameters() if p.requires_grad]
     dtypes, devices = {p.dtype for p in trainable}, {p.device.type for p in trainable}
-    if len(dtypes) == 1 and dtypes <= FULL and all(map(kernels.is_dense, trainable)) and not captured(model):
+    free = not (uses_fsdp(model) or captured(model))
+    if free and len(dtypes) == 1 and dtypes <= FULL and all(map(kernels.is_dense, trainable)):
         if devices == {"cpu"}:
             return OnCPU(model, optimizer, s)
         if devices == {"cuda"}:
