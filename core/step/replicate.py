@@ -26,6 +26,8 @@ class _Own:
         self.mesh_info, self.factor = group.mesh_info, group.gradient_divide_factor
 
     def __call__(self, gradient: Tensor) -> None:
+        if gradient.is_cuda:  # or the next group would take its memory, in the stream that made it, while it is read
+            gradient.record_stream(torch.cuda.current_stream())
         if self.factor is not None:
             gradient.mul_(self.mesh_info.mesh.size() / self.factor)
 
@@ -74,10 +76,8 @@ def check(groups: Sequence[Any], named: Sequence[tuple[str, Any]], mesh: Any, pr
                 f"replicated over ranks {theirs}: call replicate for the whole model, with one mesh of one axis. "
                 "Tensor parallelism is not for saef"
             )
-    if any(group.mesh_info.is_spmd_mesh for group in groups):
-        raise ValueError(
-            "dp_mesh_dims makes DTensors of parameters and activations: call replicate with a mesh of one axis"
-        )
+    if any(getattr(group.mesh_info, "is_spmd_mesh", False) for group in groups):
+        raise ValueError("dp_mesh_dims of replicate is not for saef: give it a mesh of one axis, and plain parameters")
     if any(group._all_reduce_hook is not None and not isinstance(group._all_reduce_hook, _Own) for group in groups):
         raise ValueError(HOOK)
     if mesh is not None:

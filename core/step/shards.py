@@ -13,10 +13,13 @@ from .ways import Copying
 
 @final
 class Shards(Copying):
-    """`flat` is x of this rank's shards; `parameters` are DTensors over the node's ranks.
+    """`flat` is x of this rank's shards; `parameters` are DTensors over the node's ranks, and so is what is saved."""
 
-    Saved are DTensors, too.
-    """
+    def _show_half(self) -> None:
+        self._copy_half()
+
+    def _show_x(self) -> None:
+        self._copy_x()
 
     def write(self, x: Sequence[Tensor]) -> None:
         super().write([self.part_of(i, value) for i, value in enumerate(x)])

@@ -33,7 +33,7 @@ FULL = {torch.float32, torch.float64}
 
 
 class Copying(Weights):
-    """`flat` is x, and `held` becomes x_half, or x."""
+    """`flat` is x; subclasses say how the parameters become x_half, and x."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, s: float) -> None:
         super().__init__(model, optimizer, s)
@@ -83,7 +83,8 @@ class Copying(Weights):
                 mine.copy_(halves[i] if halves else step_ahead(self.views[i], self._errors[i], self.s))
 
     @torch.no_grad()
-    def _show_half(self) -> None:
+    def _copy_half(self) -> None:
+        """`held` <- x_half, or X."""
         self.rest()
         if self.local:
             torch._foreach_copy_(self.held, self._locals)
@@ -95,7 +96,8 @@ class Copying(Weights):
             p.copy_(step_ahead(x, error, self.s))
 
     @torch.no_grad()
-    def _show_x(self) -> None:
+    def _copy_x(self) -> None:
+        """`held` <- x."""
         self.rest()
         torch._foreach_copy_(self.held, self.views)
 
@@ -129,6 +131,12 @@ class Copying(Weights):
 @final
 class Copies(Copying):
     """Of whole parameters."""
+
+    def _show_half(self) -> None:
+        self._copy_half()
+
+    def _show_x(self) -> None:
+        self._copy_x()
 
 
 class Swaps(Weights):

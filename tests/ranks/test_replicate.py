@@ -117,6 +117,23 @@ def test_it_resumes_bit_for_bit(pool: RankPool, tmp_path: Any) -> None:
     pool.run(resumes, str(tmp_path / "checkpoint"))
 
 
+def places(group: Any) -> None:
+    """Its mesh says who the workers are; with a mesh of nodes it may be that of all ranks."""
+    pair = replicated(make_net(), mesh_of(2, 2)["shard"])
+    assert saef.SAEFState(pair, make_optimizer(pair, SIGN.groups), **SIGN.state).engine.transport.size == 2
+    over_all = replicated(make_net(), mesh_of(1, 4)["shard"])
+    optimizer = make_optimizer(over_all, SIGN.groups)
+    state = saef.SAEFState(over_all, optimizer, mesh=mesh_of(2, 2), **SIGN.state)
+    within, second, other = make(group, SIGN, 2, "replicate")
+    for model, one in ((over_all, optimizer), (within, second)):
+        go_on(model, one, SIGN, dist.get_rank(group), range(3))
+    assert all(map(torch.equal, everything(state), everything(other)))
+
+
+def test_which_ranks_are_alike_its_mesh_says(pool: RankPool) -> None:
+    pool.run(places)
+
+
 def succeeded(group: Any) -> None:
     """A second state for the same model; the first one is detached when the model is not its own any more."""
     rank = dist.get_rank(group)
