@@ -27,7 +27,12 @@ SIGN = Job(
     lrs=[0.05] * 6,
 )
 TOPK = Job(
-    state={"compressor": saef.TopK(0.3, block=10), "exchange": "replicated", "averaging": saef.AllReduce(3)},
+    state={
+        "compressor": saef.TopK(0.3, block=10),
+        "exchange": "replicated",
+        "averaging": saef.AllReduce(3),
+        "max_grad_norm": 0.3,
+    },
     groups=[{"lr": 0.01, **ADAMW, "weight_decay": 1e-2}],
     optimizer="AdamW",
     lrs=[0.01] * 6,
