@@ -45,7 +45,6 @@ from torch import Tensor
 from .rules import SGD, Difference
 from .step.memory import Context, Memory, all_server_errors, own_server_errors
 from .step.optimizer_state import Saved
-from .step.weights import Weights
 
 FORMAT = 1
 
@@ -85,7 +84,7 @@ def rank_form(memory: Memory, context: Context, own: Saved | None) -> dict[str, 
         mine["rounds"] = own
     if weights.device.type == "cuda":
         mine["random_cuda"] = torch.cuda.get_rng_state(weights.device)
-    named = partial(_named, context, partial(_own, weights))
+    named = partial(_named, context, weights.own)
     saved = {**_common(memory, context, "rank"), "x": dict(zip(weights.names, weights.whole_x(), strict=True))}
     alike, workers = _alike(memory, named), _workers(memory, named)
     worker, own_rank = _keys(context)
@@ -201,11 +200,6 @@ def _alike(memory: Memory, named: ByName) -> dict[str, Any]:
 
 def _named(context: Context, cut: Callable[[Tensor], list[Tensor]], flat: Tensor) -> dict[str, Tensor]:
     return dict(zip(context.weights.names, cut(flat), strict=True))
-
-
-def _own(weights: Weights, flat: Tensor) -> list[Tensor]:
-    """What this rank has of each parameter, copies."""
-    return [weights.like_parameter(i, part.clone()) for i, part in enumerate(weights.cut(flat))]
 
 
 @torch.no_grad()

@@ -84,9 +84,9 @@ class SAEFState:
         grad_scaler: the torch.amp.GradScaler that scales the loss, for float16. saef divides by the scale
             before clipping and momentum; call scaler.step(optimizer) and scaler.update() as ever.
         mesh: a worker is a node: [nodes, ranks a node], `saef.node_mesh(device)` or another DeviceMesh of two axes; for
-            a DistributedDataParallel over all ranks, or a model that FSDP2 has sharded over the inner axis
-            (docs/nodes.md). None: a worker is a rank.
-        process_group: the ranks that train together; None: the model's (DDP), or the default group.
+            a DistributedDataParallel over all ranks, or a model that FSDP2 has sharded, or replicated, over the inner
+            axis (docs/nodes.md). None: a worker is a rank.
+        process_group: the ranks that train together; None: the model's (DDP, replicate), or the default group.
         transport: what carries the bytes, a `saef.comm.transport.Transport`, or a `saef.comm.node.Node` of two; None:
             torch.distributed.
 

@@ -30,7 +30,7 @@ class Steps(Protocol):
     begin: before a forward with gradients enabled.
     enter: before the backward of such a forward; its argument is what `begin` returned.
     over: after that backward. leave: before any other forward, before state_dict() and load_state_dict().
-    reduced: within a backward, when a parameter's gradient has been reduced within the node.
+    reduced: within a backward, when FSDP has made a parameter's gradient its node's, or its rank's.
     zeroing: before zero_grad().
     before_step, after_step: around `optimizer.step()`.
     before_other_step: before the step of any other optimizer.
@@ -58,7 +58,7 @@ class Attachment:
 
     Args:
         optimizer: that does the step. given: what a framework has put around it, or the same.
-        sharded: parameters whose gradients FSDP2 reduces, if it has sharded the model: its own hooks come after ours.
+        reduced: parameters whose gradients FSDP2 reduces, or its `replicate` hands over: its own hooks come after ours.
 
     Raises:
         ValueError: if the optimizer has a state already.
@@ -69,7 +69,7 @@ class Attachment:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         given: torch.optim.Optimizer,
-        sharded: Sequence[Tensor],
+        reduced: Sequence[Tensor],
         steps: Steps,
     ) -> None:
         if getattr(optimizer, "_saef_attached", False):
@@ -84,9 +84,9 @@ class Attachment:
         self._handles: list[RemovableHandle] = [
             optimizer.register_step_pre_hook(opaque(steps.before_step)),
             optimizer.register_step_post_hook(opaque(steps.after_step)),
-            model.register_forward_pre_hook(_Hook(opaque(self.before_forward)), prepend=bool(sharded)),
+            model.register_forward_pre_hook(_Hook(opaque(self.before_forward)), prepend=bool(reduced)),
             model.register_forward_hook(_Hook(opaque(self._after_forward))),
-            *(p.register_post_accumulate_grad_hook(opaque(steps.reduced)) for p in sharded),
+            *(p.register_post_accumulate_grad_hook(opaque(steps.reduced)) for p in reduced),
         ]
         modules, self._trained = [model], model
         if isinstance(inner := getattr(model, "module", None), nn.Module):

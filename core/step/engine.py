@@ -40,6 +40,7 @@ from .clock import Clock
 from .error_averaging import ErrorAveraging
 from .following import carry
 from .form import Form, GradientForm
+from .fsdp import check_fsdp, groups_of, is_sharded, lay_down, modules_of, uses_fsdp
 from .kept import Kept
 from .local_rule import LocalRule
 from .loss_scale import LossScale
@@ -47,11 +48,12 @@ from .memory import Context, Memory
 from .optimizer_state import Saved
 from .parts import Parts
 from .prepared import Prepared
+from .replicate import give_back, process_group_of, take_out
 from .rounds import Rounds
 from .sending import Sending, Since
 from .server_ahead import ServerAhead
 from .settings import Settings
-from .shards import Shards, check_sharded, is_sharded, lay_down
+from .shards import Shards
 from .unwrap import innermost, unwrap_model, unwrap_optimizer
 from .watch import Watch, check_model, check_moment, check_optimizer
 from .ways import create
@@ -101,11 +103,11 @@ class Engine:
         self.rule = LocalRule(optimizer, settings, self.loss_scale)
         self.rule.read(step=0)
         self.form: Form = GradientForm(self) if self.rule.rule.of_gradients else Rounds(self, settings)
-        lay_down(model)
+        lay_down(modules_of(model))
         check_model(model, process_group)
         if mesh is not None:
             check_mesh(mesh)
-        check_sharded(model, mesh)
+        check_fsdp(model, mesh, process_group)
         self._optimizer, self._settings = optimizer, settings
         self._place = (0, 1)  # this rank's number among those of its worker, and how many they are, to cut parameters
         if mesh is not None:
@@ -117,7 +119,8 @@ class Engine:
         if sum(given is not None for given in (mesh, process_group, transport)) > 1:
             raise ValueError("give a mesh, a process_group or a transport: each says who the ranks are")
         kernels.prepare(weights.device, weights.dtype)
-        self.process_group = process_group or getattr(model, "process_group", None)
+        groups = groups_of(modules_of(model)) if uses_fsdp(model) else []
+        self.process_group = process_group or getattr(model, "process_group", None) or process_group_of(groups)
         self.node = self._join(model, mesh, transport)
         self.transport = self.node.between
         self.rule.workers = self.transport.size
@@ -133,13 +136,18 @@ class Engine:
         self._fresh = False  # whether there was a forward of the wrapped model since the optimizer's last step
         self._shared_at: int | None = None  # the step of a `share`
         self._reducing = False  # whether a backward is under way that hands over reduced gradients
-        sharded = weights.parameters if is_sharded(model) else ()
-        self._attachment = Attachment(model, optimizer, given, sharded, self)
+        self._attachment = Attachment(model, optimizer, given, weights.parameters if groups else (), self)
+        take_out(groups)
         self._kept.save_with(optimizer)
 
     def _join(self, model: nn.Module, mesh: DeviceMesh | None, transport: Transport | Node | None) -> Node:
         """The ranks that are this worker, and what carries bytes to the others. Collective."""
         device = self.weights.device
+        if not self.rule.rule.of_gradients and uses_fsdp(model):
+            raise ValueError(
+                "FSDP2 and replicate are for SGD, AdamW and Adam with local_steps=1, whose steps are computed within "
+                "saef: what other optimizers keep of a DTensor has no form in a checkpoint. Use DistributedDataParallel"
+            )
         if isinstance(transport, Node):
             if transport.in_parts and not self.rule.rule.of_gradients:
                 raise ValueError(
@@ -157,11 +165,6 @@ class Engine:
         """Raise TypeError or ValueError on what nodes cannot do."""
         if mesh.device_type != self.weights.device.type:
             raise ValueError(f"mesh is of {mesh.device_type} devices, and the parameters are on {self.weights.device}")
-        if not self.rule.rule.of_gradients and is_sharded(model):
-            raise ValueError(
-                "with FSDP2 mesh is for SGD, AdamW and Adam with local_steps=1, whose steps are computed within saef: "
-                "what other optimizers keep of a DTensor has no form in a checkpoint. Use DistributedDataParallel"
-            )
         group = getattr(model, "process_group", None)
         ours = sorted(mesh.mesh.flatten().tolist())
         if group is not None and (theirs := sorted(torch.distributed.get_process_group_ranks(group))) != ours:
@@ -220,6 +223,8 @@ class Engine:
             alike = self.transport.size == 1 or self._shared_at == self.memory.steps
             self._kept.release(self._optimizer, keep=alike and self.weights.joint)
             self._attachment.remove()
+            if self._attachment.newest:
+                give_back(groups_of(modules_of(self._watch.model)))
 
     def share(self) -> None:
         """What the rule keeps <- its mean over the ranks. Collective, between steps."""

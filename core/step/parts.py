@@ -13,7 +13,7 @@ from ..comm.node import Node
 from ..rules import step_ahead
 from ..wire import kernels
 from .ways import Copying, captured, check_storage, exchange, line
-from .weights import Weights, cut
+from .weights import Weights, cut, held
 
 
 @final
@@ -40,7 +40,7 @@ class Parts(Copying):
                 "parts of the model were captured by torch.cuda.make_graphed_callables: its graphs read their own "
                 "storage, while with mesh x_half lies elsewhere. Leave one of the two out"
             )
-        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        trained = [(name, held(p)) for name, p in model.named_parameters() if p.requires_grad]
         if gaps := [name for name, p in trained if not kernels.is_dense(p)]:
             raise ValueError(f"parameters {gaps[:5]} have gaps in memory: with mesh make them contiguous first")
         self._place, self._ranks = place, ranks
@@ -55,11 +55,7 @@ class Parts(Copying):
 
     @property
     def held(self) -> list[Tensor]:
-        return (self._cut_own or self.by_place(self.parameters))[self._place]
-
-    @property
-    def shown(self) -> list[Tensor]:
-        return self.parameters
+        return (self._cut_own or self.by_place(self.shown))[self._place]
 
     def places(self, whole: Tensor) -> list[Tensor]:
         """Each place's part of a tensor without gaps, 1-D views in memory order."""
@@ -93,17 +89,18 @@ class Parts(Copying):
 
     def _absorb(self) -> None:
         if self._addresses != self._seen[0]:
-            self._addresses, self._own = self._seen[0], [p.data for p in self.parameters]
+            self._addresses, self._own = self._seen[0], [p.data for p in self.shown]
             self._cut_own = self.by_place(self._own)
         super()._absorb()
 
     @torch.no_grad()
     def write(self, x: Sequence[Tensor]) -> None:
         """`x`: whole."""
+        self.rest()
         for i, (own, mine, value) in enumerate(zip(self._own, self.views, x, strict=True)):
             own.copy_(value)
             mine.copy_(self.part_of(i, value))
-        torch.autograd.graph.increment_version(self.parameters)
+        torch.autograd.graph.increment_version(self.shown)
 
     @torch.no_grad()
     def move(self, x: Tensor) -> None:
@@ -112,21 +109,34 @@ class Parts(Copying):
 
     def renew(self) -> None:
         self.restart()
-        torch.autograd.graph.increment_version(self.parameters)
+        torch.autograd.graph.increment_version(self.shown)
 
     def committed(self) -> None:
+        self.rest()
         self._spread(self.flat, self._cut_own, self._sent_as)
         Weights.committed(self)
 
     def _show_x(self) -> None:
-        exchange(self.parameters, self._own)
+        self._exchange(self._own)
+
+    @torch.no_grad()
+    def _exchange(self, storages: Sequence[Tensor]) -> None:
+        """The parameters lie there. Where FSDP has views of their storage, that and `_halves` swap contents instead."""
+        if not self._fsdp:
+            exchange(self.parameters, storages)
+            return
+        self.rest()
+        for p, other in zip(self.shown, self._halves, strict=True):
+            before = p.clone()
+            p.copy_(other)
+            other.copy_(before)
 
     # -- x_half -------------------------------------------------------------------------------
 
     def _derive(self, e: Tensor, averaged: slice) -> None:
         self._make_half(e)
         if not self._halves:
-            self._halves = [torch.empty_like(p) for p in self.parameters]
+            self._halves = [torch.empty_like(p) for p in self.shown]
             self._cut_halves = self.by_place(self._halves)
         self._spread(self._half, self._cut_halves, self._sent_as)
 
@@ -143,7 +153,7 @@ class Parts(Copying):
             self._make_half(e)
 
     def _show_half(self) -> None:
-        exchange(self.parameters, self._halves)
+        self._exchange(self._halves)
 
     # -- X: what an optimizer makes of x_half, alike on the ranks of the node ---------------------
 
@@ -158,18 +168,21 @@ class Parts(Copying):
 
     # -- parts and whole tensors --------------------------------------------------------------
 
+    def like_parameter(self, i: int, part: Tensor) -> Tensor:
+        return part
+
     def part_of(self, i: int, value: Tensor) -> Tensor:
-        like = self.parameters[i]
+        like = self.shown[i]
         if value.shape == self.views[i].shape:
             return value
         whole = torch.empty_strided(like.shape, like.stride(), dtype=value.dtype, device=value.device)
         return self.places(whole.copy_(value))[self._place]
 
     def gathered(self, flat: Tensor) -> list[Tensor]:
-        whole = [torch.empty_like(p, dtype=self.dtype) for p in self.parameters]
+        whole = [torch.empty_like(p, dtype=self.dtype) for p in self.shown]
         self._spread(flat, self.by_place(whole), self.dtype)
         return whole
 
     def whole_x(self) -> list[Tensor]:
         """As the parameters have it: of 16-bit ones rounded, while this rank's part of their master is `flat`."""
-        return [p.detach().to(self.dtype, copy=True) for p in self.parameters]
+        return [p.detach().to(self.dtype, copy=True) for p in self.shown]

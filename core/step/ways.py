@@ -1,7 +1,7 @@
 """The two ways of keeping x, and which one serves.
 
 Copies   x lies in a flat vector, and is copied into the parameters. Any device; for bf16 parameters the
-         flat vector is their float32 master.
+         flat vector is their float32 master. FSDP's `replicate` has views of the parameters' storage.
 Swaps    x stays in the parameters' own storage; x_half lies in a flat vector, and in a window `p.data`
          points there: float32 and float64. `OnCPU`, where memory traffic is what a step costs, x_half is
          written by the kernel that has e and x in cache; `OnCUDA`, where launches cost too, by one at the
@@ -26,6 +26,7 @@ from ..wire.codec import Block, lay_out
 from ..wire.compressors import Identity
 from ..wire.kernels.table import STATE, Update, Worker
 from ..wire.plan import Plan
+from .fsdp import uses_fsdp
 from .weights import Weights
 
 FULL = {torch.float32, torch.float64}
@@ -84,6 +85,7 @@ class Copying(Weights):
     @torch.no_grad()
     def _copy_half(self) -> None:
         """`held` <- x_half, or X."""
+        self.rest()
         if self.local:
             torch._foreach_copy_(self.held, self._locals)
             return
@@ -96,6 +98,7 @@ class Copying(Weights):
     @torch.no_grad()
     def _copy_x(self) -> None:
         """`held` <- x."""
+        self.rest()
         torch._foreach_copy_(self.held, self.views)
 
     @torch.no_grad()
@@ -323,7 +326,8 @@ def create(model: nn.Module, optimizer: torch.optim.Optimizer, s: float) -> Weig
     check_storage(model)
     trainable = [p for p in model.parameters() if p.requires_grad]
     dtypes, devices = {p.dtype for p in trainable}, {p.device.type for p in trainable}
-    if len(dtypes) == 1 and dtypes <= FULL and all(map(kernels.is_dense, trainable)) and not captured(model):
+    free = not (uses_fsdp(model) or captured(model))
+    if free and len(dtypes) == 1 and dtypes <= FULL and all(map(kernels.is_dense, trainable)):
         if devices == {"cpu"}:
             return OnCPU(model, optimizer, s)
         if devices == {"cuda"}:

@@ -25,6 +25,7 @@ from ..wire import kernels
 from ..wire.compressors import Code, Compressor
 from ..wire.kernels.table import Update, Worker
 from ..wire.plan import Plan
+from .fsdp import check_reduced, lay_down, modules_of, uses_fsdp
 from .server_ahead import ServerAhead
 
 _VERSION = attrgetter("_version")
@@ -54,6 +55,7 @@ class Weights(ABC):
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, s: float) -> None:
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self._fsdp = modules_of(model) if uses_fsdp(model) else []
         self.names = _plain([name for name, _ in named])
         self.parameters: list[Tensor] = [p for _, p in named]
         self.groups = _groups(self.names, self.parameters, optimizer)
@@ -81,18 +83,25 @@ class Weights(ABC):
     @property
     def held(self) -> list[Tensor]:
         """What of each parameter this rank has in its flat vectors: all of it, or a part."""
-        return self.parameters
+        return self.shown
 
     @property
     def shown(self) -> list[Tensor]:
-        """The tensors that are x or x_half."""
-        return self.held
+        """The tensors that are x or x_half: the parameters; of DTensors what lies on this rank."""
+        return [*all_held(self.parameters)] if self._fsdp else self.parameters  # FSDP may replace them
 
-    def rest(self) -> None:  # noqa: B027 - most do
-        """Have the model's modules hold `parameters`, and nothing that was made of their values."""
+    def rest(self) -> None:
+        """Have the model's modules hold `parameters`, and nothing that was made of their values.
 
-    def check_reduced(self) -> None:  # noqa: B027 - most have nothing to check
+        FSDP gathers or copies them before a forward and a backward, and may keep that: it is dropped whenever the
+        parameters become x_half, or x.
+        """
+        lay_down(self._fsdp)
+
+    def check_reduced(self) -> None:
         """Raise RuntimeError if gradients are not there that a framework should have made."""
+        if self._fsdp:
+            check_reduced(self._fsdp, self.parameters)
 
     @torch.no_grad()
     def step_ahead(self, e: Tensor, averaged: slice) -> None:
@@ -231,21 +240,33 @@ class Weights(ABC):
         """The parameters' parts of a flat vector, each in the shape and strides that its parameter had at the start."""
         return cut(flat, self.views)
 
+    @torch.no_grad()
     def like_parameter(self, i: int, part: Tensor) -> Tensor:
         """A part of a flat vector as the parameter is: itself, or a DTensor of what all ranks of the node have."""
-        return part
+        if not self._fsdp:
+            return part
+        from torch.distributed.tensor import DTensor
+
+        like: Any = self.parameters[i]
+        return DTensor.from_local(
+            part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+        )
 
     def part_of(self, i: int, value: Tensor) -> Tensor:
-        """What this rank has of a value for a parameter: `like_parameter`'s, this rank's part, or the whole."""
+        """What this rank has of a value for a parameter: `own`'s, this rank's part, or the whole."""
         return value
+
+    def own(self, flat: Tensor) -> list[Tensor]:
+        """What this rank saves of a vector for each parameter: copies."""
+        return [part.clone() for part in self.cut(flat)]
 
     def gathered(self, flat: Tensor) -> list[Tensor]:
         """For each parameter a vector's part that all ranks of the node can save together. Collective within it."""
-        return [self.like_parameter(i, part.clone()) for i, part in enumerate(self.cut(flat))]
+        return self.own(flat)
 
     def whole_x(self) -> list[Tensor]:
         """x for each parameter, for a checkpoint: copies, not collective."""
-        return [self.like_parameter(i, part.clone()) for i, part in enumerate(self.cut(self.x()))]
+        return self.own(self.x())
 
     def move(self, x: Tensor) -> None:
         """x <- `x`, flat; the parameters, which are at x, follow. Collective within the node."""

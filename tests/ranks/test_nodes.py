@@ -41,6 +41,7 @@ from support.nodes import (
     shards,
     step,
     train_ddp,
+    train_replicated,
     train_sharded,
     whole,
     x_tilde,
@@ -104,9 +105,10 @@ def test_ddp_with_nodes_equals_the_reference(pool: RankPool, case: dict[str, Any
 
 
 HOW = {"fsdp": (train_sharded, shards), "ddp": (train_ddp, entries)}
+ALL = {**HOW, "replicate": (train_replicated, entries)}
 
 
-@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("how", ALL)
 @pytest.mark.parametrize("more", [{"max_grad_norm": 0.5}, {"micro_batches": 2}], ids=lambda m: next(iter(m)))
 def test_a_nodes_gradient_is_clipped_and_accumulated_as_one(pool: RankPool, more: dict[str, Any], how: str) -> None:
     """The norm is that of the mean gradient of a node's ranks, of which none has more than its part."""
@@ -124,7 +126,7 @@ def test_a_nodes_gradient_is_clipped_and_accumulated_as_one(pool: RankPool, more
         settings = more
     else:
         job = replace(job, **more)
-    train, cut = HOW[how]
+    train, cut = ALL[how]
     matches(pool.run(train, job, 2), reference_of_nodes(case, 2, 2, cut, **settings), job.lrs, 2, cut)
 
 
@@ -157,10 +159,10 @@ JOB = Job(
 )
 
 
-def skips(group: Any, how: str) -> None:
+def skips(group: Any, how: str, nodes: int) -> None:
     """A NaN on rank 3 in one row of one weight, which is in its part alone: all four skip, and go on together."""
     rank = dist.get_rank(group)
-    model, optimizer, state = make(group, JOB, 2, how)
+    model, optimizer, state = make(group, JOB, nodes, how)
     go_on(model, optimizer, JOB, rank, range(5))
     before = everything(state)
     bad: list[Any] = []
@@ -181,18 +183,16 @@ def skips(group: Any, how: str) -> None:
     assert (state.skipped, state.steps, state.skipped_in_a_row) == (1, 7, 0)
 
 
-@pytest.mark.parametrize("how", HOW)
-def test_a_nan_on_one_rank_skips_on_all(pool: RankPool, how: str) -> None:
-    pool.run(skips, how)
+@pytest.mark.parametrize(("how", "nodes"), [("fsdp", 2), ("ddp", 2), ("replicate", 0)])
+def test_a_nan_on_one_rank_skips_on_all(pool: RankPool, how: str, nodes: int) -> None:
+    pool.run(skips, how, nodes)
 
 
-def looks(group: Any, how: str, reshards: bool) -> None:
+def looks(group: Any, how: str, nodes: int, options: dict[str, Any]) -> None:
     """zero_grad() and evaluation wherever a loop has them: FSDP may hold parameters that were gathered before."""
     runs = []
     for busy in (False, True):
-        model, optimizer, state = make(
-            group, JOB, 2, how, **({} if how == "ddp" else {"reshard_after_forward": reshards})
-        )
+        model, optimizer, state = make(group, JOB, nodes, how, **options)
         for t in range(6):
             x, y = batch(dist.get_rank(group), t)
             loss = nn.functional.mse_loss(model(x), y)
@@ -220,15 +220,23 @@ def evaluate(model: Any, state: saef.SAEFState, x: Tensor) -> None:
     torch.testing.assert_close(shown, net(x), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize(("how", "reshards"), [("fsdp", True), ("fsdp", False), ("ddp", False)])
-def test_evaluation_sees_x_and_training_x_half_wherever_they_are(pool: RankPool, how: str, reshards: bool) -> None:
-    pool.run(looks, how, reshards)
+RESHARDS, HOLDS = {"reshard_after_forward": True}, {"reshard_after_forward": False}
 
 
-def early(group: Any) -> int:
+@pytest.mark.parametrize(
+    ("how", "nodes", "options"),
+    [("fsdp", 2, RESHARDS), ("fsdp", 2, HOLDS), ("ddp", 2, {}), ("replicate", 2, {}), ("replicate", 0, {})],
+)
+def test_evaluation_sees_x_and_training_x_half_wherever_they_are(
+    pool: RankPool, how: str, nodes: int, options: dict[str, Any]
+) -> None:
+    pool.run(looks, how, nodes, options)
+
+
+def early(group: Any, how: str, nodes: int) -> int:
     """Buckets that are on their way when the first layer's gradient, the backward's last, has been reduced."""
     with mock.patch.object(buckets, "BUCKET_BYTES", 64):
-        model, optimizer, state = make(group, JOB, 2)
+        model, optimizer, state = make(group, JOB, nodes, how)
         found: list[int] = []
         model[0].weight.register_post_accumulate_grad_hook(
             lambda _: found.append(len(state.engine.sending.prepared.buckets))
@@ -237,8 +245,9 @@ def early(group: Any) -> int:
     return found[0]
 
 
-def test_the_exchange_overlaps_with_the_backward(pool: RankPool) -> None:
-    assert min(pool.run(early)) >= 2
+@pytest.mark.parametrize(("how", "nodes"), [("fsdp", 2), ("replicate", 0)])
+def test_the_exchange_overlaps_with_the_backward(pool: RankPool, how: str, nodes: int) -> None:
+    assert min(pool.run(early, how, nodes)) >= 2
 
 
 # ---- checkpoints --------------------------------------------------------------------------------------------------
@@ -277,7 +286,7 @@ def resumes(group: Any, folder: str, form: str, how: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("how", ALL)
 @pytest.mark.parametrize("form", ["folder", "torch.distributed.checkpoint"])
 def test_nodes_resume_bit_for_bit(pool: RankPool, tmp_path: Path, form: str, how: str) -> None:
     pool.run(resumes, str(tmp_path / "checkpoint"), form, how)
@@ -770,9 +779,9 @@ REFUSED = {
     "no DeviceMesh": r"saef\.node_mesh\(device\), or another DeviceMesh.*got \(2, 2\)",
     "sharded over all": r"shard within the nodes alone.*fully_shard\(module, mesh=mesh\[\"shard\"\]\)",
     "sharded over the outer": r"is \(Shard\(dim=0\),\) over ranks.*shard within the nodes alone",
-    "in part": r"parameters \['2\.weight'.*are not sharded.*Shard the whole model too",
-    "local steps": r"mesh is for SGD, AdamW and Adam with local_steps=1",
-    "another optimizer": r"mesh is for SGD, AdamW and Adam with local_steps=1",
+    "in part": r"parameters \['2\.weight'.*are not sharded or replicated.*for the whole model too",
+    "local steps": r"FSDP2 and replicate are for SGD, AdamW and Adam with local_steps=1",
+    "another optimizer": r"FSDP2 and replicate are for SGD, AdamW and Adam with local_steps=1",
     "other ranks than DDP": r"mesh has ranks \[0, 1, 2, 3\], DistributedDataParallel's process group has \[",
     "a group, too": r"give a mesh, a process_group or a transport",
 }

@@ -1,4 +1,7 @@
-"""Training with nodes of several ranks, and the reference: a worker is a node, blocks lie within the ranks' parts."""
+"""Training with nodes of several ranks, and the reference: a worker is a node, blocks lie within the ranks' parts.
+
+And with torch's `replicate` in DDP's place, where each rank may be a worker, too.
+"""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -9,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -37,6 +41,14 @@ def shard(net: nn.Module, mesh: DeviceMesh, **options: Any) -> nn.Module:
     return fully_shard(net, mesh=mesh["shard"], **options)
 
 
+def replicated(net: nn.Module, mesh: DeviceMesh, **options: Any) -> Any:
+    """As torchtitan does it: each layer, then the whole."""
+    for layer in net.modules():
+        if isinstance(layer, nn.Linear):
+            replicate(layer, mesh=mesh, **options)
+    return replicate(net, mesh=mesh, **options)
+
+
 def part(net: nn.Module) -> Tensor:
     """x of this rank's part, flat."""
     return torch.cat([p.detach().to_local().reshape(-1) for p in net.parameters()])
@@ -48,6 +60,17 @@ def train_sharded(group: Any, job: Job, nodes: int, options: dict[str, Any] | No
     net = shard(make_net(job.dtype), mesh, **(options or {}))
     optimizer = make_optimizer(net, job.groups, job.optimizer)
     state = SAEFState(net, optimizer, mesh=mesh, **job.state)
+    trajectory = [part(net)]
+    for t, lr in enumerate(job.lrs):
+        set_lr(optimizer, job, lr)
+        go_on(net, optimizer, job, dist.get_rank(group), range(t, t + 1))
+        trajectory.append(part(net))
+    return outcome(state, trajectory)
+
+
+def train_replicated(group: Any, job: Job, nodes: int) -> dict[str, Any]:
+    """With `replicate` in each of the nodes; over all ranks, each a worker, if 0."""
+    net, optimizer, state = make(group, job, nodes, "replicate")
     trajectory = [part(net)]
     for t, lr in enumerate(job.lrs):
         set_lr(optimizer, job, lr)
@@ -189,13 +212,15 @@ def each_place(protocol: tuple[str, int], x0: list[Tensor], ranks: int) -> refer
 
 
 def make(group: Any, job: Job, nodes: int, how: str = "fsdp", **options: Any) -> tuple[Any, Any, SAEFState]:
-    """(model, optimizer, state), "fsdp" or "ddp"."""
+    """(model, optimizer, state), "fsdp", "replicate" or "ddp"; of the last two over all ranks, without a mesh, if 0."""
     if how == "ddp":
         return wrap_nodes(group, job, nodes)
-    mesh = mesh_of(nodes, dist.get_world_size(group) // nodes)
-    model = shard(make_net(job.dtype), mesh, **options)
+    ranks = dist.get_world_size(group)
+    mesh = mesh_of(nodes or 1, ranks // (nodes or 1))
+    net = make_net(job.dtype)
+    model = shard(net, mesh, **options) if how == "fsdp" else replicated(net, mesh["shard"], **options)
     optimizer = make_optimizer(model, job.groups, job.optimizer)
-    return model, optimizer, SAEFState(model, optimizer, mesh=mesh, **job.state)
+    return model, optimizer, SAEFState(model, optimizer, mesh=mesh if nodes else None, **job.state)
 
 
 def everything(state: SAEFState) -> list[Tensor]:
