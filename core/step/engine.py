@@ -29,8 +29,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from ..comm.node import Node, check_mesh
-from ..comm.torch_transport import TorchTransport
+from ..comm.node import Node
 from ..comm.transport import Transport
 from ..wire import kernels
 from .algorithm import Algorithm
@@ -40,7 +39,8 @@ from .clock import Clock
 from .error_averaging import ErrorAveraging
 from .following import carry
 from .form import Form, GradientForm
-from .fsdp import check_fsdp, groups_of, is_sharded, lay_down, modules_of, uses_fsdp
+from .fsdp import groups_of, modules_of, uses_fsdp
+from .joining import Joining
 from .kept import Kept
 from .local_rule import LocalRule
 from .loss_scale import LossScale
@@ -48,15 +48,13 @@ from .memory import Context, Memory
 from .optimizer_state import Saved
 from .parts import Parts
 from .prepared import Prepared
-from .replicate import give_back, process_group_of, take_out
+from .replicate import give_back, take_out
 from .rounds import Rounds
 from .sending import Sending, Since
 from .server_ahead import ServerAhead
 from .settings import Settings
-from .shards import Shards
 from .unwrap import innermost, unwrap_model, unwrap_optimizer
-from .watch import Watch, check_model, check_moment, check_optimizer
-from .ways import create
+from .watch import Watch, check_moment, check_optimizer
 from .weights import Weights
 
 logger = logging.getLogger("saef")
@@ -103,25 +101,14 @@ class Engine:
         self.rule = LocalRule(optimizer, settings, self.loss_scale)
         self.rule.read(step=0)
         self.form: Form = GradientForm(self) if self.rule.rule.of_gradients else Rounds(self, settings)
-        lay_down(modules_of(model))
-        check_model(model, process_group)
-        if mesh is not None:
-            check_mesh(mesh)
-        check_fsdp(model, mesh, process_group)
+        self._joining = Joining(mesh, process_group, transport)
+        self._joining.check(model)
         self._optimizer, self._settings = optimizer, settings
-        self._place = (0, 1)  # this rank's number among those of its worker, and how many they are, to cut parameters
-        if mesh is not None:
-            self._place = mesh.get_local_rank(1), mesh.size(1)
-        elif isinstance(transport, Node) and not transport.in_parts:
-            self._place = transport.place, transport.size
-        self.weights = weights = self._weights_of(model)
+        self.weights = weights = self._joining.weights_of(model, optimizer, settings.step_ahead)
         self.loss_scale.check_dtypes(p.dtype for p in weights.parameters)  # before any rank waits for another
-        if sum(given is not None for given in (mesh, process_group, transport)) > 1:
-            raise ValueError("give a mesh, a process_group or a transport: each says who the ranks are")
         kernels.prepare(weights.device, weights.dtype)
-        groups = groups_of(modules_of(model)) if uses_fsdp(model) else []
-        self.process_group = process_group or getattr(model, "process_group", None) or process_group_of(groups)
-        self.node = self._join(model, mesh, transport)
+        self.process_group = self._joining.group(model)
+        self.node = self._joining.node(model, weights.device, self.rule.rule.of_gradients)
         self.transport = self.node.between
         self.rule.workers = self.transport.size
         self._averaging = ErrorAveraging(settings.averaging, self.transport)
@@ -136,50 +123,10 @@ class Engine:
         self._fresh = False  # whether there was a forward of the wrapped model since the optimizer's last step
         self._shared_at: int | None = None  # the step of a `share`
         self._reducing = False  # whether a backward is under way that hands over reduced gradients
+        groups = groups_of(modules_of(model)) if uses_fsdp(model) else []
         self._attachment = Attachment(model, optimizer, given, weights.parameters if groups else (), self)
         take_out(groups)
         self._kept.save_with(optimizer)
-
-    def _join(self, model: nn.Module, mesh: DeviceMesh | None, transport: Transport | Node | None) -> Node:
-        """The ranks that are this worker, and what carries bytes to the others. Collective."""
-        device = self.weights.device
-        if not self.rule.rule.of_gradients and uses_fsdp(model):
-            raise ValueError(
-                "FSDP2 and replicate are for SGD, AdamW and Adam with local_steps=1, whose steps are computed within "
-                "saef: what other optimizers keep of a DTensor has no form in a checkpoint. Use DistributedDataParallel"
-            )
-        if isinstance(transport, Node):
-            if transport.in_parts and not self.rule.rule.of_gradients:
-                raise ValueError(
-                    "where each rank has a part of its node's model, the optimizer is SGD, AdamW or Adam, with "
-                    "local_steps=1: others, and local steps, need weights that are whole on each rank"
-                )
-            return transport
-        if mesh is None:
-            return Node(transport or TorchTransport(self.process_group, device), None, device)
-        self._check_nodes(model, mesh)
-        between = TorchTransport(mesh.get_group(0), device)
-        return Node(between, TorchTransport(mesh.get_group(1), device) if mesh.size(1) > 1 else None, device)
-
-    def _check_nodes(self, model: nn.Module, mesh: DeviceMesh) -> None:
-        """Raise TypeError or ValueError on what nodes cannot do."""
-        if mesh.device_type != self.weights.device.type:
-            raise ValueError(f"mesh is of {mesh.device_type} devices, and the parameters are on {self.weights.device}")
-        group = getattr(model, "process_group", None)
-        ours = sorted(mesh.mesh.flatten().tolist())
-        if group is not None and (theirs := sorted(torch.distributed.get_process_group_ranks(group))) != ours:
-            raise ValueError(
-                f"mesh has ranks {ours}, DistributedDataParallel's process group has {theirs}: gradients would be "
-                "exchanged among other ranks than the model is. Give both the same ranks"
-            )
-
-    def _weights_of(self, model: nn.Module) -> Weights:
-        s, (place, size) = self._settings.step_ahead, self._place
-        if is_sharded(model):
-            return Shards(model, self._optimizer, s)
-        if size > 1:
-            return Parts(model, self._optimizer, s, place, size)
-        return create(model, self._optimizer, s)
 
     def _agree(self, weights: Weights, what: str = "SAEFState()") -> None:
         """Raise on all ranks if they train other parameters, or in another way, or are not all here. Collective."""
@@ -339,7 +286,7 @@ class Engine:
                 "Lay the model out (memory_format) before SAEFState is created"
             )
         old, steps, model = self.context, self.memory.steps, self._watch.model
-        weights = self._weights_of(model)
+        weights = self._joining.weights_of(model, self._optimizer, self._settings.step_ahead)
         old.weights.absorb()
         weights.take_over(old.weights)
         self._agree(weights, "the trainable parameters changed")

@@ -51,7 +51,7 @@ class Run:
 
     def attach(self, model: Any) -> None:
         if self.compressor is not None:
-            with mock.patch("saef.step.engine.create", way_of_keeping_x(self.way)):
+            with mock.patch("saef.step.joining.create", way_of_keeping_x(self.way)):
                 self.state = saef.SAEFState(model, self.optimizer, compressor=self.compressor)
             model.register_comm_hook(self.state, saef_hook)
 

@@ -42,7 +42,7 @@ def follow(group: dist.ProcessGroup, change: Callable[..., None], view: bool) ->
         optimizer, twin = make_optimizer(net), Twin(net, mean)
         options = {"find_unused_parameters": change in GONE, "gradient_as_bucket_view": view}
         model = DDP(net, process_group=group, bucket_cap_mb=0.0005, **options)
-        with mock.patch("saef.step.engine.create", Copies) if copies else nullcontext():
+        with mock.patch("saef.step.joining.create", Copies) if copies else nullcontext():
             state = saef.SAEFState(model, optimizer, compressor=saef.Identity(), **settings)
         model.register_comm_hook(state, saef_hook)
         for t in range(STEPS):
@@ -76,7 +76,7 @@ def owed(group: dist.ProcessGroup, change: Callable[..., None], exchange: Any, c
     model = DDP(net, process_group=group, bucket_cap_mb=0.0005, find_unused_parameters=change in GONE)
     settings = {"compressor": saef.TopK(0.3, block=5), "exchange": exchange, "averaging": saef.Rotating(4)}
     settings["server_step_ahead"] = kind == "AdamW"
-    with mock.patch("saef.step.engine.create", Copies) if copies else nullcontext():
+    with mock.patch("saef.step.joining.create", Copies) if copies else nullcontext():
         state = saef.SAEFState(model, optimizer, **settings)
     model.register_comm_hook(state, saef_hook)
 

@@ -35,7 +35,7 @@ class Run:
         options = {"gradient_as_bucket_view": views, "find_unused_parameters": True}
         self.model = DDP(self.net, process_group=group, bucket_cap_mb=0.0005, **options)
         self.optimizer = torch.optim.SGD(self.net.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2)
-        with mock.patch("saef.step.engine.create", way_of_keeping_x(way)):
+        with mock.patch("saef.step.joining.create", way_of_keeping_x(way)):
             self.state = saef.SAEFState(self.model, self.optimizer, **settings)
         self.model.register_comm_hook(self.state, saef_hook)
 

@@ -17,7 +17,7 @@ import saef.hooks
 from saef.rules import SGD, step_ahead
 from saef.rules.rule import table as hyper_table
 from saef.rules.sgd import PLAIN
-from saef.step import engine
+from saef.step import joining
 from saef.step.ways import Copies, OnCPU, create
 from saef.wire.codec import Block, block_ranges, lay_out
 from saef.wire.kernels import cpu
@@ -82,12 +82,12 @@ def test_names_are_those_of_the_module_that_was_wrapped() -> None:
 
 
 def train_with(group: dist.ProcessGroup, job: Job, way: str) -> dict[str, Any]:
-    original = engine.create
-    engine.create = way_of_keeping_x(way)
+    original = joining.create
+    joining.create = way_of_keeping_x(way)
     try:
         return train(group, job)
     finally:
-        engine.create = original
+        joining.create = original
 
 
 @pytest.mark.slow

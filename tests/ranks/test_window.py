@@ -45,7 +45,7 @@ class Setting:
         self.optimizer = torch.optim.SGD(self.net.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2)
         self.state: Any = None
         if compressor is not None:
-            with mock.patch("saef.step.engine.create", way_of_keeping_x(way)):
+            with mock.patch("saef.step.joining.create", way_of_keeping_x(way)):
                 self.state = saef.SAEFState(self.model, self.optimizer, compressor=compressor)
             self.model.register_comm_hook(self.state, saef_hook)
 
@@ -499,7 +499,7 @@ def with_default(group: dist.ProcessGroup, way: str, device: str | None, setting
     before, kept = os.environ.get("SAEF_TEST_DEVICE"), way_of_keeping_x(way)  # as in `support.ranks`
     torch.set_default_device(device or before)
     try:
-        with mock.patch("saef.step.engine.create", kept):
+        with mock.patch("saef.step.joining.create", kept):
             state = saef.SAEFState(at.model, at.optimizer, audit_every=2, **settings)
         at.model.register_comm_hook(state, saef_hook)
         for x, y in batches:

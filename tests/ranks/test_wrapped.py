@@ -89,7 +89,7 @@ class Shell(nn.Module):
 
 
 def attach(way: str, model: nn.Module, optimizer: Any, compressor: saef.Compressor) -> saef.SAEFState:
-    with mock.patch("saef.step.engine.create", way_of_keeping_x(way)):
+    with mock.patch("saef.step.joining.create", way_of_keeping_x(way)):
         return saef.SAEFState(model, optimizer, compressor=compressor)
 
 

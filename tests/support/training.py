@@ -170,7 +170,7 @@ def outcome(state: SAEFState, trajectory: list[Tensor]) -> dict[str, Any]:
 
 
 def way_of_keeping_x(name: str) -> type[Weights]:
-    """By "copies" or "swaps", for `saef.step.engine.create`."""
+    """By "copies" or "swaps", for `saef.step.joining.create`."""
     return {"copies": Copies, "swaps": OnCUDA if torch.get_default_device().type == "cuda" else OnCPU}[name]
 
 
