@@ -1,6 +1,6 @@
 """Seconds and bytes until a method has the held-out loss at which full precision ends, on slow links.
 
-    python benchmarks/time_to_loss.py --task gpt [--steps 256] [--lrs 2e-3 4e-3 8e-3] [--seeds 1] [--shares 50 90 97]
+    python benchmarks/time_to_loss.py --task gpt [--steps 256] [--lrs 1e-3 2e-3 4e-3] [--seeds 1] [--shares 50 90 97]
     python benchmarks/time_to_loss.py --task resnet --data .cache/fashion-mnist
     python benchmarks/time_to_loss.py --task gpt --live "SAEF sign" [--live-mbit 25]
 
@@ -47,7 +47,7 @@ from data import load as load_images
 NETLAB, HERE = PEERS.parent / "netlab", Path(__file__).resolve()
 EVERY = 32  # steps between evaluations: whole rounds of all methods
 LONGER = 1.5
-LRS = {"gpt": [2e-3, 4e-3, 8e-3], "resnet": [0.05, 0.1, 0.2]}
+LRS = {"gpt": [1e-3, 2e-3, 4e-3], "resnet": [0.05, 0.1, 0.2]}
 HELD_OUT, NORM_IMAGES = 1000, 512
 HEADERS = 1 + 66 / 1448
 Record = dict[str, Any]
@@ -169,12 +169,12 @@ class Results:
 
     def __init__(self, path: Path, args: argparse.Namespace) -> None:
         self.path, self.args = path, args
+        path.parent.mkdir(parents=True, exist_ok=True)
         self.found: Record = {"runs": [], "cells": []}
         if path.exists():
             self.found = json.loads(path.read_text())
 
     def save(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(self.found))
 
     def runs(self, **given: Any) -> list[Record]:

@@ -1,4 +1,4 @@
-"""Runs `fuzz.py`: 100,000 hostile messages for each codec, and what checks every access."""
+"""Runs `fuzz.py`: 20,000 hostile messages for each codec (`make fuzz`: 100,000), and what checks every access."""
 
 import os
 import subprocess
@@ -20,16 +20,16 @@ def start(*words: str, **environment: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.slow
-def test_100_000_messages_for_each_codec() -> None:
+def test_20_000_messages_for_each_codec() -> None:
     """In two processes; each codec met messages that decode and messages that do not."""
     names = list(fuzz.CODECS)
-    running = [start("--messages", "100000", "--codecs", *names[i::2]) for i in range(2)]
+    running = [start("--messages", "20000", "--codecs", *names[i::2]) for i in range(2)]
     said = "".join(process.communicate()[0] for process in running)
     assert [process.returncode for process in running] == [0, 0], said
     for name in names:
         line = next(line for line in said.splitlines() if line.startswith(f"{name:25}"))
         count, decoded, refused = (int(word.replace(",", "")) for word in line[25:].split()[::2])
-        assert count == 100_000 == decoded + refused and decoded > 5_000 and refused > 5_000
+        assert count == 20_000 == decoded + refused and decoded > 1_000 and refused > 1_000
 
 
 def test_no_access_leaves_its_array() -> None:

@@ -11,15 +11,17 @@ import numpy as np
 
 from .compiling import helper
 
-_LOW, _HALF = np.uint64(0xFFFFFFFF), np.uint64(31)
-_PLACE, _VALUE = np.uint64(0x9E3779B1), np.uint64(0x85EBCA77)  # odd: 2^32 over the golden ratio, and murmur's
+_HALF = np.uint64(31)
+_PLACE, _VALUE = np.uint32(0x9E3779B1), np.uint64(0x85EBCA77)  # odd: 2^32 over the golden ratio, and murmur's
 
 
 @helper
 def fingerprint(words, start, n):  # type: ignore[no-untyped-def]
     """Of words[start : start + n], uint32."""
     part, total = words[start : start + n], np.uint64(0)
+    place = np.uint32(np.uint64(start) * np.uint64(_PLACE))  # counted on, which costs less than a product a word
     for i in range(n):
-        product = (np.uint64(part[i]) ^ (np.uint64(start + i) * _PLACE & _LOW)) * _VALUE
+        product = np.uint64(np.uint32(part[i] ^ place)) * _VALUE
         total += product ^ (product >> _HALF)
+        place = np.uint32(place + _PLACE)
     return total
