@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from saef import probe
+from support.forked import python
 
 TRAIN = """
 import torch
@@ -19,16 +20,16 @@ def number():
 """
 
 
-def torchrun(folder: Path, *words: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
+def torchrun(folder: Path, *words: str, ranks: int = 2, fresh: bool = False) -> subprocess.CompletedProcess[str]:
     (folder / "train.py").write_text(TRAIN)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)}
-    command = [*launch, "-m", "saef", "advise", "--device", "cpu", *words]
+    command = [sys.executable if fresh else python(), *launcher, "-m", "saef", "advise", "--device", "cpu", *words]
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
 
 
 def test_numbers_become_a_table_and_a_verdict(tmp_path: Path) -> None:
-    done = torchrun(tmp_path, "--parameters", "5000", "--step-ms", "3", "--optimizer", "adamw")
+    done = torchrun(tmp_path, "--parameters", "5000", "--step-ms", "3", "--optimizer", "adamw", fresh=True)
     assert done.returncode == 0, done.stderr
     first, *lines = done.stdout.splitlines()
     assert first == "2 ranks, CPU, 1 threads; 5,000 parameters, 3.0 ms a step without exchange"

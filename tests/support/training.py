@@ -16,7 +16,7 @@ from saef.step.weights import Weights
 
 SIZES = (6, 9, 7, 1)
 SETTINGS = {"compressor": ScaledSign(block=7), "exchange": "sharded"}
-STEPS = 20  # four or five of each period in use, a jump of the rate by 10, a step in which it is 0, and seven more
+STEPS = 15  # three of each period in use, a jump of the rate by 10, a step in which it is 0, and two more
 MOMENTUM = {"momentum": 0.9}
 ADAMW = {"betas": (0.8, 0.95), "eps": 1e-3}  # an eps at which u does not amplify rounding by more than 1000
 
