@@ -51,7 +51,14 @@ def check_reduced(modules: Iterable[Any], parameters: Sequence[Tensor]) -> None:
             "there are gradients that FSDP has not reduced, or none at all: they would count as zeros. Before the "
             "backward of a step's last micro-batch call model.set_requires_gradient_sync(True), of the whole model"
         )
+    if _has_factor(groups):
+        raise RuntimeError(replicate.FACTOR)
     replicate.check_taken(groups)
+
+
+def _has_factor(groups: Iterable[Any]) -> bool:
+    """Whether gradients of sharded ones are divided by something else than the ranks of the node."""
+    return any(g.mesh_info.shard_mesh_dim is not None and g.gradient_divide_factor is not None for g in groups)
 
 
 def _holds_back(group: Any) -> bool:
@@ -77,6 +84,8 @@ def check_fsdp(model: nn.Module, mesh: Any, process_group: Any) -> None:
         replicate.check(groups, held, mesh, process_group)
     else:
         _check_sharded(held, mesh)
+        if _has_factor(groups_of(modules_of(model))):
+            raise ValueError(replicate.FACTOR)
     if whole := [name for name, p in named if not is_dtensor(p)]:
         raise ValueError(
             f"parameters {whole[:5]} are not sharded or replicated, while others are: nothing would reduce their "

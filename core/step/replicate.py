@@ -54,6 +54,13 @@ def give_back(groups: Iterable[Any]) -> None:
             group.mesh_info, group.gradient_divide_factor, group._all_reduce_hook = own.mesh_info, own.factor, None
 
 
+def factor_of(group: Any) -> float | None:
+    """What `set_gradient_divide_factor` was called with, if it was."""
+    own = group._all_reduce_hook
+    factor: float | None = own.factor if isinstance(own, _Own) else group.gradient_divide_factor
+    return factor
+
+
 def process_group_of(groups: Iterable[Any]) -> torch.distributed.ProcessGroup | None:
     """Of the ranks that have one model; None if it is not replicated."""
     return next((group.mesh_info.mesh.get_group() for group in replicated(groups)), None)
@@ -82,6 +89,8 @@ def check(groups: Sequence[Any], named: Sequence[tuple[str, Any]], mesh: Any, pr
         raise ValueError(HOOK)
     if mesh is not None:
         allowed = [mesh.mesh[mesh.get_local_rank(0)].tolist(), mesh.mesh.flatten().tolist()]
+        if theirs != allowed[1] and any(factor_of(group) is not None for group in groups):
+            raise ValueError(FACTOR)
         if theirs not in allowed:
             raise ValueError(
                 f"the model is replicated over ranks {theirs}, but this rank's node in `mesh` has ranks {allowed[0]}: "
@@ -107,6 +116,10 @@ def check_taken(groups: Iterable[Any]) -> None:
             )
 
 
+FACTOR = (
+    "set_gradient_divide_factor() is for a sum over all ranks, and here it divides the sum over one node's, while saef "
+    "averages the nodes: leave it out, and multiply the loss by all ranks over that factor"
+)
 HOOK = (
     "set_all_reduce_hook(): saef takes the place of replicate's all-reduce, and the hook would get each rank's own "
     "gradient. Leave it out; max_grad_norm and grad_scaler of SAEFState clip and unscale"

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -758,8 +759,12 @@ def refused(group: Any, what: str) -> str:
         shard(net, {"shard": mesh["replicate"]})
     elif what == "in part":
         fully_shard(net[0], mesh=mesh["shard"])
+    elif what == "a factor within nodes":
+        replicate(net, mesh=mesh["shard"]).set_gradient_divide_factor(1.0)
     else:
         shard(net, mesh)
+    if what == "a factor":
+        net[0].set_gradient_divide_factor(1.0)
     given: Any = {"no mesh": None, "one axis": mesh["shard"], "no DeviceMesh": (2, 2)}.get(what, mesh)
     if what == "local steps":
         settings["local_steps"] = 2
@@ -780,6 +785,8 @@ REFUSED = {
     "sharded over all": r"shard within the nodes alone.*fully_shard\(module, mesh=mesh\[\"shard\"\]\)",
     "sharded over the outer": r"is \(Shard\(dim=0\),\) over ranks.*shard within the nodes alone",
     "in part": r"parameters \['2\.weight'.*are not sharded or replicated.*for the whole model too",
+    "a factor": r"set_gradient_divide_factor\(\).*leave it out, and multiply the loss by all ranks over that factor",
+    "a factor within nodes": r"set_gradient_divide_factor\(\).*saef averages the nodes",
     "local steps": r"FSDP2 and replicate are for SGD, AdamW and Adam with local_steps=1",
     "another optimizer": r"FSDP2 and replicate are for SGD, AdamW and Adam with local_steps=1",
     "other ranks than DDP": r"mesh has ranks \[0, 1, 2, 3\], DistributedDataParallel's process group has \[",
