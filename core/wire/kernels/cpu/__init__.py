@@ -25,7 +25,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -108,16 +108,26 @@ def fingerprints(addresses: Sequence[int], sizes: Sequence[int]) -> Tensor:
         addresses: of CPU tensors without gaps.
         sizes: in bytes; whole words are read, so up to 3 bytes more on either side.
     """
-    at = np.array(addresses, np.int64)
-    first, counts = at // WORD_BYTES, -(-(at + np.array(sizes, np.int64)) // WORD_BYTES)
-    counts = np.where(np.array(sizes) > 0, counts - first, 0)
-    out, there = np.zeros(len(at), np.uint64), counts > 0
-    if there.any():
-        lowest = int(first[there].min())
-        span = int((first + counts)[there].max()) - lowest
-        words = np.ctypeslib.as_array((ctypes.c_uint32 * span).from_address(lowest * WORD_BYTES))
-        loops.fingerprints(words, np.where(there, first - lowest, 0), counts, out)
+    words, starts, counts = _lying(tuple(addresses), tuple(sizes))
+    out = np.zeros(len(counts), np.uint64)
+    if len(words):
+        loops.fingerprints(words, starts, counts, out)
     return torch.from_numpy(out.view(np.int64))
+
+
+@lru_cache(8)  # x stays where it is, and gradients mostly
+def _lying(addresses: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[Array, Array, Array]:
+    """(words from the first to the last of them, where each begins in these, how many it has)."""
+    at, size = np.array([addresses, sizes], np.int64)
+    first = at // WORD_BYTES
+    counts = np.where(size > 0, -(-(at + size) // WORD_BYTES) - first, 0)
+    there = counts > 0
+    if not there.any():
+        return np.empty(0, np.uint32), counts, counts
+    lowest = int(first[there].min())
+    span = int((first + counts)[there].max()) - lowest
+    words = np.ctypeslib.as_array((ctypes.c_uint32 * span).from_address(lowest * WORD_BYTES))
+    return words, np.where(there, first - lowest, 0), counts
 
 
 @cache
