@@ -123,9 +123,9 @@ class Engine:
         self._fresh = False  # whether there was a forward of the wrapped model since the optimizer's last step
         self._shared_at: int | None = None  # the step of a `share`
         self._reducing = False  # whether a backward is under way that hands over reduced gradients
-        groups = groups_of(modules_of(model)) if uses_fsdp(model) else []
-        self._attachment = Attachment(model, optimizer, given, weights.parameters if groups else (), self)
-        take_out(groups)
+        self._groups = groups_of(modules_of(model)) if uses_fsdp(model) else []  # of parameters, FSDP's
+        self._attachment = Attachment(model, optimizer, given, weights.parameters if self._groups else (), self)
+        take_out(self._groups)
         self._kept.save_with(optimizer)
 
     def _agree(self, weights: Weights, what: str = "SAEFState()") -> None:
@@ -171,7 +171,7 @@ class Engine:
             self._kept.release(self._optimizer, keep=alike and self.weights.joint)
             self._attachment.remove()
             if self._attachment.newest:
-                give_back(groups_of(modules_of(self._watch.model)))
+                give_back(self._groups)
 
     def share(self) -> None:
         """What the rule keeps <- its mean over the ranks. Collective, between steps."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import saef
-from saef.step import engine
+from saef.step import joining
 from support import reference
 from support.cases import close, job_of, pairwise, reference_of, reference_settings, start
 from support.ranks import RankPool
@@ -156,7 +156,7 @@ def test_averaged_second_moments_equal_the_reference(pool: RankPool, protocol: s
 def lead(group: Any, exchange: str, optimizer: str, way: str) -> float:
     """The largest entry of mean_k x_half_k - x~ over 20 steps, at s = 1."""
     settings = {"compressor": saef.ScaledSign(block=7), "exchange": exchange, "server_step_ahead": True}
-    with mock.patch.object(engine, "create", way_of_keeping_x(way)):
+    with mock.patch.object(joining, "create", way_of_keeping_x(way)):
         net, model, chosen, state = wrap(group, Job(settings, [{"lr": 0.1}], optimizer))
     worst = 0.0
     for t in range(20):

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import saef
 from saef import SAEFState
 from saef.hooks import saef_hook
-from saef.step import engine
+from saef.step import joining
 from support import reference
 from support.cases import OPTIMIZERS, close, operator, pairwise, servers_of, start
 from support.ranks import RankPool
@@ -161,7 +161,7 @@ CASE: dict[str, Any] = {
 
 def moved(group: Any, way: str, server_step_ahead: bool) -> None:
     """Over ten rounds: x~' = x~ - mean_k (x_half - X); full step ahead starts at x~ in the mean."""
-    with mock.patch.object(engine, "create", way_of_keeping_x(way)):
+    with mock.patch.object(joining, "create", way_of_keeping_x(way)):
         net, model, optimizer, state = make(group, CASE, server_step_ahead=server_step_ahead)
     for t in range(30):
         begins, x_tilde = state.local_step == 0, state.x_tilde()
@@ -391,7 +391,7 @@ def test_overlapping_rounds_equal_the_reference(pool: RankPool, case: dict[str, 
 def overlapping(group: Any, way: str) -> None:
     """x~ moves by the mean difference at the end of each round; bad rounds, checkpoints, flush."""
     case, rank = {**CASE, "overlap": True}, dist.get_rank(group)
-    with mock.patch.object(engine, "create", way_of_keeping_x(way)):
+    with mock.patch.object(joining, "create", way_of_keeping_x(way)):
         net, model, optimizer, state = make(group, case)
         twin_net, twin, twin_optimizer, twin_state = make(group, case)
         _, other, other_optimizer, other_state = make(group, case)
