@@ -31,7 +31,7 @@ help:
 	@echo 'make types      mypy --strict on the installed package'
 	@echo 'make docs       docs/ and the API reference as a site in .cache/site; a warning is an error'
 	@echo 'make test       the whole test suite'
-	@echo 'make quick      the tests that need no Horovod, DeepSpeed or launcher, without the slow ones: 90 s at most'
+	@echo 'make quick      the tests that need no Horovod, DeepSpeed or launcher, without the slow ones'
 	@echo 'make reproduce  examples/reproduce.py on Fashion-MNIST; DATA=folder if you have it already'
 	@echo 'make table1     examples/table1.py: the SAEF paper'\''s Table 1, for one GPU and some minutes; DATA=folder'
 	@echo 'make mixing     examples/mixing.py: mixing times, and training under weak consistency, drawn'
