@@ -107,7 +107,8 @@ class Prepared:
 
     def expect_change(self, parameter: int) -> None:
         """p.grad of this parameter will be set once more, to what it is."""
-        self.gradients.versions[parameter] += 1
+        if self.gradients.places[parameter] != -1:
+            self.gradients.versions[parameter] += 1
 
     def add(self, bucket: Bucket) -> None:
         self.buckets.append(bucket)

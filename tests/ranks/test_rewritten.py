@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import saef
 from saef.hooks import saef_hook
+from saef.step.prepared import Marks, Prepared
 from support.ranks import RankPool
 from support.training import batch, flat, make_net, way_of_keeping_x
 from support.writes import OTHER_VALUES, SAME_VALUES
@@ -157,3 +158,16 @@ def skipped(group: dist.ProcessGroup, views: bool, write: Callable[[nn.Module], 
 @pytest.mark.parametrize("write", SAME_VALUES, ids=lambda w: w.__name__)
 def test_a_bad_step_is_skipped_by_all_whoever_wrote(pool: RankPool, views: bool, write: Any) -> None:
     assert pool.run(skipped, views, write, ranks=2) == [1, 1]
+
+
+def test_no_gradient_stays_none_where_a_change_is_expected() -> None:
+    """Horovod sets p.grad once more, of the parameters that have one."""
+    parameters = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))]
+    parameters[0].grad = torch.ones(2)
+    prepared = Prepared()
+    prepared.backward_ended(parameters)
+    for i in range(2):
+        prepared.expect_change(i)
+    assert prepared.gradients.differ(Marks.of(parameters)) == {0}
+    parameters[0].grad.add_(0)
+    assert prepared.gradients.differ(Marks.of(parameters)) == set()

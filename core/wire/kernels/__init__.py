@@ -87,7 +87,7 @@ def fingerprints(tensors: Sequence[Tensor | None], device: torch.device) -> Tens
     if device.type not in ("cpu", "cuda") or any(at.type != device.type for at in {*map(_DEVICE, there)}):
         return None
     if not all(map(Tensor.is_contiguous, there)):  # what has gaps is copied, and so looks changed
-        tensors = [t if t is None or is_dense(t) else t.contiguous() for t in tensors]
+        tensors = [t if t is None or t.is_contiguous() or is_dense(t) else t.contiguous() for t in tensors]
     addresses = [0 if t is None else t.data_ptr() for t in tensors]
     return fingerprints_at(addresses, [0 if t is None else t.nbytes for t in tensors], device)
 
