@@ -39,7 +39,7 @@ from .clock import Clock
 from .error_averaging import ErrorAveraging
 from .following import carry
 from .form import Form, GradientForm
-from .fsdp import groups_of, modules_of, uses_fsdp
+from .fsdp import groups_in
 from .joining import Joining
 from .kept import Kept
 from .local_rule import LocalRule
@@ -123,7 +123,7 @@ class Engine:
         self._fresh = False  # whether there was a forward of the wrapped model since the optimizer's last step
         self._shared_at: int | None = None  # the step of a `share`
         self._reducing = False  # whether a backward is under way that hands over reduced gradients
-        self._groups = groups_of(modules_of(model)) if uses_fsdp(model) else []  # of parameters, FSDP's
+        self._groups = groups_in(model)  # of parameters, FSDP's
         self._attachment = Attachment(model, optimizer, given, weights.parameters if self._groups else (), self)
         take_out(self._groups)
         self._kept.save_with(optimizer)

@@ -20,8 +20,12 @@ def modules_of(model: nn.Module) -> list[Any]:
     return [m for m in model.modules() if any(kind.__name__ == "FSDPModule" for kind in type(m).__mro__)]
 
 
-def groups_of(modules: Iterable[Any]) -> list[Any]:
-    """The parameters that FSDP gathers and reduces together, of each of its modules."""
+def groups_in(model: nn.Module) -> list[Any]:
+    """The parameters that FSDP gathers and reduces together; none if it has nothing that is trained."""
+    return _groups_of(modules_of(model)) if uses_fsdp(model) else []
+
+
+def _groups_of(modules: Iterable[Any]) -> list[Any]:
     states = [module._get_fsdp_state() for module in modules]
     found = [s._fsdp_param_groups if hasattr(s, "_fsdp_param_groups") else [s._fsdp_param_group] for s in states]
     return list({id(group): group for groups in found for group in groups if group is not None}.values())
@@ -35,7 +39,7 @@ def lay_down(modules: Iterable[Any]) -> None:
 
 def uses_fsdp(model: nn.Module) -> bool:
     """Whether it has what is trained."""
-    return any(is_dtensor(p) for p in model.parameters() if p.requires_grad)
+    return any(map(is_dtensor, _trained(model)))
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -45,7 +49,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 def check_reduced(modules: Iterable[Any], parameters: Sequence[Tensor]) -> None:
     """After a backward: raise RuntimeError if FSDP has not made p.grad what saef takes it for."""
-    groups = groups_of(modules)
+    groups = _groups_of(modules)
     if any(map(_holds_back, groups)) or all(p.grad is None for p in parameters):
         raise RuntimeError(
             "there are gradients that FSDP has not reduced, or none at all: they would count as zeros. Before the "
@@ -80,11 +84,12 @@ def check_fsdp(model: nn.Module, mesh: Any, process_group: Any) -> None:
     held = [(name, p) for name, p in named if is_dtensor(p)]
     if not held:
         return
-    if groups := replicate.replicated(groups_of(modules_of(model))):
-        replicate.check(groups, held, mesh, process_group)
+    groups = groups_in(model)
+    if replicated := replicate.replicated(groups):
+        replicate.check(replicated, held, mesh, process_group)
     else:
         _check_sharded(held, mesh)
-        if _has_factor(groups_of(modules_of(model))):
+        if _has_factor(groups):
             raise ValueError(replicate.FACTOR)
     if whole := [name for name, p in named if not is_dtensor(p)]:
         raise ValueError(

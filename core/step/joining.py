@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..comm.node import Node, check_mesh
 from ..comm.torch_transport import TorchTransport
 from ..comm.transport import Transport
-from .fsdp import check_fsdp, groups_of, is_sharded, lay_down, modules_of, uses_fsdp
+from .fsdp import check_fsdp, groups_in, is_sharded, lay_down, modules_of, uses_fsdp
 from .parts import Parts
 from .replicate import process_group_of
 from .shards import Shards
@@ -55,8 +55,7 @@ class Joining(NamedTuple):
 
     def group(self, model: nn.Module) -> torch.distributed.ProcessGroup | None:
         """Over which the transport goes; None for the default."""
-        groups = groups_of(modules_of(model)) if uses_fsdp(model) else []
-        return self.process_group or getattr(model, "process_group", None) or process_group_of(groups)
+        return self.process_group or getattr(model, "process_group", None) or process_group_of(groups_in(model))
 
     def node(self, model: nn.Module, device: torch.device, of_gradients: bool) -> Node:
         """The ranks that are this worker, and what carries bytes to the others. Collective.

@@ -38,6 +38,7 @@ from support.nodes import (
     make,
     mesh_of,
     reference_of_nodes,
+    refusal,
     shard,
     shards,
     step,
@@ -772,10 +773,7 @@ def refused(group: Any, what: str) -> str:
         settings["process_group"] = mesh.get_group(0)
     if what == "other ranks than DDP":
         net = DDP(make_net(), process_group=mesh.get_group(1))
-    kind = torch.optim.RMSprop if what == "another optimizer" else torch.optim.SGD
-    with pytest.raises((TypeError, ValueError)) as caught:
-        saef.SAEFState(net, kind(net.parameters(), lr=0.1), mesh=given, **settings)
-    return str(caught.value)
+    return refusal(net, "RMSprop" if what == "another optimizer" else "SGD", mesh=given, **settings)
 
 
 REFUSED = {

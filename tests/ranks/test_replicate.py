@@ -17,7 +17,7 @@ from torch.distributed.tensor import distribute_tensor
 from torch.distributed.tensor.placement_types import Replicate
 
 import saef
-from support.nodes import everything, go_on, make, mesh_of, part, replicated, step, train_ddp, train_replicated
+from support.nodes import everything, go_on, make, mesh_of, part, refusal, replicated, step, train_ddp, train_replicated
 from support.ranks import RankPool
 from support.training import ADAMW, Job, make_net, make_optimizer
 
@@ -176,10 +176,7 @@ def refused(group: Any, what: str) -> str:
         settings["process_group"] = group
     if what == "another hook":
         net[0].set_all_reduce_hook(torch.Tensor.zero_)
-    kind = torch.optim.RMSprop if what == "another optimizer" else torch.optim.SGD
-    with pytest.raises((TypeError, ValueError)) as caught:
-        saef.SAEFState(net, kind(net.parameters(), lr=0.1), **settings)
-    return str(caught.value)
+    return refusal(net, "RMSprop" if what == "another optimizer" else "SGD", **settings)
 
 
 REFUSED = {

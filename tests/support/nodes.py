@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -60,34 +61,40 @@ def train_sharded(group: Any, job: Job, nodes: int, options: dict[str, Any] | No
     net = shard(make_net(job.dtype), mesh, **(options or {}))
     optimizer = make_optimizer(net, job.groups, job.optimizer)
     state = SAEFState(net, optimizer, mesh=mesh, **job.state)
-    trajectory = [part(net)]
-    for t, lr in enumerate(job.lrs):
-        set_lr(optimizer, job, lr)
-        go_on(net, optimizer, job, dist.get_rank(group), range(t, t + 1))
-        trajectory.append(part(net))
-    return outcome(state, trajectory)
+    return follow(net, optimizer, state, job, dist.get_rank(group))
 
 
 def train_replicated(group: Any, job: Job, nodes: int) -> dict[str, Any]:
     """With `replicate` in each of the nodes; over all ranks, each a worker, if 0."""
     net, optimizer, state = make(group, job, nodes, "replicate")
-    trajectory = [part(net)]
-    for t, lr in enumerate(job.lrs):
-        set_lr(optimizer, job, lr)
-        go_on(net, optimizer, job, dist.get_rank(group), range(t, t + 1))
-        trajectory.append(part(net))
-    return outcome(state, trajectory)
+    return follow(net, optimizer, state, job, dist.get_rank(group))
 
 
 def train_ddp(group: Any, job: Job, nodes: int) -> dict[str, Any]:
     """With DDP over all ranks, which are as many nodes; without a mesh, if 0."""
     model, optimizer, state = wrap_nodes(group, job, nodes)
-    trajectory = [flat(model.module)]
+    return follow(model, optimizer, state, job, dist.get_rank(group))
+
+
+def follow(model: Any, optimizer: torch.optim.Optimizer, state: SAEFState, job: Job, rank: int) -> dict[str, Any]:
+    """The outcome of the whole job, with x before and after each step."""
+
+    def x() -> Tensor:
+        return flat(model.module) if isinstance(model, DDP) else part(model)
+
+    trajectory = [x()]
     for t, lr in enumerate(job.lrs):
         set_lr(optimizer, job, lr)
-        go_on(model, optimizer, job, dist.get_rank(group), range(t, t + 1))
-        trajectory.append(flat(model.module))
+        go_on(model, optimizer, job, rank, range(t, t + 1))
+        trajectory.append(x())
     return outcome(state, trajectory)
+
+
+def refusal(net: nn.Module, kind: str = "SGD", **settings: Any) -> str:
+    """What is said where a state cannot be made."""
+    with pytest.raises((TypeError, ValueError)) as caught:
+        SAEFState(net, getattr(torch.optim, kind)(net.parameters(), lr=0.1), **settings)
+    return str(caught.value)
 
 
 def wrap_nodes(group: Any, job: Job, nodes: int) -> tuple[Any, Any, SAEFState]:
