@@ -103,10 +103,10 @@ class Server:
             self.watched.close()
             for other in (self.listener, client, *self.clients.values()):
                 other.close()
+            (self.place / str(request["client"])).write_text(str(os.getpid()))  # before it can be heard of
             become(str(self.place / "python"), streams, **request)
         for stream in streams:
             os.close(stream)
-        (self.place / str(request["client"])).write_text(str(program))
         tell(client, program)
         self.clients[program] = client
         self.watched.register(client, selectors.EVENT_READ, partial(self.lost, program))
