@@ -328,11 +328,7 @@ class Engine:
         if self.form.entered or not self._attachment.newest:
             return
         if written := self.weights.leave():
-            raise RuntimeError(
-                f"parameters {written[:5]} were changed while they were x_half, between a training forward and the end "
-                "of its backward. They are x again, without that change: make it before the forward, after the "
-                "backward, or after step()"
-            )
+            raise _written(written)
 
     def reduced(self, parameter: Tensor) -> None:
         """Within a backward of a sharded model: p.grad of this parameter is final, its node's."""
@@ -475,6 +471,8 @@ class Engine:
         cause = self.transport.failure
         if cause is not None:
             raise self.transport.lost(cause) from cause
+        if written := self.weights.written_unseen():
+            raise _written(written)
         self._watch.check_groups(optimizer)
         self.form.check(prepared)
         return prepared.not_finite(self.weights)
@@ -553,3 +551,11 @@ class Engine:
         self._averaging.undo(self.memory.e)
         self._v_averaging.undo(self._v)
         self.committed = []
+
+
+def _written(names: Sequence[str]) -> RuntimeError:
+    return RuntimeError(
+        f"parameters {[*names[:5]]} were changed while they were x_half, between a training forward and the end of its "
+        "backward. They are x again, without that change: make it before the forward, after the backward, or after "
+        "step()"
+    )

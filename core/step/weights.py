@@ -27,6 +27,7 @@ from ..wire.kernels.table import Update, Worker
 from ..wire.plan import Plan
 from .fsdp import check_reduced, lay_down, modules_of, uses_fsdp
 from .server_ahead import ServerAhead
+from .spot_check import SpotCheck
 
 _VERSION = attrgetter("_version")
 _WHOLE: set[Any] = {Tensor, nn.Parameter}
@@ -75,6 +76,7 @@ class Weights(ABC):
         self._seen: list[list[int]] = []  # the same when it was last looked at
         self._versions: list[int] = []  # of x, in a window
         self._places: list[int] = []  # where x_half lies, in a window
+        self._spot = SpotCheck(self.shown)
         self._e: Tensor | None = None  # the errors, and as they are cut
         self._errors: list[Tensor] = []
 
@@ -163,11 +165,15 @@ class Weights(ABC):
         self._versions = self._seen[1] if absorbed else self._versions_now()
         self._show_half()
         self._places = self._places_now()
+        self._spot.opened(self._places)
         self.ahead = True
         _set_versions(self.shown, [self._half_version] * len(self.parameters))
 
     def leave(self) -> list[str]:
-        """parameters <- x: the window closes. Names of the parameters that were written to in it, in vain."""
+        """parameters <- x: the window closes. Names of the parameters that were written to in it, in vain.
+
+        On a GPU those that only their values tell are given by `written_unseen`, which waits for it.
+        """
         if not self.ahead:
             return []
         expected, versions, places = self._half_version, self._versions_now(), self._places_now()
@@ -175,16 +181,24 @@ class Weights(ABC):
         if places != self._places or versions.count(expected) < len(versions):
             every = zip(self.names, versions, places, self._places, strict=True)
             written = [name for name, version, now, place in every if version != expected or now != place]
+        self._spot.closed(places)
+        if not self._spot.waits:
+            written += [name for name in self.written_unseen() if name not in written]
         self._show_x()
         self.ahead = False
         _set_versions(self.shown, self._versions)
         return written
+
+    def written_unseen(self) -> list[str]:
+        """Names of the parameters that a window's spot check has found changed since this was last asked."""
+        return [self.names[i] for i in self._spot.found()]
 
     def moved(self) -> list[str]:
         """In a window, whose optimizer has made X of x_half: it counts. Names of parameters that lie elsewhere now."""
         places = self._places_now()
         elsewhere = [n for n, now, place in zip(self.names, places, self._places, strict=True) if now != place]
         self._places = places
+        self._spot.dropped()
         self._keep_local()
         self.number += 1
         _set_versions(self.shown, [self._half_version] * len(self.parameters))

@@ -38,6 +38,7 @@ class Setting:
         way: str,
         compressor: saef.Compressor | None,
         sizes: tuple[int, ...] = SIZES,
+        local_steps: int = 1,
         **ddp: Any,
     ) -> None:
         self.net, self.rank = make_net(sizes=sizes), dist.get_rank(group)
@@ -46,7 +47,7 @@ class Setting:
         self.state: Any = None
         if compressor is not None:
             with mock.patch("saef.step.joining.create", way_of_keeping_x(way)):
-                self.state = saef.SAEFState(self.model, self.optimizer, compressor=compressor)
+                self.state = saef.SAEFState(self.model, self.optimizer, compressor=compressor, local_steps=local_steps)
             self.model.register_comm_hook(self.state, saef_hook)
 
     def loss(self, t: int) -> Tensor:
@@ -245,6 +246,58 @@ def write_inside(group: dist.ProcessGroup, way: str, door: str, write: Callable[
 def test_what_is_written_to_x_half_is_refused_at_the_next_door(pool: RankPool, door: str, write: Any, way: str) -> None:
     for said in pool.run(write_inside, way, door, write, ranks=2):
         assert "after step()" in said
+
+
+def halve(net: nn.Module) -> None:
+    for p in net.parameters():
+        p.data.mul_(0.5)
+
+
+def clear_row(net: Any) -> None:
+    net[2].weight.data[3] = 0.0
+
+
+def set_one(net: Any) -> None:
+    net[0].bias.data[1] += 1.0
+
+
+def renorm(net: Any) -> None:
+    torch.renorm(net[2].weight.data, 2, 0, 0.1, out=net[2].weight.data)
+
+
+def by_numpy(net: Any) -> None:
+    w = net[4].weight.detach()
+    (w.numpy() if w.device.type == "cpu" else w.data)[0, 0] = 2.0
+
+
+INSIDE: list[Callable[[Any], None]] = [halve, clear_row, set_one, renorm, by_numpy]
+
+
+def write_unseen(group: dist.ProcessGroup, way: str, write: Callable[[Any], None], where: str, local_steps: int) -> str:
+    """Each forward, or backward, writes to the parameters where neither versions nor addresses tell."""
+    at = Setting(group, way, saef.TopK(0.2, block=10), local_steps=local_steps).trained()
+    at.state.weights._spot.waits = where == "late"  # as on a GPU
+    if where == "backward":
+        at.net[2].register_full_backward_pre_hook(lambda *_: write(at.net))
+    else:
+        at.net[2].register_forward_pre_hook(lambda *_: write(at.net))
+    with pytest.raises(RuntimeError, match=r"while they were x_half.*after step\(\)") as caught:
+        for t in range(7):
+            with at.model.no_sync():
+                at.loss(100 + t).backward()
+            at.step(t)
+    return str(caught.value)
+
+
+@both_ways
+@pytest.mark.parametrize(("where", "local_steps"), [("forward", 1), ("backward", 1), ("late", 1), ("forward", 2)])
+@pytest.mark.parametrize("write", INSIDE)
+def test_a_model_that_writes_to_its_weights_without_a_trace_is_found(
+    pool: RankPool, write: Any, where: str, local_steps: int, way: str
+) -> None:
+    names = {"halve": "", "clear_row": "'2.weight'", "set_one": "'0.bias'", "renorm": "'2.weight'"}
+    for said in pool.run(write_unseen, way, write, where, local_steps, ranks=2):
+        assert names.get(write.__name__, "'4.weight'") in said
 
 
 # ---- who steps ------------------------------------------------------------------------------------------------------
