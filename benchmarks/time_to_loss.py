@@ -47,7 +47,7 @@ from data import load as load_images
 NETLAB, HERE = PEERS.parent / "netlab", Path(__file__).resolve()
 EVERY = 32  # steps between evaluations: whole rounds of all methods
 LONGER = 1.5
-LRS = {"gpt": [1e-3, 2e-3, 4e-3], "resnet": [0.05, 0.1, 0.2]}
+LRS = {"gpt": [1e-3, 2e-3, 4e-3], "resnet": [0.025, 0.05, 0.1]}
 HELD_OUT, NORM_IMAGES = 1000, 512
 HEADERS = 1 + 66 / 1448
 Record = dict[str, Any]

@@ -248,13 +248,14 @@ class Engine:
             self.sending.restart()
         if not self.form.entered:
             self._check_whole()
-        if changes := self._watch.changes(self._optimizer):
+        changes = self._watch.changes(self._optimizer, self.weights.look())
+        if changes:
             self._follow(changes)
         weights, memory = self.weights, self.memory
         if self.form.go_on():
             weights.enter()
             return weights.number
-        weights.absorb()
+        weights.absorb(looked=not changes)
         averaged = slice(0, 0)
         if not self.sending.begun:
             if self._audit.due(memory.steps):

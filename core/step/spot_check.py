@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..wire import kernels
 
-PARTS = 7  # a prime, so that with any number of micro-batches a step all parts get their turn at each of them
+PARTS = 31  # a prime, so that with any number of micro-batches a step all parts get their turn at each of them
 
 
 @final

@@ -73,15 +73,18 @@ class Watch:
     def _strides_now(self) -> list[tuple[int, ...]]:
         return [*map(Tensor.stride, self._parameters)]
 
-    def changes(self, optimizer: torch.optim.Optimizer) -> str:
+    def changes(self, optimizer: torch.optim.Optimizer, places: list[int]) -> str:
         """What a state can follow, in words; empty if nothing has changed.
+
+        Args:
+            places: where the parameters lie now.
 
         Raises:
             RuntimeError: on what it cannot follow, naming the parameters.
         """
         same = self._fast.check(*self._parameters)
         found = self._in_and_out() if not same or self._tree_now() != self._tree else []
-        self._check_kinds(same)
+        self._check_kinds(same, places)
         if not same and self.relaid:
             both = zip(self._names, self._parameters, self._strides, strict=True)
             moved = [n for n, p, strides in both if p.stride() != strides]
@@ -116,20 +119,19 @@ class Watch:
 
     def check_kinds(self) -> None:
         """Raise RuntimeError if x cannot be taken from the parameters: they lie in memory in another way."""
-        self._check_kinds(self._fast.check(*self._parameters))
+        self._check_kinds(self._fast.check(*self._parameters), self._places_now())
         if self.relaid:
             raise RuntimeError(
                 "parameters were laid out anew in memory, as by to(memory_format=...), which the next training forward "
                 "follows: save the state before the change, or after that forward"
             )
 
-    def _check_kinds(self, same: bool) -> None:
+    def _check_kinds(self, same: bool, places: list[int]) -> None:
         """Raise RuntimeError if a parameter is another tensor, or lies where another does. same: as `_fast` finds."""
         if not same:
             self._compare_kinds()
             if not self.relaid:  # then it was something else, such as autocast around the forward
                 self._fast = self._guards()
-        places = self._places_now()
         if places != self._places:
             check_apart(self._names, self._parameters)
             self._places = places

@@ -152,6 +152,7 @@ class Swaps(Weights):
         self._sizes = [n * self.dtype.itemsize for n in self.numels]
         self._made_from: Tensor | None = None  # [parameters] fingerprints of the x that `flat` was made from
         self._starts = torch.tensor(self.offsets, device=self.device)
+        self._halves_at = [*map(Tensor.data_ptr, self.views)]
         self.absorb()
 
     def x(self) -> Tensor:
@@ -192,6 +193,9 @@ class Swaps(Weights):
         for mine, value in zip(self._x, x, strict=True):
             mine.copy_(value)
         torch.autograd.graph.increment_version(self.parameters)
+
+    def _half_places(self) -> list[int]:
+        return self._halves_at
 
     def _show_half(self) -> None:
         exchange(self.parameters, self.views)

@@ -131,6 +131,10 @@ class Weights(ABC):
     def _places_now(self) -> list[int]:
         return [*map(Tensor.data_ptr, self.shown)]
 
+    def _half_places(self) -> list[int]:
+        """Where they lie as x_half."""
+        return self._places_now()
+
     def _versions_now(self) -> list[int]:
         return [*map(_VERSION, self.shown)]
 
@@ -140,13 +144,22 @@ class Weights(ABC):
             self._e, self._errors = e, self.cut(e) if e.numel() == self.flat.numel() else []
         return self._errors
 
-    def absorb(self) -> None:
+    def look(self) -> list[int]:
+        """Where the parameters lie; `absorb` goes by what they are now."""
+        self._seen = self._marks_now()
+        return self._seen[0]
+
+    def absorb(self, looked: bool = False) -> None:
         """x <- parameters, which are at x: whatever was done to them since the last step (loaded, clamped) counts.
+
+        Args:
+            looked: whether `look` has just looked at them.
 
         Raises:
             RuntimeError: if they are what another state has made of them.
         """
-        self._seen = self._marks_now()
+        if not looked:
+            self.look()
         if max(self._seen[1]) >= FIRST_HALF:
             raise RuntimeError(
                 "parameters of this state are the x_half of another SAEFState that shares them, whose training forward "
@@ -164,7 +177,7 @@ class Weights(ABC):
             return
         self._versions = self._seen[1] if absorbed else self._versions_now()
         self._show_half()
-        self._places = self._places_now()
+        self._places = self._half_places()
         self._spot.opened(self._places)
         self.ahead = True
         _set_versions(self.shown, [self._half_version] * len(self.parameters))

@@ -115,7 +115,7 @@ def fingerprints(addresses: Sequence[int], sizes: Sequence[int]) -> Tensor:
     return torch.from_numpy(out.view(np.int64))
 
 
-@lru_cache(16)  # x and x_half stay where they are, and gradients mostly
+@lru_cache(40)  # x and parts of x_half stay where they are, and gradients mostly
 def _lying(addresses: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[Array, Array, Array]:
     """(words from the first to the last of them, where each begins in these, how many it has)."""
     at, size = np.array([addresses, sizes], np.int64)

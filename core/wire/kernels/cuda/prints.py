@@ -56,7 +56,7 @@ def fingerprints(addresses: Sequence[int], sizes: Sequence[int], device: torch.d
     return prints
 
 
-@lru_cache(16)  # x and x_half stay where they are, and gradients mostly
+@lru_cache(40)  # x and parts of x_half stay where they are, and gradients mostly
 def tiles_of(addresses: tuple[int, ...], sizes: tuple[int, ...], device: torch.device) -> Tensor:
     """The tensors cut into tiles."""
     at, size = torch.tensor([addresses, sizes], dtype=torch.int64, device="cpu").view(2, -1)
