@@ -215,8 +215,8 @@ class Engine:
         """What evolves as it was before the step under way, e a copy. The parameters are x."""
         self._check_whole()
         self.leave()
-        self._watch.check_kinds()
-        self.weights.absorb()
+        self._watch.check_kinds(self.weights.look())
+        self.weights.absorb(looked=True)
         before = replace(self.memory, e=self._averaging.before(self.memory.e))
         self.form.unsend(before.e)
         if self._settings.v_averaging is not None:
@@ -248,8 +248,7 @@ class Engine:
             self.sending.restart()
         if not self.form.entered:
             self._check_whole()
-        changes = self._watch.changes(self._optimizer, self.weights.look())
-        if changes:
+        if changes := self._watch.changes(self._optimizer, self.weights.look()):
             self._follow(changes)
         weights, memory = self.weights, self.memory
         if self.form.go_on():
@@ -472,11 +471,14 @@ class Engine:
         cause = self.transport.failure
         if cause is not None:
             raise self.transport.lost(cause) from cause
-        if written := self.weights.written_unseen():
-            raise _written(written)
         self._watch.check_groups(optimizer)
         self.form.check(prepared)
-        return prepared.not_finite(self.weights)
+        finite = prepared.finite(self.weights)
+        if not bool(torch.cat([~finite, self.weights.changed_unseen]).any()):  # one question, since a GPU is waited for
+            return []
+        if written := self.weights.written_unseen():
+            raise _written(written)
+        return prepared.without(finite, self.weights)
 
     def before_other_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Raise RuntimeError if an optimizer that is not this state's is about to move its parameters."""

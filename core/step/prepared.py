@@ -178,14 +178,15 @@ class Prepared:
                 found.append(bucket)
         return found
 
-    def not_finite(self, weights: Weights) -> list[str]:
-        """Parameters among whose replies is a NaN or an infinity: some rank's gradient has one, or overflowed.
+    def finite(self, weights: Weights) -> Tensor:
+        """[buckets] bool: False if a NaN or an infinity is among the replies: a rank's gradient has one, or overflowed.
 
         The replies are the same on every rank, and so is the answer; nothing more is sent for it.
         """
-        finite = torch.stack([b.plan.finite(b.replies[0], weights.dtype) for b in self.buckets])
-        if bool(finite.all()):
-            return []
+        return torch.stack([b.plan.finite(b.replies[0], weights.dtype) for b in self.buckets])
+
+    def without(self, finite: Tensor, weights: Weights) -> list[str]:
+        """Names of the parameters of the buckets that are not, as `finite` says."""
         bad = sorted(i for b, fine in zip(self.buckets, finite.tolist(), strict=True) if not fine for i in b.parameters)
         return [weights.names[i] for i in bad]
 

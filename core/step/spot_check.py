@@ -26,13 +26,14 @@ class SpotCheck:
             kernels of ours.
 
     Attributes:
+        changed: [tensors] bool, whether they had changed in the windows since `found` was last asked.
         waits: whether `found` waits for a device.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._device = tensors[0].device
         self.waits = self._device.type != "cpu"
-        known = self._device.type in ("cpu", "cuda")
+        known = kernels.has_fingerprints(self._device)
         self._sizes = [t.nbytes if known and kernels.is_dense(t) else 0 for t in tensors]
         ends = [*accumulate(self._sizes)]
         part_of = [PARTS * (end - 1) // max(1, ends[-1]) for end in ends]
@@ -41,8 +42,7 @@ class SpotCheck:
         self._part, self._turn = slice(0, 0), 0
         self._places: Sequence[int] = []
         self._before: Tensor | None = None
-        self._changed = torch.zeros(len(tensors), dtype=torch.bool, device=self._device)
-        self._news = False
+        self.changed = torch.zeros(len(tensors), dtype=torch.bool, device=self._device)
 
     def opened(self, places: Sequence[int]) -> None:
         """places: where they lie."""
@@ -57,8 +57,7 @@ class SpotCheck:
     def closed(self, places: Sequence[int]) -> None:
         """The same; one that lies elsewhere now may have no memory any more where it was."""
         if self._before is not None and places[self._part] == self._places:
-            self._changed[self._part] |= self._prints() != self._before
-            self._news = True
+            self.changed[self._part] |= self._prints() != self._before
         self._before = None
 
     def dropped(self) -> None:
@@ -67,11 +66,8 @@ class SpotCheck:
         self._turn -= 1
 
     def found(self) -> list[int]:
-        """Numbers of those that had changed in the windows since this was last asked."""
-        if not self._news:
-            return []
-        numbers: list[int] = self._changed.nonzero().view(-1).tolist()
-        self._news = False
+        """Numbers of those in `changed`."""
+        numbers: list[int] = self.changed.nonzero().view(-1).tolist()
         if numbers:
-            self._changed.zero_()
+            self.changed.zero_()
         return numbers

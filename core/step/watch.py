@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._C._dynamo.guards import TensorGuards
 from torch.nn.parallel import DistributedDataParallel
 
-from .weights import Weights, all_held, held
+from .weights import Weights, held
 
 _TRAINED = attrgetter("requires_grad")
 
@@ -41,7 +41,7 @@ class Watch:
         self._frozen = [p for p in self._every if not p.requires_grad]
         self._tree, self._kinds, self._strides = self._tree_now(), self._kinds_now(), self._strides_now()
         self._groups, self._lists = _groups_of(optimizer), _lists_of(optimizer)
-        self._fast, self._places = self._guards(), self._places_now()
+        self._fast, self._places = self._guards(), weights.look()
         check_apart(self._names, self._parameters)
 
     @property
@@ -57,9 +57,6 @@ class Watch:
     def _guards(self) -> Any:
         """What torch.compile looks at before it runs again what it has made of tensors: in C++, and in one call."""
         return TensorGuards(*self._parameters, dynamic_dims_sizes=None, dynamic_dims_strides=None)
-
-    def _places_now(self) -> list[int]:
-        return [*map(Tensor.data_ptr, all_held(self._parameters))]
 
     def _tree_now(self) -> list[Any]:
         """What is where; of the parameters that were trained, `_fast` sees whether they are."""
@@ -117,9 +114,9 @@ class Watch:
         """Whether some lie in memory in another way: channels_last, or with gaps."""
         return self._strides_now() != self._strides
 
-    def check_kinds(self) -> None:
-        """Raise RuntimeError if x cannot be taken from the parameters: they lie in memory in another way."""
-        self._check_kinds(self._fast.check(*self._parameters), self._places_now())
+    def check_kinds(self, places: list[int]) -> None:
+        """Raise RuntimeError if x cannot be taken from the parameters, now at these places: they lie in another way."""
+        self._check_kinds(self._fast.check(*self._parameters), places)
         if self.relaid:
             raise RuntimeError(
                 "parameters were laid out anew in memory, as by to(memory_format=...), which the next training forward "

@@ -185,7 +185,7 @@ class Weights(ABC):
     def leave(self) -> list[str]:
         """parameters <- x: the window closes. Names of the parameters that were written to in it, in vain.
 
-        On a GPU those that only their values tell are given by `written_unseen`, which waits for it.
+        On a GPU, which would have to be waited for, those that only their values tell are in `changed_unseen`.
         """
         if not self.ahead:
             return []
@@ -202,8 +202,13 @@ class Weights(ABC):
         _set_versions(self.shown, self._versions)
         return written
 
+    @property
+    def changed_unseen(self) -> Tensor:
+        """[parameters] bool, on their device: which a window's spot check has found changed."""
+        return self._spot.changed
+
     def written_unseen(self) -> list[str]:
-        """Names of the parameters that a window's spot check has found changed since this was last asked."""
+        """Names of those, which are forgotten."""
         return [self.names[i] for i in self._spot.found()]
 
     def moved(self) -> list[str]:

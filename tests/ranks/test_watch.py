@@ -224,7 +224,7 @@ def interrupt(group: dist.ProcessGroup, where: str) -> str:
         "commit of the first bucket": (state.engine.weights, "commit"),
         "end of the commit": (state.engine.memory.__class__, "commit"),
         "count of the step": (state.engine.weights, "committed"),
-        "check before the commit": (state.engine.sending.prepared.__class__, "not_finite"),
+        "check before the commit": (state.engine.sending.prepared.__class__, "finite"),
     }[where]
     original = getattr(owner, name)
 

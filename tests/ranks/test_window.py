@@ -248,39 +248,28 @@ def test_what_is_written_to_x_half_is_refused_at_the_next_door(pool: RankPool, d
         assert "after step()" in said
 
 
-def halve(net: nn.Module) -> None:
-    for p in net.parameters():
-        p.data.mul_(0.5)
+def one_bias(at: Setting) -> None:
+    at.net[0].bias.data[1] += 1.0
 
 
-def clear_row(net: Any) -> None:
-    net[2].weight.data[3] = 0.0
+def renorm(at: Setting) -> None:
+    w = at.net[2].weight.data
+    torch.renorm(w, 2, 0, 0.1, out=w)
 
 
-def set_one(net: Any) -> None:
-    net[0].bias.data[1] += 1.0
+INSIDE = [clamp_data, one_entry, a_row_by_numpy, swapped_entries, negated, one_bias, renorm]
 
 
-def renorm(net: Any) -> None:
-    torch.renorm(net[2].weight.data, 2, 0, 0.1, out=net[2].weight.data)
-
-
-def by_numpy(net: Any) -> None:
-    w = net[4].weight.detach()
-    (w.numpy() if w.device.type == "cpu" else w.data)[0, 0] = 2.0
-
-
-INSIDE: list[Callable[[Any], None]] = [halve, clear_row, set_one, renorm, by_numpy]
-
-
-def write_unseen(group: dist.ProcessGroup, way: str, write: Callable[[Any], None], where: str, local_steps: int) -> str:
+def write_unseen(
+    group: dist.ProcessGroup, way: str, write: Callable[[Setting], None], where: str, local_steps: int
+) -> str:
     """Each forward, or backward, writes to the parameters where neither versions nor addresses tell."""
-    at = Setting(group, way, saef.TopK(0.2, block=10), local_steps=local_steps).trained()
+    at = Setting(group, way, saef.TopK(0.2, block=10), sizes=(6, 40, 30, 1), local_steps=local_steps).trained()
     at.state.weights._spot.waits = where == "late"  # as on a GPU
     if where == "backward":
-        at.net[2].register_full_backward_pre_hook(lambda *_: write(at.net))
+        at.net[2].register_full_backward_pre_hook(lambda *_: write(at))
     else:
-        at.net[2].register_forward_pre_hook(lambda *_: write(at.net))
+        at.net[2].register_forward_pre_hook(lambda *_: write(at))
     with pytest.raises(RuntimeError, match=r"while they were x_half.*after step\(\)") as caught:
         for t in range(31):
             at.step(t)
@@ -293,9 +282,9 @@ def write_unseen(group: dist.ProcessGroup, way: str, write: Callable[[Any], None
 def test_a_model_that_writes_to_its_weights_without_a_trace_is_found(
     pool: RankPool, write: Any, where: str, local_steps: int, way: str
 ) -> None:
-    names = {"halve": "", "clear_row": "'2.weight'", "set_one": "'0.bias'", "renorm": "'2.weight'"}
+    names = {clamp_data: "", one_bias: "'0.bias'"}
     for said in pool.run(write_unseen, way, write, where, local_steps, ranks=2):
-        assert names.get(write.__name__, "'4.weight'") in said
+        assert names.get(write, "'2.weight'") in said
 
 
 # ---- who steps ------------------------------------------------------------------------------------------------------

@@ -77,6 +77,10 @@ def select(device: torch.device) -> Kernels:
     return reference
 
 
+def has_fingerprints(device: torch.device) -> bool:
+    return device.type in ("cpu", "cuda")
+
+
 def fingerprints(tensors: Sequence[Tensor | None], device: torch.device) -> Tensor | None:
     """[n] int64 by which a change of any bit of n tensors shows; None for devices without kernels of ours.
 
@@ -84,10 +88,10 @@ def fingerprints(tensors: Sequence[Tensor | None], device: torch.device) -> Tens
         tensors: on `device`, which is where the result is; None counts as one without entries. One elsewhere: None.
     """
     there = [t for t in tensors if t is not None]
-    if device.type not in ("cpu", "cuda") or any(at.type != device.type for at in {*map(_DEVICE, there)}):
+    if not has_fingerprints(device) or any(at.type != device.type for at in {*map(_DEVICE, there)}):
         return None
     if not all(map(Tensor.is_contiguous, there)):  # what has gaps is copied, and so looks changed
-        tensors = [t if t is None or t.is_contiguous() or is_dense(t) else t.contiguous() for t in tensors]
+        tensors = [t if t is None or is_dense(t) else t.contiguous() for t in tensors]
     addresses = [0 if t is None else t.data_ptr() for t in tensors]
     return fingerprints_at(addresses, [0 if t is None else t.nbytes for t in tensors], device)
 
@@ -105,7 +109,7 @@ def fingerprints_at(addresses: Sequence[int], sizes: Sequence[int], device: torc
 
 def is_dense(t: Tensor) -> bool:
     """No gaps and no overlaps: entries can be taken in memory order."""
-    return torch.empty_like(t, device="meta").stride() == t.stride()
+    return t.is_contiguous() or torch.empty_like(t, device="meta").stride() == t.stride()
 
 
 def check(device: torch.device) -> None:
