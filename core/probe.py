@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from saef.hooks import saef_hook
 
-from .comm.cost import Curve, Network
+from .comm.cost import AT_ONCE, BUCKET_BYTES, Curve, Network
 from .comm.torch_transport import TorchTransport
 from .comm.transport import Ordered, Purpose
 from .protocols.averaging import Rotating
@@ -37,9 +37,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
 PLAIN, HALF = "plain DDP", "fp16 hook"
 NAMES = (PLAIN, HALF, *SETTINGS)
 
-SIZES = [1 << 10, 1 << 16, 1 << 20, 1 << 22, 1 << 24]  # bytes that collectives are measured with
-LONG_S = 0.3  # no larger size after one that takes so long
+GRADIENTS = (1 << 10, 1 << 16, 1 << 20, 1 << 22, BUCKET_BYTES)  # bytes that are all-reduced
+MESSAGES = (1 << 10, 1 << 14, 1 << 17, 1 << 20)  # and of a bucket's message: no method here has a longer one
 REPETITIONS = 3
+LONG_S = 0.5  # measured once if it may take so long
+LONGEST_S = 15.0  # not measured
 LONGEST_PAUSE_S = 0.25
 ALONE = "training on one rank"
 TENSOR = 1 << 20  # coordinates of each tensor, where the model is not known
@@ -146,9 +148,14 @@ def measure_network(device: torch.device, pause_s: float = 0.0) -> Network:
     """Each collective at several sizes, among all ranks."""
     K, transport = dist.get_world_size(), TorchTransport(None, device, "measure_network()")
 
-    def all_reduce(n: int) -> Callable[[], object]:
-        v = torch.zeros(max(1, n // 4), device=device)
-        return lambda: dist.all_reduce(v)
+    def all_reduce(n: int, times: int = 1) -> Callable[[], object]:
+        several = [torch.zeros(max(1, n // 4), device=device) for _ in range(times)]
+
+        def work() -> None:
+            for begun in [dist.all_reduce(v, async_op=True) for v in several]:
+                begun.wait()
+
+        return work
 
     def all_gather(n: int) -> Callable[[], object]:
         v = torch.zeros(n, dtype=torch.uint8, device=device)
@@ -159,27 +166,36 @@ def measure_network(device: torch.device, pause_s: float = 0.0) -> Network:
         v = torch.zeros(each * K, dtype=torch.uint8, device=device)
         return lambda: transport.all_to_all(v, [each] * K, each, "telemetry")
 
-    reduce, gather, exchange = (_curve(make, device, pause_s) for make in (all_reduce, all_gather, all_to_all))
-    return Network(K, reduce, gather, exchange, pipelines=device.type == "cpu")
+    curve = partial(_curve, device=device, pause_s=pause_s)
+    return Network(
+        K,
+        curve(all_reduce, GRADIENTS),
+        curve(all_gather, MESSAGES),
+        curve(all_to_all, MESSAGES),
+        pipelines=device.type == "cpu",
+        together=curve(partial(all_reduce, times=AT_ONCE), GRADIENTS),
+    )
 
 
-def _curve(make: Callable[[int], Callable[[], object]], device: torch.device, pause_s: float) -> Curve:
-    sizes: list[float] = []
-    seconds: list[float] = []
-    for n in SIZES:
-        took = _mean(_time(make(n), device, pause_s), device)
-        sizes.append(float(n))
-        seconds.append(max(took, seconds[-1]) if seconds else took)  # noise must not make a longer message faster
-        if took > LONG_S:
+def _curve(
+    make: Callable[[int], Callable[[], object]], sizes: Sequence[int], device: torch.device, pause_s: float
+) -> Curve:
+    took: list[float] = []
+    for n, last in zip(sizes, (0, *sizes), strict=False):
+        expected = took[-1] * n / last if took else 0.0
+        if len(took) > 1 and expected > LONGEST_S:
             break
-    return Curve(tuple(sizes), tuple(seconds))
+        seconds = _mean(_time(make(n), device, pause_s, once=expected > LONG_S), device)
+        took.append(max(seconds, took[-1]) if took else seconds)  # noise must not make a longer message faster
+    return Curve(tuple(map(float, sizes[: len(took)])), tuple(took))
 
 
-def _time(work: Callable[[], object], device: torch.device, pause_s: float = 0.0) -> float:
+def _time(work: Callable[[], object], device: torch.device, pause_s: float = 0.0, once: bool = False) -> float:
     """Median seconds, of all ranks together each time."""
-    once = partial(_once, device=device, pause_s=pause_s)
-    once(work)
-    return median(once(work) for _ in range(REPETITIONS))
+    if once:
+        return _once(work, device, pause_s)
+    _once(work, device, pause_s)
+    return median(_once(work, device, pause_s) for _ in range(REPETITIONS))
 
 
 def _once(work: Callable[[], object], device: torch.device, pause_s: float = 0.0) -> float:

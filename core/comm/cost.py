@@ -10,8 +10,8 @@ after the other in a backward of b seconds:
 
     exposed = max(c, n c + b / n - b)
 
-and n c where nothing overlaps: the exchange comes after the backward, or the ranks use all cores. Where phases of
-different buckets travel at once, n c is less by the latency of all buckets but one.
+and n c where nothing overlaps: the exchange comes after the backward, or the ranks use all cores. Where different buckets
+travel at once, n c is less by what they have in common: their latency, or what was measured of several all-reduces.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from .exchange import Strategy, sent_bytes
 
 BACKWARD = 2 / 3  # of a step's computation
 FIRST_BYTES, BUCKET_BYTES = 1 << 20, 25 * (1 << 20)  # of float32 gradients in DDP's first bucket, and in the others
+AT_ONCE = 3  # all-reduces that are measured together
 PAYS = 1.05  # how much faster a method must be, to be worth it
 
 
@@ -73,6 +74,7 @@ class Network:
         all_gather: by the bytes of one rank's message.
         all_to_all: by the bytes of all sections of one rank's message, its own included.
         pipelines: whether the phases of different buckets travel at once, so that each one's latency counts once.
+        together: of AT_ONCE all-reduces that are begun at once, by the bytes of each; None if each waits for the last.
     """
 
     workers: int
@@ -80,6 +82,7 @@ class Network:
     all_gather: Curve
     all_to_all: Curve
     pipelines: bool = False
+    together: Curve | None = None
 
     @property
     def bits_per_s(self) -> float:
@@ -95,7 +98,8 @@ class Network:
     def slower(self, factor: float) -> Network:
         """Links of the same latency and 1 / factor of the rate."""
         reduce, gather, exchange = (c.slower(factor) for c in (self.all_reduce, self.all_gather, self.all_to_all))
-        return Network(self.workers, reduce, gather, exchange, self.pipelines)
+        together = None if self.together is None else self.together.slower(factor)
+        return Network(self.workers, reduce, gather, exchange, self.pipelines, together)
 
 
 def alpha_beta(
@@ -166,7 +170,7 @@ def step_seconds(method: Method, network: Network, compute_s: float, *, overlap:
         overlap: whether the network works beside the backward; not where the ranks' computation uses all cores.
     """
     c, n = bucket_seconds(method, network), method.buckets
-    exposed = every = n * c - (n - 1) * _latency_hidden(method, network)
+    exposed = every = n * c - (n - 1) * _hidden(method, network)
     if overlap and method.overlaps and method.every == 1:
         backward = BACKWARD * compute_s
         exposed = max(c, every + backward / n - backward)
@@ -191,11 +195,18 @@ def _messages_seconds(method: Method, network: Network, message_bytes: float, re
     return network.all_to_all(message_bytes) + network.all_gather(reply_bytes / network.workers)
 
 
-def _latency_hidden(method: Method, network: Network) -> float:
+def _hidden(method: Method, network: Network) -> float:
     """Of a bucket's seconds on the network those that pass while other buckets travel."""
-    if not (network.pipelines and method.message_bytes) or network.workers == 1:
+    if network.workers == 1:
         return 0.0
-    return _messages_seconds(method, network, 0.0, 0.0)
+    if method.message_bytes:
+        return _messages_seconds(method, network, 0.0, 0.0) if network.pipelines else 0.0
+    if network.together is None:
+        return 0.0
+    each = method.dense_bytes / method.buckets
+    alone = network.all_reduce(each)
+    another = (network.together(each) - alone) / (AT_ONCE - 1)
+    return max(0.0, alone - another)
 
 
 def break_even_bits_per_s(

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from saef.comm.cost import (
+    AT_ONCE,
     BACKWARD,
     Curve,
     Method,
@@ -97,6 +98,20 @@ def test_what_travels_at_once_pays_latency_once(strategy: Strategy) -> None:
     assert step_seconds(method, both, 0.2, overlap=False) == pytest.approx(0.23 + bare - 4 * latency)
     assert step_seconds(PLAIN, both, 0.2) == step_seconds(PLAIN, network, 0.2)  # PyTorch's all-reduce is one way
     assert both.slower(2.0).pipelines
+
+
+@pytest.mark.parametrize("more", [0.0, 0.4, 1.0, 1.5])
+def test_all_reduces_that_travel_together_take_what_was_measured_of_several(more: float) -> None:
+    method, network = replace(PLAIN, buckets=5), at(1e8, 0.02)
+    each, c = 4.0 * D / 5, bucket_seconds(method, network)
+    several = c + (AT_ONCE - 1) * more * c
+    together = replace(network, together=Curve((each, 2 * each), (several, 2 * several)))
+    another = min(more, 1.0) * c  # never longer than one alone: that is noise
+    assert step_seconds(method, together, 0.2, overlap=False) == pytest.approx(0.2 + c + 4 * another)
+    assert step_seconds(method, network, 0.2, overlap=False) == pytest.approx(0.2 + 5 * c)
+    late = together.slower(3.0)
+    assert late.together == Curve((each, 2 * each), (several, several + 3 * several))
+    assert step_seconds(SIGN, together, 0.2) == step_seconds(SIGN, network, 0.2)  # its messages are not all-reduced
 
 
 def test_overlap_hides_all_but_the_last_bucket() -> None:

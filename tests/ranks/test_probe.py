@@ -33,7 +33,8 @@ def test_all_is_measured_and_the_same_on_all_ranks(pool: RankPool, monkeypatch: 
         assert steps == 1 + probe.REPETITIONS
         assert [*measured.kernels] == [*probe.NAMES]
         assert measured.network.workers == 4 and measured.device == "CPU, 1 threads"
-        for curve in (measured.network.all_reduce, measured.network.all_gather, measured.network.all_to_all):
+        network = measured.network
+        for curve in (network.all_reduce, network.all_gather, network.all_to_all, network.together):
             assert len(curve.sizes) >= 2 and [*curve.seconds] == sorted(curve.seconds) and curve.seconds[0] > 0
         assert measured == found[0][0]
 
