@@ -10,8 +10,9 @@ after the other in a backward of b seconds:
 
     exposed = max(c, n c + b / n - b)
 
-and n c where nothing overlaps: the exchange comes after the backward, or the ranks use all cores. Where different buckets
-travel at once, n c is less by what they have in common: their latency, or what was measured of several all-reduces.
+and n c where nothing overlaps: the exchange comes after the backward, or the ranks use all cores. Where different
+buckets travel at once, n c is less by what they have in common: their latency, or what was measured of several
+all-reduces.
 """
 
 from __future__ import annotations

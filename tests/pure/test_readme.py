@@ -234,9 +234,29 @@ def test_what_was_tested_is_what_is_pinned() -> None:
     assert [(name, version) for name, version in found if pinned[name.lower()] != version] == []
 
 
-def test_the_changelog_has_this_version() -> None:
+def setup() -> ConfigParser:
     config = ConfigParser()
     config.read(CHECKOUT / "setup.cfg")
+    return config
+
+
+def test_the_oldest_versions_are_those_that_setup_cfg_allows() -> None:
+    options = setup()["options"]
+    allowed = {"Python": options["python_requires"].removeprefix(">=")}
+    allowed |= dict(line.split(">=") for line in options["install_requires"].split())
+    said = re.search(r"with the oldest, (.*?), and the newest", " ".join(PAGES["index.md"].split()))
+    assert said is not None
+    assert dict(part.split() for part in said[1].split(", ")) == allowed
+    command = re.search(r"pip install \. (.*?) pytest", TEXTS["CONTRIBUTING.md"])
+    assert command is not None
+    pinned = dict(part.split("==") for part in command[1].split())
+    assert {name: version.rpartition(".")[0] for name, version in pinned.items()} == {
+        name: version for name, version in allowed.items() if name != "Python"
+    }
+
+
+def test_the_changelog_has_this_version() -> None:
+    config = setup()
     headings = re.findall(r"^## (.*)$", TEXTS["CHANGELOG.md"], re.MULTILINE)
     assert config["metadata"]["version"] in headings
     assert all(re.fullmatch(r"Unreleased|\d+\.\d+\.\d+", heading) for heading in headings)

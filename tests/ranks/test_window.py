@@ -6,8 +6,8 @@ effect that it has with plain DDP.
 
 import copy
 import io
-import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 from unittest import mock
 
@@ -536,9 +536,8 @@ def with_default(group: dist.ProcessGroup, way: str, device: str | None, setting
     """All that a state does beside `device`, which may have no memory: whatever is made must say where it lies."""
     at = Setting(group, way, None)
     batches = [batch(at.rank, t) for t in range(4)]
-    before, kept = os.environ.get("SAEF_TEST_DEVICE"), way_of_keeping_x(way)  # as in `support.ranks`
-    torch.set_default_device(device or before)
-    try:
+    kept = way_of_keeping_x(way)
+    with torch.device(device) if device else nullcontext():  # the mode that set_default_device enters, to be left again
         with mock.patch("saef.step.joining.create", kept):
             state = saef.SAEFState(at.model, at.optimizer, audit_every=2, **settings)
         at.model.register_comm_hook(state, saef_hook)
@@ -552,8 +551,6 @@ def with_default(group: dist.ProcessGroup, way: str, device: str | None, setting
         state.load_state_dict(state.consolidated_state_dict())
         state.flush()
         state.reset_errors()
-    finally:
-        torch.set_default_device(before)
     return [flat(at.net), state.m]
 
 
