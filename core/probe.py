@@ -180,9 +180,10 @@ def measure_network(device: torch.device, pause_s: float = 0.0) -> Network:
 def _curve(
     make: Callable[[int], Callable[[], object]], sizes: Sequence[int], device: torch.device, pause_s: float
 ) -> Curve:
+    """Of what `make` gives for so many bytes; those that would take longer than LONGEST_S are left out."""
     took: list[float] = []
-    for n, last in zip(sizes, (0, *sizes), strict=False):
-        expected = took[-1] * n / last if took else 0.0
+    for n in sizes:
+        expected = took[-1] * n / sizes[len(took) - 1] if took else 0.0
         if len(took) > 1 and expected > LONGEST_S:
             break
         seconds = _mean(_time(make(n), device, pause_s, once=expected > LONG_S), device)

@@ -234,14 +234,14 @@ def test_what_was_tested_is_what_is_pinned() -> None:
     assert [(name, version) for name, version in found if pinned[name.lower()] != version] == []
 
 
-def setup() -> ConfigParser:
+def package() -> ConfigParser:
     config = ConfigParser()
     config.read(CHECKOUT / "setup.cfg")
     return config
 
 
 def test_the_oldest_versions_are_those_that_setup_cfg_allows() -> None:
-    options = setup()["options"]
+    options = package()["options"]
     allowed = {"Python": options["python_requires"].removeprefix(">=")}
     allowed |= dict(line.split(">=") for line in options["install_requires"].split())
     said = re.search(r"with the oldest, (.*?), and the newest", " ".join(PAGES["index.md"].split()))
@@ -256,7 +256,7 @@ def test_the_oldest_versions_are_those_that_setup_cfg_allows() -> None:
 
 
 def test_the_changelog_has_this_version() -> None:
-    config = setup()
+    config = package()
     headings = re.findall(r"^## (.*)$", TEXTS["CHANGELOG.md"], re.MULTILINE)
     assert config["metadata"]["version"] in headings
     assert all(re.fullmatch(r"Unreleased|\d+\.\d+\.\d+", heading) for heading in headings)
