@@ -186,17 +186,17 @@ def _curve(
         expected = took[-1] * n / sizes[len(took) - 1] if took else 0.0
         if len(took) > 1 and expected > LONGEST_S:
             break
-        seconds = _mean(_time(make(n), device, pause_s, once=expected > LONG_S), device)
+        measure = _once if expected > LONG_S else _time
+        seconds = _mean(measure(make(n), device, pause_s), device)
         took.append(max(seconds, took[-1]) if took else seconds)  # noise must not make a longer message faster
     return Curve(tuple(map(float, sizes[: len(took)])), tuple(took))
 
 
-def _time(work: Callable[[], object], device: torch.device, pause_s: float = 0.0, once: bool = False) -> float:
+def _time(work: Callable[[], object], device: torch.device, pause_s: float = 0.0) -> float:
     """Median seconds, of all ranks together each time."""
-    if once:
-        return _once(work, device, pause_s)
-    _once(work, device, pause_s)
-    return median(_once(work, device, pause_s) for _ in range(REPETITIONS))
+    once = partial(_once, device=device, pause_s=pause_s)
+    once(work)
+    return median(once(work) for _ in range(REPETITIONS))
 
 
 def _once(work: Callable[[], object], device: torch.device, pause_s: float = 0.0) -> float:

@@ -327,7 +327,7 @@ def test_a_process_that_ends_lets_an_exchange_under_way_come_to_its_end(tmp_path
     ranks = [subprocess.Popen(w, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for w in words]
     said = [rank.communicate(timeout=120) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], said
-    assert said[0][0].splitlines()[-1] == "1"  # gloo of torch 2.9 says on stdout that it has connected
+    assert said[0][0] == "1\n"
 
 
 def test_the_thread_ends_with_its_owner() -> None:
