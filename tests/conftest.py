@@ -19,6 +19,8 @@ import torch
 from support.ranks import RankPool
 
 torch.set_num_threads(1)  # beside other processes torch's threads wait for each other for longer than they work
+if hasattr(os, "SCHED_BATCH"):  # and so do gloo's, if those that messages wake interrupt what has sent them
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # inherited by all that tests start
 FOLDERS = ("pure", "workers", "ranks", "frameworks")  # what each needs: see support/__init__.py
 KINDS = r"test_(horovod|deepspeed)"  # files that share processes which take long to start
 

@@ -13,6 +13,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -56,7 +58,25 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     with pytest.MonkeyPatch.context() as patch:
         if not CUDA:
             patch.setenv("TRITON_INTERPRET", "1")
+            interpreter = importlib.import_module("triton.runtime.interpreter")
+            patch.setattr(interpreter, "_patch_lang", prepared_once(interpreter._patch_lang))
         yield torch.device(request.param)
+
+
+def prepared_once(prepare: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The interpreter's `_patch_lang` without what takes more time than all else: preparing the language again for
+    every function that a kernel calls. What is prepared has no builtins any more."""
+    language = importlib.import_module("triton.language")
+
+    @cache
+    def known(function: Any) -> list[Any]:
+        names = function.__globals__.values()
+        return [part for part in (language, language.core) if any(value is part for value in names)]
+
+    def needed(function: Any) -> Any:
+        return prepare(function) if any(language.core.is_builtin(part.load) for part in known(function)) else None
+
+    return needed
 
 
 @pytest.mark.parametrize("which", ["block or misleads", "not (block or misleads)"])
