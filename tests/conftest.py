@@ -21,6 +21,8 @@ from support.ranks import RankPool
 torch.set_num_threads(1)  # beside other processes torch's threads wait for each other for longer than they work
 if hasattr(os, "SCHED_BATCH"):  # and so do gloo's, if those that messages wake interrupt what has sent them
     os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # inherited by all that tests start
+# torch asks the name server who is at either end of each connection to a store: a lost answer then costs one second.
+os.environ.setdefault("RES_OPTIONS", "timeout:1")
 FOLDERS = ("pure", "workers", "ranks", "frameworks")  # what each needs: see support/__init__.py
 KINDS = r"test_(horovod|deepspeed)"  # files that share processes which take long to start
 

@@ -49,15 +49,15 @@ class TorchTransport(Ordered):
         if rank < 0:
             raise ValueError("this rank is not a member of process_group; create the state on its members only")
         super().__init__(rank, dist.get_world_size(group), device, thread=cpu)
-        store, self._timeout = private_store(group, device, what), timeout_of(group, device)
+        name, self._timeout = private_name(group, device, what), timeout_of(group, device)
+        store = PrefixStore(name, _get_default_store())
         self._private = gloo(store, rank, self.size, self._timeout) if cpu else None
         self._store, self.pipelines = store, cpu and self.size > 1
         self._replies: TorchTransport | None = None  # made when the first is sent
         self.group: Any = self._private or group  # a gloo backend has the same methods
         self._nccl = not cpu and group._get_backend(device).name() == "nccl"
-        if self.size > 1 and hasattr(store, "clone"):  # a blocking call of another thread must not hold up this one's
-            store = store.clone()
-        self._meetings = _meetings(store, group, device, self._private)
+        meetings = PrefixStore(name, _beside_default_store()) if self.size > 1 else store
+        self._meetings = _meetings(meetings, group, device, self._private)
         self._creations = _meetings(_get_process_group_store(group), group, device, self._private)
         self._neighbours: Purpose | None = None  # for what the thread is in a receive from single ranks
 
@@ -186,8 +186,8 @@ def _ended(work: Any, seconds: float) -> bool:
     return True
 
 
-def private_store(group: dist.ProcessGroup, device: torch.device, what: str) -> Store:
-    """A key-value store for these ranks alone, in which new groups find their members. Collective over `group`.
+def private_name(group: dist.ProcessGroup, device: torch.device, what: str) -> str:
+    """What these ranks alone know, under which new groups find their members in a store. Collective over `group`.
 
     Not `dist.new_group`: it needs all ranks of the job to call it or, with use_local_synchronization, that
     its members have created equally many groups before; both can hang. Rank 0 draws the name instead.
@@ -201,7 +201,22 @@ def private_store(group: dist.ProcessGroup, device: torch.device, what: str) -> 
     token = torch.randint(2**62, (1,), dtype=torch.int64, generator=generator, device="cpu").to(device)
     if dist.get_world_size(group) > 1:
         dist.broadcast(token, dist.get_global_rank(group, 0), group=group)
-    return PrefixStore(f"saef-{token.item()}", _get_default_store())
+    return f"saef-{token.item()}"
+
+
+def _beside_default_store() -> Store:
+    """The default store over a connection that only threads of saef use, and none of them waits in.
+
+    A call that blocks in another thread would hold up theirs. One for all states: torch looks up the names of both ends
+    of each connection, for which a name server may need seconds.
+    """
+    default: Any = _get_default_store()
+    if default not in _BESIDE:
+        _BESIDE[default] = default.clone()
+    return _BESIDE[default]
+
+
+_BESIDE: weakref.WeakKeyDictionary[Store, Store] = weakref.WeakKeyDictionary()
 
 
 def meet(group: dist.ProcessGroup | None, device: torch.device, what: str) -> None:

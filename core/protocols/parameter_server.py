@@ -28,10 +28,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._utils import _unflatten_dense_tensors
-from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
 
 from ..comm import agreement
-from ..comm.torch_transport import TorchTransport, gloo, private_store, timeout_of
+from ..comm.torch_transport import TorchTransport, gloo, private_name, timeout_of
 
 logger = logging.getLogger("saef")
 
@@ -107,7 +107,7 @@ class ParameterServer:
         found = [(tuple(p.shape), p.dtype) for p in self.params]
         agreement.compare({"parameters": found}, transport, transport.device)
         self.dtype = torch.float64 if any(p.dtype == torch.float64 for p in self.params) else torch.float32
-        store = private_store(group, cpu, what)
+        store = PrefixStore(private_name(group, cpu, what), _get_default_store())
         self._workers: dict[int, _Link] = {}
         self._server: _Link | None = None
         for k in range(1, size):

@@ -330,6 +330,28 @@ def test_a_step_does_not_use_the_store_and_meetings_do_not_fill_it(pool: RankPoo
         assert pool.run(unused, ranks=ranks) == [(0, 0)] * ranks
 
 
+def connected_to_the_store() -> int:
+    """How many connections this process has to it: of IPv4, as the kernel lists them, or of IPv4 in IPv6."""
+    port = f":{dist.distributed_c10d._get_default_store().underlying_store.port:04X}"
+    own = {os.readlink(entry) for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink()}
+    rows = [line.split() for name in ("tcp", "tcp6") for line in Path("/proc/self/net", name).read_text().splitlines()]
+    return sum(row[2].endswith(port) and f"socket:[{row[9]}]" in own for row in rows)
+
+
+def connections(group: dist.ProcessGroup) -> list[int]:
+    found, states = [], []
+    for _ in range(3):
+        states.append(wrap(group, Job())[-1])
+        found.append(connected_to_the_store())
+    return found
+
+
+def test_all_states_share_a_connection_to_the_store(pool: RankPool) -> None:
+    """Besides torch's own: for each of them torch asks the name server who is at either end."""
+    for found in pool.run(connections, ranks=2):
+        assert found == [2, 2, 2]
+
+
 # ---- the place where they meet, by threads ---------------------------------------------------------------------
 
 
