@@ -101,12 +101,13 @@ $(VENV)/.docs: $(VENV)/.deps
 	rm -rf build *.egg-info
 	touch $@
 
-# In three processes (-n): two cores then have little to wait for. ARGS="-n 0 FILE" runs a file in one.
+# In three processes (-n), since jobs of frameworks wait; ranks alone keep two cores at work with two. ARGS="-n 0 FILE"
+# runs a file in one.
 test: env horovod
 	$(PY) -m pytest -n 3 $(ARGS)
 
 quick: env
-	$(PY) -m pytest -n 3 -m 'not slow' tests/pure tests/workers tests/ranks $(ARGS)
+	$(PY) -m pytest -n 2 -m 'not slow' tests/pure tests/workers tests/ranks $(ARGS)
 
 # ---- programs -----------------------------------------------------------------------------------------------
 

@@ -787,6 +787,7 @@ def test_a_reply_stays_within_its_bytes(dtype):
         assert (reply[:guard] == 0xA5).all() and (reply[-guard:] == 0xA5).all()
 
 
+@pytest.mark.slow
 def test_no_index_leaves_its_array():
     """All kernels as plain Python in a process of its own: there numpy checks every index."""
     env = {**os.environ, "NUMBA_DISABLE_JIT": "1"}

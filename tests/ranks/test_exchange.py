@@ -180,6 +180,7 @@ def in_pieces(group: dist.ProcessGroup, job: Job, piece_bytes: int) -> dict[str,
         return {**train(group, job), "replies": made.call_count}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"max_grad_norm": 0.1}, {"local_steps": 2}], ids=str)
 @pytest.mark.parametrize("compressor", [saef.ScaledSign(), saef.TopK(0.3, block=10)], ids=str)
 @pytest.mark.parametrize("exchange", ["replicated", "sharded"])

@@ -110,6 +110,7 @@ HOW = {"fsdp": (train_sharded, shards), "ddp": (train_ddp, entries)}
 ALL = {**HOW, "replicate": (train_replicated, entries)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ALL)
 @pytest.mark.parametrize("more", [{"max_grad_norm": 0.5}, {"micro_batches": 2}], ids=lambda m: next(iter(m)))
 def test_a_nodes_gradient_is_clipped_and_accumulated_as_one(pool: RankPool, more: dict[str, Any], how: str) -> None:
