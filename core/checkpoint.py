@@ -33,6 +33,7 @@ A state is saved as it was before the step that is under way, if one is.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -297,6 +298,15 @@ def _check_rounds(rounds: Mapping[str, Any] | None, local_steps: int) -> None:
     if not isinstance(rounds, Mapping) or not {"done", "optimizer", "own"} <= {*rounds}:
         raise ValueError(
             "the checkpoint is damaged: its 'rounds', with the optimizer's state, is missing or incomplete"
+        )
+    state = rounds["optimizer"].get("state", {})
+    entries = json.loads(rounds.get("entries", "{}"))
+    gone = [name for name, of in entries.items() if not {*of} <= {*map(str, state.get(name, {}))}]
+    if gone or (rounds["done"] and "X" not in rounds):
+        raise ValueError(
+            f"the optimizer's state of {gone[:5] or 'a round under way'} is missing: torch.distributed.checkpoint "
+            "fills only what a state has already, and an optimizer that steps by itself has nothing before its first "
+            "step. Save with saef.save_checkpoint, or torch.save(state.state_dict()), between two rounds or within one"
         )
     if rounds["done"] >= local_steps:
         raise ValueError(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections import Counter, OrderedDict, defaultdict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -52,10 +52,12 @@ def save_checkpoint(
 
     Raises:
         ValueError: if keep < 1.
-        TypeError: if `extra` has something that weights_only=True would not load, naming it.
+        TypeError: if keep is no int, or if `extra` has something that weights_only=True would not load, naming it.
         OSError: if this rank could not write; earlier checkpoints are still there.
         RuntimeError: if another rank failed in one of these ways.
     """
+    if isinstance(keep, bool) or not isinstance(keep, int):
+        raise TypeError(f"keep must be a whole number of checkpoints, got {keep!r}")
     if keep < 1:
         raise ValueError(f"keep must be at least 1 checkpoint, got {keep}")
     transport, root = state.engine.node.everyone, Path(folder)
@@ -114,13 +116,19 @@ def load_checkpoint(folder: str | os.PathLike[str], state: SAEFState) -> dict[st
         What was given as `extra` (by this rank; by rank 0 if consolidated), or None if there is no checkpoint.
 
     Raises:
-        ValueError: if it does not fit the state, or another number of ranks wrote it with consolidate=False.
+        ValueError: if it does not fit the state, or another number of ranks wrote it with consolidate=False; or if
+            `folder` is a checkpoint itself.
         OSError, RuntimeError, pickle.UnpicklingError: if this rank cannot read it.
         RuntimeError: if another rank failed in one of these ways.
     """
     root = Path(folder)
 
     def newest() -> str:
+        if (root / COMPLETE).exists() or (any(root.glob("rank-*-of-*.pt")) and not any(_checkpoints(root))):
+            raise ValueError(
+                f"{root} is a single checkpoint, as save_checkpoint() returns it: give the folder that it lies in, "
+                f"{root.parent}, of which the newest complete one is loaded"
+            )
         return next((p.name for p in reversed(_checkpoints(root)) if (p / COMPLETE).exists()), "")
 
     transport = state.engine.node.everyone
@@ -203,19 +211,26 @@ PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.d
 
 def _check_plain(value: object, where: str) -> str:
     """Raise TypeError for what torch.load(weights_only=True) would refuse, when it is too late to save it otherwise."""
-    if type(value) in (dict, OrderedDict, defaultdict, Counter):
+    if type(value) in (dict, OrderedDict, Counter):
         for key, part in value.items():  # type: ignore[attr-defined]
             _check_plain(key, f"a key of {where}")
             _check_plain(part, f"{where}[{key!r}]")
     elif type(value) in (list, tuple, set):
         for i, part in enumerate(value):  # type: ignore[arg-type]
             _check_plain(part, f"{where}[{i}]")
-    elif not isinstance(value, torch.Tensor) and type(value) not in PLAIN:
+    elif not _is_plain_tensor(value) and type(value) not in PLAIN:
         raise TypeError(
             f"{where} is a {type(value).__name__}, which could not be loaded again with weights_only=True: save "
             "tensors, numbers, strings, and dicts and lists of them (float(x) for a numpy number)"
         )
     return ""
+
+
+def _is_plain_tensor(value: object) -> bool:
+    """Whether it is loaded again: torch's own kinds, without attributes of the user's."""
+    if type(value) in (torch.Tensor, torch.nn.Parameter):
+        return {*vars(value)} <= {"persistent", "_is_buffer"}  # of a torch.nn.Buffer
+    return isinstance(value, torch.Tensor) and held(value) is not value
 
 
 def _checkpoints(root: Path) -> list[Path]:

@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import functools
 import logging
+import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -72,12 +73,51 @@ def bind(
     state = later.bind(ddp, optimizer, grad_scaler=accelerator.scaler, **others)
     ddp.register_comm_hook(state, saef_hook)
     _tell_schedulers(optimizer, state)
-    accelerator.clip_grad_norm_ = functools.partial(_clip_norm, accelerator.clip_grad_norm_, state)
-    accelerator.clip_grad_value_ = functools.partial(_clip_value, accelerator.clip_grad_value_, state)
-    name = _name(accelerator, state)
-    accelerator.register_save_state_pre_hook(lambda models, weights, folder: _save(Path(folder) / name, state))
-    _load_with(accelerator, name, state)
+    ours = _Ours(accelerator, ddp, state)
+    accelerator.clip_grad_norm_ = functools.partial(_clip_norm, accelerator.clip_grad_norm_, ours)
+    accelerator.clip_grad_value_ = functools.partial(_clip_value, accelerator.clip_grad_value_, ours)
+    accelerator.register_save_state_pre_hook(lambda models, weights, folder: ours.save(folder))
+    _load_with(accelerator, ours)
+    _free_with(accelerator, ours)
     return state
+
+
+@final
+class _Ours:
+    """What an Accelerator knows of a state, which lives as long as its DistributedDataParallel does.
+
+    Attributes:
+        name: of the folder in a checkpoint: "saef", and "saef_1" ... for further models, as Accelerate names theirs.
+    """
+
+    def __init__(self, accelerator: Accelerator, ddp: DistributedDataParallel, state: saef.SAEFState) -> None:
+        self._accelerator, self._ddp = weakref.ref(accelerator), weakref.ref(ddp)
+        self._state = weakref.ref(state)
+        others = [one for one in getattr(accelerator, "_saef", []) if one.prepared() is not None and not one.was(ddp)]
+        self.name = f"saef_{len(others)}" if others else "saef"
+        accelerator._saef = [*others, self]
+
+    def attached(self) -> saef.SAEFState | None:
+        """The state, if it still trains."""
+        state = self._state()
+        return state if state is not None and state.engine.attached else None
+
+    def prepared(self) -> saef.SAEFState | None:
+        """The state, if Accelerate still has its model: free_memory() lets go of it."""
+        accelerator, ddp = self._accelerator(), self._ddp()
+        if accelerator is None or ddp is None:
+            return None
+        known = [*map(id, (ddp, ddp.module))]  # Accelerate lists the module, and after compiling what is around it
+        return self.attached() if any(id(unwrap_model(model)) in known for model in accelerator._models) else None
+
+    def was(self, ddp: DistributedDataParallel) -> bool:
+        """Whether it is the state that this model had before it was prepared anew."""
+        own = self._ddp()
+        return own is not None and own.module is ddp.module
+
+    def save(self, folder: str) -> None:
+        if (state := self.prepared()) is not None:
+            saef.save_checkpoint(Path(folder) / self.name, state, keep=1)
 
 
 def _check(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> DistributedDataParallel:
@@ -109,13 +149,6 @@ def _check(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Op
     return ddp
 
 
-def _name(accelerator: Accelerator, state: saef.SAEFState) -> str:
-    """Of the folder in a checkpoint: "saef", and "saef_1" ... for further models, as Accelerate names theirs."""
-    states = [s for s in getattr(accelerator, "_saef", []) if s.engine.attached]
-    accelerator._saef = [*states, state]
-    return f"saef_{len(states)}" if states else "saef"
-
-
 # ---- what Accelerate calls ------------------------------------------------------------------
 
 
@@ -137,13 +170,16 @@ def _tell_schedulers(optimizer: Any, state: saef.SAEFState) -> None:
 
 def _clip_norm(
     original: Callable[..., Any],
-    state: saef.SAEFState,
+    ours: _Ours,
     parameters: Iterable[Tensor] | Tensor,
     max_norm: float | Tensor,
     norm_type: float = 2,
 ) -> Any:
     """Accelerator.clip_grad_norm_: the norm of this rank's own gradient, which SAEFState clips at `max_norm`."""
-    every, found = _listed(parameters), state.settings.max_grad_norm
+    every, state = _listed(parameters), ours.attached()
+    if state is None:
+        return original(every, max_norm, norm_type=norm_type)
+    found = state.settings.max_grad_norm
     differs = norm_type != 2 or float(max_norm) not in (found, float("inf"))
     if (differs and not _sends(state)) or not _is_of(state, every, "clip_grad_norm_"):
         return original(every, max_norm, norm_type=norm_type)
@@ -157,10 +193,10 @@ def _clip_norm(
 
 
 def _clip_value(
-    original: Callable[..., Any], state: saef.SAEFState, parameters: Iterable[Tensor] | Tensor, clip_value: float
+    original: Callable[..., Any], ours: _Ours, parameters: Iterable[Tensor] | Tensor, clip_value: float
 ) -> Any:
-    every = _listed(parameters)
-    if not _sends(state) or not _is_of(state, every, "clip_grad_value_"):
+    every, state = _listed(parameters), ours.attached()
+    if state is None or not _sends(state) or not _is_of(state, every, "clip_grad_value_"):
         return original(every, clip_value)
     raise ValueError(
         "accelerator.clip_grad_value_ comes when gradients have been sent, and saef clips by the norm only: pass "
@@ -180,7 +216,7 @@ def _sends(state: saef.SAEFState) -> bool:
 def _is_of(state: saef.SAEFState, parameters: list[Tensor], method: str) -> bool:
     """Whether they are the state's. ValueError if only some are, or only some of its own."""
     own, given = {id(p) for p in state.weights.parameters}, {id(p) for p in parameters if p.requires_grad}
-    if not state.engine.attached or own.isdisjoint(given):
+    if own.isdisjoint(given):
         return False
     if own != given:
         raise ValueError(
@@ -190,12 +226,7 @@ def _is_of(state: saef.SAEFState, parameters: list[Tensor], method: str) -> bool
     return True
 
 
-def _save(folder: Path, state: saef.SAEFState) -> None:
-    if state.engine.attached:
-        saef.save_checkpoint(folder, state, keep=1)
-
-
-def _load_with(accelerator: Accelerator, name: str, state: saef.SAEFState) -> None:
+def _load_with(accelerator: Accelerator, ours: _Ours) -> None:
     """Have accelerator.load_state load ours, after its own: the optimizer's state that Accelerate has is rank 0's."""
     folders: list[str] = []
     accelerator.register_load_state_pre_hook(lambda models, folder: folders.append(folder))
@@ -204,9 +235,24 @@ def _load_with(accelerator: Accelerator, name: str, state: saef.SAEFState) -> No
     @functools.wraps(original)
     def load_state(*args: Any, **kwargs: Any) -> None:
         original(*args, **kwargs)
-        load(Path(folders.pop()) / name, state)
+        folder = Path(folders.pop())
+        if (state := ours.prepared()) is not None:
+            load(folder / ours.name, state)
 
     accelerator.load_state = load_state
+
+
+def _free_with(accelerator: Accelerator, ours: _Ours) -> None:
+    """Have accelerator.free_memory, as after a step that did not fit into memory, leave the model at x."""
+    original = accelerator.free_memory
+
+    @functools.wraps(original)
+    def free_memory(*objects: Any) -> Any:
+        if (state := ours.attached()) is not None:
+            state.engine.leave()
+        return original(*objects)
+
+    accelerator.free_memory = free_memory
 
 
 def load(folder: Path, state: saef.SAEFState) -> None:

@@ -99,6 +99,10 @@ class SAEFCallback(Callback):  # type: ignore[misc]
         if not pl_module.automatic_optimization and self.state is not None and self.state.engine.attached:
             self.state.engine.before_backward(loss)
 
+    def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """Between forward and backward: where averages of the weights are taken, say."""
+        self._leave()
+
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         steps, every = trainer.global_step, trainer.log_every_n_steps
         due = trainer.is_last_batch or (every and steps % every == 0)
@@ -109,9 +113,16 @@ class SAEFCallback(Callback):  # type: ignore[misc]
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Also after Tuner's, which end a fit by an exception that no callback is told of."""
         self._give_back(trainer)
+        self._leave()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         self._give_back(trainer)
+        self._leave()
+
+    def _leave(self) -> None:
+        """The parameters are x."""
+        if self.state is not None and self.state.engine.attached:
+            self.state.engine.leave()
 
     # ---- clipping ---------------------------------------------------------------------------
 

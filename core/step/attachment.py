@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from functools import partial
+from functools import partial, wraps
 from typing import Any, Protocol, final
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 from torch import Tensor, nn
@@ -20,15 +20,15 @@ OPAQUE = (
     "wrapper or the step, and evaluate it before a training forward or after its backward, not in between"
 )
 
-# The newest attachment of each model, as a token.
-_newest: WeakKeyDictionary[nn.Module, object] = WeakKeyDictionary()
+# The newest attachment of each model.
+_newest: WeakKeyDictionary[nn.Module, ref[Attachment]] = WeakKeyDictionary()
 
 
 class Steps(Protocol):
     """What is called.
 
     begin: before a forward with gradients enabled.
-    enter: before the backward of such a forward; its argument is what `begin` returned.
+    enter: before the backward of such a forward; its argument is what `begin` returned, unless that was None.
     over: after that backward. leave: before any other forward, before state_dict() and load_state_dict().
     reduced: within a backward, when FSDP has made a parameter's gradient its node's, or its rank's.
     zeroing: before zero_grad().
@@ -39,7 +39,7 @@ class Steps(Protocol):
 
     @property
     def ahead(self) -> bool: ...
-    def begin(self) -> int: ...
+    def begin(self) -> int | None: ...
     def enter(self, number: int) -> None: ...
     def over(self) -> None: ...
     def leave(self) -> None: ...
@@ -88,12 +88,11 @@ class Attachment:
             model.register_forward_hook(_Hook(opaque(self._after_forward))),
             *(p.register_post_accumulate_grad_hook(opaque(steps.reduced)) for p in reduced),
         ]
-        modules, self._trained = [model], model
-        if isinstance(inner := getattr(model, "module", None), nn.Module):
-            self._trained = inner
+        modules, self._trained = [model], _trained_by(model)
+        if (inner := self._trained) is not model:
             modules.append(inner)  # what DDP wraps; users evaluate and save it directly
             self._handles.append(inner.register_forward_pre_hook(_Hook(self._before_inner_forward)))
-        _newest[self._trained] = self._token = object()
+        _newest[self._trained] = ref(self)
         for module in modules:
             self._handles.append(module.register_state_dict_pre_hook(_Hook(self._before_access)))
             self._handles.append(module.register_load_state_dict_pre_hook(_Hook(self._before_access)))
@@ -101,12 +100,12 @@ class Attachment:
         for one in self._zeroing:
             one.zero_grad = opaque(_left_before(steps, one.zero_grad))  # type: ignore[method-assign]
         _watch(self)
-        self._number = 0
+        self._number: int | None = 0
 
     @property
     def newest(self) -> bool:
         """Whether the model's parameters are still this one's: no other state has been made for the model since."""
-        return _newest.get(self._trained) is self._token
+        return _newest_of(self._trained) is self
 
     @property
     def attached(self) -> bool:
@@ -117,6 +116,11 @@ class Attachment:
         """Whatever other hooks are to see before the step (gradients, above all), they see before this one hides it."""
         hooks: Any = self._optimizer._optimizer_step_pre_hooks
         hooks.move_to_end(self._handles[0].id)
+
+    def come_first_after(self) -> None:
+        """Whatever other hooks are to see or change after the step, they find when this one has shown it."""
+        hooks: Any = self._optimizer._optimizer_step_post_hooks
+        hooks.move_to_end(self._handles[1].id, last=False)
 
     def remove(self) -> None:
         """Take all hooks away."""
@@ -158,7 +162,7 @@ class Attachment:
 
     def watch(self, output: Any) -> None:
         """Have the backward of a forward's output tell when it begins: the gradient of an output is its first."""
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and self._number is not None:
             for tensor in tensors_in(output):
                 if tensor.requires_grad:
                     _come_first(tensor, tensor.register_hook(partial(self._enter, self._number)))
@@ -172,6 +176,23 @@ class Attachment:
 
     def _before_access(self, *_: Any) -> None:
         self._leave()
+
+
+def leave_the_last(model: nn.Module) -> None:
+    """The parameters are x, before another state is made: a step of the last one may have been given up in between."""
+    if (last := _newest_of(_trained_by(model))) is not None and last.attached:
+        last._steps.leave()
+
+
+def _trained_by(model: nn.Module) -> nn.Module:
+    """What DDP wraps, or the model itself."""
+    inner = getattr(model, "module", None)
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def _newest_of(trained: nn.Module) -> Attachment | None:
+    found = _newest.get(trained)
+    return None if found is None else found()
 
 
 # The attachments that are there, and one hook for all of them, from the first on: torch keeps it for ever.
@@ -193,6 +214,7 @@ def _before_any_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -
 def _left_before(steps: Steps, original: Callable[..., None]) -> Callable[..., None]:
     """`original` after `steps.zeroing()`."""
 
+    @wraps(original)  # frameworks look whether it takes set_to_none
     def zero_grad(*args: Any, **kwargs: Any) -> None:
         steps.zeroing()
         original(*args, **kwargs)

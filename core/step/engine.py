@@ -33,7 +33,7 @@ from ..comm.node import Node
 from ..comm.transport import Transport
 from ..wire import kernels
 from .algorithm import Algorithm
-from .attachment import Attachment
+from .attachment import Attachment, leave_the_last
 from .audit import Audit, compare_settings
 from .clock import Clock
 from .error_averaging import ErrorAveraging
@@ -97,6 +97,7 @@ class Engine:
     ) -> None:
         given, model, optimizer = optimizer, unwrap_model(model), unwrap_optimizer(optimizer)
         check_optimizer(optimizer)
+        leave_the_last(model)
         self.loss_scale = LossScale(grad_scaler)
         self.rule = LocalRule(optimizer, settings, self.loss_scale)
         self.rule.read(step=0)
@@ -125,6 +126,8 @@ class Engine:
         self._reducing = False  # whether a backward is under way that hands over reduced gradients
         self._groups = groups_in(model)  # of parameters, FSDP's
         self._attachment = Attachment(model, optimizer, given, weights.parameters if self._groups else (), self)
+        if self.rule.rule.of_gradients:  # else what others do to the parameters then is a part of the local step
+            self._attachment.come_first_after()
         take_out(self._groups)
         self._kept.save_with(optimizer)
 
@@ -236,8 +239,15 @@ class Engine:
         """Within a forward of the model that began before the state was made: torch does not call new hooks there."""
         self._attachment.before_forward(self._watch.model, ())
 
-    def begin(self) -> int:
-        """Before a training forward: average the errors, once a step, and step ahead. The number of this x_half."""
+    def begin(self) -> int | None:
+        """Before a training forward: average the errors, once a step, and step ahead.
+
+        Returns:
+            The number of this x_half; None if nothing of the model is trained just now: another is, through it.
+        """
+        if self._watch.all_frozen():
+            self.leave()
+            return None
         self._fresh = True
         if self.weights.ahead or not self._attachment.newest:
             return self.weights.number

@@ -214,7 +214,8 @@ class GradientForm(Form):
             raise RuntimeError(
                 "optimizer.step() found gradients that were never exchanged: run the last micro-batch outside "
                 "no_sync() and, with DDP, register the hook (model.register_comm_hook(state, saef_hook)). "
-                "DDP with static_graph=True skips its hooks after no_sync(): leave one of the two out"
+                "DDP with static_graph=True skips its hooks after no_sync(): leave one of the two out. If this is a "
+                "second step() after one backward, the first one has applied them: call zero_grad() in between"
             )
         self._host.loss_scale.hide(optimizer)
         self._hide()

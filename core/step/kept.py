@@ -8,6 +8,7 @@ the mark of the step tells when they are of another one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, final
 
 import torch
@@ -32,18 +33,26 @@ class Kept:
         self._rule, self._weights, self._memory, self._owes = context.rule, context.weights, memory, context.owes
         self._names, self._counter = self._rule.names, self._rule.counter
         self._steps = torch.zeros(len(self._weights.parameters), device="cpu")  # as torch has them: a float32 each
-        self._saving: RemovableHandle | None = None
+        self._handles: list[RemovableHandle] = []
+        self._loaded = False  # whether the optimizer has loaded a state since the last step
         self._views: list[list[Tensor]] = []
         self._of: Tensor | None = None  # the m that they are views of
+        self._places: list[list[int]] = []  # and where they lie in memory
+        self._counters: Sequence[Tensor] = ()
 
     def save_with(self, optimizer: torch.optim.Optimizer) -> None:
         """What this optimizer's state_dict() gives, torch's own optimizer can load."""
         self._save_no_more()
-        self._saving = optimizer.register_state_dict_post_hook(self._saved)
+        self._handles.append(optimizer.register_state_dict_post_hook(self._saved))
+        self._handles.append(optimizer.register_load_state_dict_post_hook(self._has_loaded))
 
     def _save_no_more(self) -> None:
-        if self._saving is not None:
-            self._saving.remove()
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _has_loaded(self, optimizer: torch.optim.Optimizer) -> None:
+        self._loaded = True
 
     def _saved(self, optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
         state = {
@@ -55,15 +64,43 @@ class Kept:
     def show(self, optimizer: torch.optim.Optimizer) -> None:
         """The optimizer's state is what the memory holds."""
         memory, parameters = self._memory, self._weights.parameters
+        self._loaded = False
         if self._of is not memory.m:
             self._of, self._views = memory.m, [self._cut(m) for m in memory.m]
+            self._places = [self._places_of(views) for views in self._views]
         for name, views in zip(self._names, self._views, strict=False):
             for p, view in zip(parameters, views, strict=True):
                 optimizer.state[p][name] = view
         if self._counter is not None:
-            for p, steps in zip(parameters, self._steps.unbind(), strict=True):
+            self._counters = self._steps.unbind()
+            for p, steps in zip(parameters, self._counters, strict=True):
                 optimizer.state[p][self._counter] = steps
         self._set_mark(optimizer)
+
+    @staticmethod
+    def _places_of(views: Sequence[Tensor]) -> list[int]:
+        return [*map(Tensor.data_ptr, map(held, views))]
+
+    def _edited(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether momentum was replaced or removed since `show`. What is written to it in place is there already."""
+        if self._of is not self._memory.m:
+            return False
+        states = [_state(optimizer, p) for p in self._weights.parameters]
+        for name, views, places in zip(self._names, self._views, self._places, strict=False):
+            if any(state.get(name) is not view for state, view in zip(states, views, strict=True)):
+                return True
+            if self._places_of(views) != places:
+                return True
+        return False
+
+    def _recounted(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether the steps that torch counts were set to others, likewise."""
+        if self._counter is None or not self._counters:
+            return False
+        states = [_state(optimizer, p) for p in self._weights.parameters]
+        if any(s.get(self._counter) is not steps for s, steps in zip(states, self._counters, strict=True)):
+            return True
+        return bool((self._steps != self._memory.steps).any())
 
     def _cut(self, m: Tensor) -> list[Tensor]:
         return [self._weights.like_parameter(i, part) for i, part in enumerate(self._weights.cut(m))]
@@ -83,11 +120,11 @@ class Kept:
         """
         mark = self._mark(optimizer)
         if mark is None:
-            if self._is_plain(optimizer) and self._owes and self._errors():
+            if (self._loaded or self._of_another(optimizer)) and self._owes and self._errors():
                 raise RuntimeError(
-                    "the optimizer has loaded the state of a run without saef, but this state's errors are of step "
-                    f"{self._memory.steps}: load a checkpoint of saef, or call state.reset_errors() to go on without "
-                    "what the errors owe"
+                    "the optimizer has loaded the state of a run without saef, or of before its first step, but this "
+                    f"state's errors are of step {self._memory.steps}: load a checkpoint of saef, or call "
+                    "state.reset_errors() to go on without what the errors owe"
                 )
         elif mark != self._memory.steps and self._owes:
             raise RuntimeError(
@@ -101,9 +138,12 @@ class Kept:
     def adopt(self, optimizer: torch.optim.Optimizer) -> None:
         """Memory <- the optimizer's momentum and step, unless it is the memory's own step."""
         mark, memory = self._mark(optimizer), self._memory
-        if mark != memory.steps:
+        known, edited = mark == memory.steps, not self._loaded  # what is loaded of this very step is another rank's
+        if not known or (edited and self._edited(optimizer)):
             self._read(optimizer)
-            steps = self._counted(optimizer) if mark is None else mark
+            self._of = None  # views may lie elsewhere (.data = ...)
+        if not known or (edited and self._recounted(optimizer)):
+            steps = mark if mark is not None and not known else self._counted(optimizer)
             if steps is not None:
                 memory.count_from(steps, memory.skipped, memory.skipped_in_a_row, steps)
         self.show(optimizer)
@@ -186,10 +226,13 @@ class Kept:
         group: dict[str, Any] = optimizer.param_groups[0]
         return _state(optimizer, self._weights.parameters[0]) if self._names else group
 
-    def _is_plain(self, optimizer: torch.optim.Optimizer) -> bool:
+    def _of_another(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether there is momentum of another optimizer; else the state was cleared, or there has never been one."""
-        own = not self._names
-        return own or any(n in _state(optimizer, p) for p in self._weights.parameters for n in self._names)
+        if not self._names:
+            return True
+        own = {id(view) for views in self._views for view in views}
+        states = [_state(optimizer, p) for p in self._weights.parameters]
+        return any(n in state and id(state[n]) not in own for state in states for n in self._names)
 
     def _errors(self) -> bool:
         return bool(self._memory.e.any()) or bool(self._memory.e_server.any())

@@ -20,7 +20,7 @@ Saved = dict[str, Any]
 def capture(optimizer: torch.optim.Optimizer, weights: Weights) -> Saved:
     """{"state": {parameter's name: {entry: value}}, "groups": [{setting: value}]}: copies."""
     every = zip(weights.names, weights.parameters, strict=True)
-    state = {name: _copied(optimizer.state[p]) for name, p in every if optimizer.state.get(p)}
+    state = {name: copied(optimizer.state[p]) for name, p in every if optimizer.state.get(p)}
     return {"state": state, "groups": settings_of(optimizer)}
 
 
@@ -43,12 +43,12 @@ def restore(optimizer: torch.optim.Optimizer, weights: Weights, saved: Saved, ow
         else:
             optimizer.state.pop(p, None)
     for group, before in zip(optimizer.param_groups, saved["groups"], strict=True):
-        group.update(_copied({k: v for k, v in before.items() if k in own}))
+        group.update(copied({k: v for k, v in before.items() if k in own}))
 
 
 def settings_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     """The groups' settings: copies."""
-    return [_copied({k: v for k, v in group.items() if k != "params"}) for group in optimizer.param_groups]
+    return [copied({k: v for k, v in group.items() if k != "params"}) for group in optimizer.param_groups]
 
 
 def changed(before: Sequence[Mapping[str, Any]], optimizer: torch.optim.Optimizer) -> set[str]:
@@ -64,7 +64,7 @@ def mean_of_ranks(saved: Saved, transport: Transport, device: torch.device) -> S
     Raises:
         ValueError: on all ranks, if they do not keep the same tensors.
     """
-    found: Saved = _copied(saved)
+    found: Saved = copied(saved)
     named = _floats(found)
     heading = "the optimizers of the ranks keep different tensors, which have no mean: save the rank form (state_dict)"
     compare({"optimizer": [(name, list(t.shape)) for name, t in named]}, transport, device, heading)
@@ -93,14 +93,14 @@ def _same(a: Any, b: Any) -> bool:
     return type(a) is type(b) and bool(a == b)
 
 
-def _copied(value: Any) -> Any:
+def copied(value: Any) -> Any:
     """A deep copy of tensors and collections of them."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, Mapping):
-        return {k: _copied(v) for k, v in value.items()}
+        return {k: copied(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_copied(v) for v in value)
+        return type(value)(copied(v) for v in value)
     return value
 
 
@@ -124,5 +124,5 @@ def _put_back(
         elif isinstance(v, Tensor):
             found[k] = v.detach().to(places.get(k, device), copy=True)
         else:
-            found[k] = _copied(v)
+            found[k] = copied(v)
     return found

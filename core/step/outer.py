@@ -31,6 +31,8 @@ class Nesterov:
             raise ValueError(f"Nesterov: lr must be a positive number, got {self.lr!r}")
         if not is_number(self.momentum) or not 0.0 <= self.momentum < 1.0:
             raise ValueError(f"Nesterov: momentum must be in [0, 1), got {self.momentum!r}")
+        for name in ("lr", "momentum"):  # equal ones read alike in a checkpoint
+            object.__setattr__(self, name, float(getattr(self, name)))
 
 
 def is_number(value: object) -> bool:

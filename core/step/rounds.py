@@ -12,6 +12,7 @@ optimizer's own state can be put back, of which a copy is kept.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, final
 
@@ -24,7 +25,7 @@ from .algorithm import minus_sent
 from .buckets import gather_gradients, group
 from .form import Closure, Form, Host
 from .kept import STEP
-from .optimizer_state import Saved, capture, changed, mean_of_ranks, restore, settings_of
+from .optimizer_state import Saved, capture, changed, copied, mean_of_ranks, restore, settings_of
 from .prepared import Prepared
 from .settings import Settings
 
@@ -322,7 +323,7 @@ class Rounds(Form):
         if self.done:
             found["X"] = {name: weights.local_of(i).clone() for i, name in enumerate(weights.names)}
             if self._before is not None:
-                found["before"] = self._before
+                found["before"] = copied(self._before)
         return found
 
     def consolidated(self, optimizer: torch.optim.Optimizer, transport: Transport) -> Saved:
@@ -330,16 +331,19 @@ class Rounds(Form):
         return self._form(0, mean_of_ranks(self._at_beginning(optimizer), transport, self._host.weights.device))
 
     def _form(self, done: int, state: Saved) -> Saved:
-        return {"done": done, "optimizer": state, "own": sorted(self._own)}
+        entries = {name: sorted(map(str, of)) for name, of in state["state"].items()}
+        return {"done": done, "optimizer": state, "own": sorted(self._own), "entries": json.dumps(entries)}
 
     def _at_beginning(self, optimizer: torch.optim.Optimizer) -> Saved:
-        return self._before if self.done and self._before is not None else capture(optimizer, self._host.weights)
+        return (
+            copied(self._before) if self.done and self._before is not None else capture(optimizer, self._host.weights)
+        )
 
     def load(self, optimizer: torch.optim.Optimizer, saved: Saved) -> None:
         """What `saved` gave; the next forward goes on from there."""
         self._own |= {*saved["own"]}
         restore(optimizer, self._host.weights, saved["optimizer"], self._own)
-        self._loaded = saved
+        self._loaded = copied(saved)
 
 
 class Flight(NamedTuple):

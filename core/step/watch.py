@@ -91,6 +91,10 @@ class Watch:
             found.append("the optimizer's groups are others")
         return ", ".join(found)
 
+    def all_frozen(self) -> bool:
+        """Whether nothing of the model is trained just now. The first parameter tells, mostly."""
+        return not self._parameters[0].requires_grad and not any(map(_TRAINED, self.model.parameters()))
+
     def _in_and_out(self) -> list[str]:
         model = self.model
         trained = [p for p in model.parameters() if p.requires_grad]

@@ -255,6 +255,7 @@ class TopK(Valued):
             raise TypeError(f"ratio must be a number in (0, 1], got {self.ratio!r}; 0.01 sends 1 %")
         if not 0.0 < self.ratio <= 1.0:
             raise ValueError(f"ratio must be in (0, 1], got {self.ratio!r}; 0.01 sends 1 %")
+        object.__setattr__(self, "ratio", float(self.ratio))  # equal ones read alike in a checkpoint
 
     def block_numel(self, numel: int) -> int:
         return _block_numel(self.block, numel)

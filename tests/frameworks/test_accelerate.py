@@ -58,6 +58,16 @@ def test_other_checkpoints(trainers: RankPool, tmp_path: Path) -> None:
         assert "has a communication hook already" in said["again"]
 
 
+def test_a_model_that_was_let_go_of_is_neither_saved_nor_kept(trainers: RankPool, tmp_path: Path) -> None:
+    for names, saved, loaded, gone in trainers.run(job("attempts"), tmp_path, ranks=2):
+        assert names == ["saef"] and gone
+        assert saved.equal(loaded)
+
+
+def test_zero_grad_takes_what_it_took(trainers: RankPool) -> None:
+    assert trainers.run(job("zeroes"), ranks=2) == [True, True]
+
+
 def test_the_scheduler_waits_where_ranks_skip(trainers: RankPool) -> None:
     assert trainers.run(job("skips"), ranks=2) == [(True, 1, True)] * 2
 

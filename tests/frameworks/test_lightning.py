@@ -73,6 +73,11 @@ def test_metrics_are_logged_and_a_trainer_fits_again(trainers: RankPool, tmp_pat
     assert "saef/bytes_per_step" in written.read_text().splitlines()[0]
 
 
+def test_the_weights_are_x_where_gradients_are_zeroed_and_after_a_failure(trainers: RankPool) -> None:
+    for looked, owed, same in trainers.run(job("looks_and_fails"), ranks=2):
+        assert looked > 0 and owed and same
+
+
 def test_what_cannot_be_honoured_is_refused(trainers: RankPool) -> None:
     expected = {
         "misspelt": "did you mean 'compressor'",

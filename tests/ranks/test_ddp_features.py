@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import inspect
 import io
 from typing import Any
 
@@ -480,3 +481,106 @@ def schedule(group: dist.ProcessGroup) -> int:
         scheduler.step()
         assert all(torch.equal(p.grad, g) for p, g in zip(net.parameters(), local, strict=True))  # stays readable
     return state.steps
+
+
+def hooked(group: dist.ProcessGroup, compressor: Any) -> tuple[Tensor, list[float]]:
+    """A hook after the step, registered before saef's, looks at the gradients and zeroes them."""
+    net, norms = make_net(), []
+    model = DDP(net, process_group=group)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+
+    def after(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        norms.append(float(torch.nn.utils.get_total_norm([p.grad for p in net.parameters() if p.grad is not None])))
+        optimizer.zero_grad()
+
+    optimizer.register_step_post_hook(after)
+    if compressor is not None:
+        state = saef.SAEFState(model, optimizer, compressor=compressor)
+        model.register_comm_hook(state, saef_hook)
+    x, y = batch(0, 0)  # the same on all ranks: so is the norm of its gradient
+    for _ in range(5):
+        F.mse_loss(model(x), y).backward()
+        optimizer.step()
+    return flat(net), norms
+
+
+def test_a_hook_after_the_step_finds_and_may_zero_the_gradients(pool: RankPool) -> None:
+    for plain, ours in zip(pool.run(hooked, None, ranks=2), pool.run(hooked, saef.Identity(), ranks=2), strict=True):
+        close(ours[0], plain[0])
+        assert ours[1] == pytest.approx(plain[1], abs=1e-12) and min(plain[1]) > 0
+
+
+def train_through_a_frozen_one(group: dist.ProcessGroup, compressor: Any, unused: bool) -> Tensor:
+    """A GAN whose discriminator is frozen, all of it, while the generator is trained through it."""
+    rank = dist.get_rank(group)
+    torch.manual_seed(3)
+    nets = [make_net(sizes=(6, 5, 6)), make_net(sizes=(6, 7, 1))]
+    generator, critic = (DDP(n, process_group=group, find_unused_parameters=unused) for n in nets)
+    optimizers = [torch.optim.SGD(n.parameters(), lr=0.05, momentum=0.9) for n in nets]
+    if compressor is not None:
+        for model, optimizer in zip((generator, critic), optimizers, strict=True):
+            model.register_comm_hook(saef.SAEFState(model, optimizer, compressor=compressor), saef_hook)
+    for t in range(6):
+        x, _ = batch(rank, t)
+        critic.requires_grad_(False)
+        optimizers[0].zero_grad()
+        critic(generator(x)).mean().backward()
+        optimizers[0].step()
+        critic.requires_grad_(True)
+        optimizers[1].zero_grad()
+        with torch.no_grad():
+            made = generator(x)
+        real, fake = torch.tanh(critic(x)).mean(), torch.tanh(critic.module(made)).mean()
+        (real - fake).backward()
+        optimizers[1].step()
+    return torch.cat([flat(n) for n in nets])
+
+
+@pytest.mark.parametrize("unused", [False, True])
+def test_a_model_may_be_trained_through_one_that_is_frozen(pool: RankPool, unused: bool) -> None:
+    plain = pool.run(train_through_a_frozen_one, None, unused, ranks=2)
+    close(pool.run(train_through_a_frozen_one, saef.Identity(), unused, ranks=2)[0], plain[0])
+    a, b = pool.run(train_through_a_frozen_one, saef.TopK(0.2, block=10), unused, ranks=2)
+    assert torch.equal(a, b)
+
+
+def try_again(group: dist.ProcessGroup, compressor: Any) -> Tensor:
+    """A forward is given up, and the same model is wrapped again, by another DDP and state."""
+    net, states = make_net(), []
+    before = flat(net)
+    for failing in (True, False):
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+        model = DDP(net, process_group=group, init_sync=False)
+        states.append(saef.SAEFState(model, optimizer, compressor=compressor))
+        assert torch.equal(flat(net), before)
+        model.register_comm_hook(states[-1], saef_hook)
+        if failing:
+            with torch.no_grad():
+                states[-1].e.fill_(0.1)  # owed, so that x_half is not x
+            model(batch(dist.get_rank(group), 0)[0])
+            assert states[-1].engine.ahead
+    for t in range(3):
+        optimizer.zero_grad()
+        x, y = batch(dist.get_rank(group), t)
+        F.mse_loss(model(x), y).backward()
+        optimizer.step()
+    return flat(net)
+
+
+def test_another_state_after_a_forward_that_was_given_up(pool: RankPool) -> None:
+    a, b = pool.run(try_again, saef.TopK(0.2, block=10), ranks=2)
+    assert torch.equal(a, b)
+
+
+def zero_grad_is_as_it_was(group: dist.ProcessGroup) -> list[str]:
+    net = make_net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    model = DDP(net, process_group=group)
+    before = inspect.signature(optimizer.zero_grad)
+    model.register_comm_hook(saef.SAEFState(model, optimizer), saef_hook)
+    return [str(before), str(inspect.signature(optimizer.zero_grad))]
+
+
+def test_zero_grad_says_what_it_takes(pool: RankPool) -> None:
+    for before, after in pool.run(zero_grad_is_as_it_was, ranks=2):
+        assert before == after and "set_to_none" in after

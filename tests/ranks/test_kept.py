@@ -292,3 +292,76 @@ def fused(group: dist.ProcessGroup) -> bool:
 
 def test_a_fused_optimizer_is_as_it_was_after_detach(pool: RankPool) -> None:
     assert pool.run(fused, ranks=1) == [True]
+
+
+def scaled(name: str, of: dict[str, Any]) -> None:
+    of[name] = of[name] * 0.1
+
+
+def put_elsewhere(name: str, of: dict[str, Any]) -> None:
+    of[name].data = of[name] * 0.1
+
+
+EDITS: dict[str, Any] = {
+    "scaled": scaled,
+    "scaled in place": lambda name, of: of[name].mul_(0.1),
+    "put elsewhere": put_elsewhere,
+    "zeros": lambda name, of: of.update({name: torch.zeros_like(of[name])}),
+    "removed": lambda name, of: of.pop(name),
+    "None": lambda name, of: of.update({name: None}),
+}
+
+
+def edit(group: dist.ProcessGroup, how: str, which: slice) -> str:
+    """The momentum of some parameters is another between two steps: it counts as in torch's own optimizer."""
+    found = []
+    for compressor in (None, saef.Identity()):
+        run = Run(group, compressor).train(0, 4)
+        for p in [*run.net.parameters()][which]:
+            EDITS[how]("momentum_buffer", run.optimizer.state[p])
+        found.append(flat(run.train(4, 8).net))
+    same(*found)
+    return "ok"
+
+
+@pytest.mark.parametrize("which", [slice(None), slice(1), slice(2, 3)], ids=["all", "the first", "another"])
+@pytest.mark.parametrize("how", EDITS)
+def test_momentum_that_was_edited_counts(pool: RankPool, how: str, which: slice) -> None:
+    assert pool.run(edit, how, which, ranks=2) == ["ok"] * 2
+
+
+def begin_anew(group: dist.ProcessGroup, how: str) -> list[Tensor]:
+    """Adam's moments are zeroed, and its steps, by other tensors or in place."""
+    found = []
+    for compressor in (None, saef.Identity()):
+        run = Run(group, compressor, "AdamW").train(0, 4)
+        for p in run.net.parameters():
+            of = run.optimizer.state[p]
+            for name in ("exp_avg", "exp_avg_sq", "step"):
+                of[name] = of[name].zero_() if how == "in place" else torch.zeros_like(of[name])
+        found.append(flat(run.train(4, 8).net))
+    return found
+
+
+@pytest.mark.parametrize("how", ["in place", "others"])
+def test_moments_and_steps_of_zero_begin_anew(pool: RankPool, how: str) -> None:
+    for plain, ours in pool.run(begin_anew, how, ranks=1):
+        same(ours, plain)
+
+
+def try_and_go_back(group: dist.ProcessGroup) -> str:
+    """As learning rate finders do: both are loaded as they were before the first step."""
+    run = Run(group, ERRORS)
+    before = run.saved()
+    run.train(0, 4).load(before)
+    with pytest.raises(RuntimeError, match="before its first step, but this state's errors are of step 4") as caught:
+        run.train(0, 1)
+    run.state.reset_errors()
+    expected = Run(group, ERRORS).train(0, 3)
+    same(flat(run.train(0, 3).net), flat(expected.net))
+    return str(caught.value)
+
+
+def test_a_state_of_before_the_first_step_has_no_errors(pool: RankPool) -> None:
+    for said in pool.run(try_and_go_back, ranks=2):
+        assert "state.reset_errors()" in said

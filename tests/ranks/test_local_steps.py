@@ -3,15 +3,18 @@
 import copy
 import io
 import math
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.utils._pytree import tree_map_only
 
 import saef
 from saef import SAEFState
@@ -754,3 +757,56 @@ def replace_memory(optimizer: Any, closure: Any = None) -> None:
 
 def test_what_cannot_be_is_refused(pool: RankPool) -> None:
     pool.run(refusals, ranks=2)
+
+
+def aliased(group: Any, which: str) -> float:
+    """A round is resumed, what was saved is overwritten, and then the round is dropped for a NaN."""
+    case, finals = {**CASE, "optimizer": "AdamW"}, []
+    for overwrite in (False, True):
+        net, model, optimizer, state = make(group, case)
+        k = dist.get_rank(group)
+        for t in range(6):
+            step(model, optimizer, k, t, 0.05)
+        saved = state.state_dict()
+        if which == "given":
+            state.load_state_dict(saved)
+        if overwrite:
+            tree_map_only(Tensor, lambda v: v.fill_(3.0) if v.is_floating_point() else v, saved)
+        for t in range(6, 12):
+            x, y = batch(k, t)
+            optimizer.zero_grad()
+            (mse_loss(model(x), y) * (float("nan") if t == 7 and k == 1 else 1.0)).backward()
+            optimizer.step()
+        finals.append(flat(net))
+        assert state.skipped == 1
+    return float((finals[0] - finals[1]).abs().max())
+
+
+@pytest.mark.parametrize("which", ["returned", "given"])
+def test_what_is_saved_is_a_copy_within_a_round_too(pool: RankPool, which: str) -> None:
+    assert pool.run(aliased, which, ranks=2) == [0.0, 0.0]
+
+
+def by_dcp(group: Any, folder: str, steps: int) -> list[str]:
+    """torch.distributed.checkpoint fills what is there already: of a new optimizer, nothing."""
+    case, said = {**CASE, "optimizer": "AdamW"}, []
+    _, model, optimizer, state = make(group, case)
+    for t in range(steps):
+        step(model, optimizer, dist.get_rank(group), t, 0.05)
+    dcp.save({"saef": state}, checkpoint_id=folder, process_group=group)
+    fresh = make(group, case)[-1]
+    for target in (fresh, state):
+        try:
+            dcp.load({"saef": target}, checkpoint_id=folder, process_group=group)
+            said.append("")
+        except Exception as error:
+            said.append(str(error))
+    return said
+
+
+@pytest.mark.parametrize("steps", [8, 6])
+def test_a_state_that_dcp_loses_is_refused(pool: RankPool, tmp_path: Path, steps: int) -> None:
+    """Where all of it is there already, all of it is loaded."""
+    for fresh, same in pool.run(by_dcp, str(tmp_path), steps, ranks=2):
+        assert "torch.distributed.checkpoint fills only what a state has already" in fresh
+        assert "saef.save_checkpoint" in fresh and same == ""

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -141,15 +142,37 @@ def train_without_consolidated(group: dist.ProcessGroup, folder: str) -> None:
 def test_a_checkpoint_must_be_kept(pool: RankPool, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="keep must be at least 1"):
         saef.save_checkpoint(tmp_path, None, keep=0)  # type: ignore[arg-type]
+    for keep in (1.5, float("nan"), True, "2", None):
+        with pytest.raises(TypeError, match="keep must be a whole number"):
+            saef.save_checkpoint(tmp_path, None, keep=keep)  # type: ignore[arg-type]
+
+
+def test_a_checkpoint_is_loaded_by_the_folder_that_it_lies_in(pool: RankPool, tmp_path: Path) -> None:
+    assert pool.run(write_on, str(tmp_path), "") == [""] * 4
+    (path,) = tmp_path.glob("*-step-*")
+    for said in pool.run(attempt, str(path), SETTINGS, ranks=4):
+        assert "is a single checkpoint" in said and f"{tmp_path}, of which" in said
+
+
+class OwnTensor(torch.Tensor):
+    pass
 
 
 def test_what_would_not_load_again_is_named() -> None:
     check = saef.storage._check_plain
+    marked: Any = torch.ones(2)
+    marked.owner = lambda: 1
+    parts = {"p": torch.nn.Parameter(torch.ones(2)), "b": torch.nn.Buffer(torch.ones(2)), "c": Counter("aab")}
+    assert check(parts, "extra") == ""
     assert check({"a": [1, 2.0, None, True, torch.ones(2), ("x", {1: b"2"})], "b": torch.float32}, "extra") == ""
     for value, where in (
         ({"a": [1, {"b": np.float64(1)}]}, r"extra\['a'\]\[1\]\['b'\] is a float64"),
         ({"a": lambda: 1}, r"extra\['a'\] is a function"),
         ({("k", np.int64(1)): 1}, r"a key of extra\[1\] is a int64"),
+        ({"losses": defaultdict(list)}, r"extra\['losses'\] is a defaultdict"),
+        ([defaultdict(int, a=1)], r"extra\[0\] is a defaultdict"),
+        ({"w": marked}, r"extra\['w'\] is a Tensor"),
+        ({"w": torch.ones(2).as_subclass(OwnTensor)}, r"extra\['w'\] is a OwnTensor"),
     ):
         with pytest.raises(TypeError, match=where):
             check(value, "extra")

@@ -1,5 +1,7 @@
 """Real Accelerators on the tests' ranks. Each function that takes a `group` is a job for a pool of two ranks."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -258,3 +260,46 @@ def refused(group: dist.ProcessGroup) -> dict[str, str]:
         "comm hook": lambda: Run(ours, kwargs_handlers=[handler]),
     }
     return {name: error_of(case) for name, case in cases.items()}
+
+
+def attempts(group: dist.ProcessGroup, folder: Path) -> Any:
+    """free_memory() between two models of one Accelerator: one whose forward was given up, and one that is saved.
+
+    Returns:
+        (names of ours in the folder, x when it was saved, x as a new run loads it, whether the first one is gone)
+    """
+    ours = {"compressor": saef.TopK(0.2)}
+    run = Run(ours).train(1)
+    gone, accelerator = weakref.ref(run.net), run.accelerator
+    x = flat(run.net)
+    for batch, _ in run.loader:
+        run.model(batch)  # and no backward
+        break
+    state: Any = run.state
+    assert state.engine.ahead
+    accelerator.free_memory()
+    assert torch.equal(flat(run.net), x)
+    net = make_net(0.0, Samples().dtype)
+    run.net = net
+    run.model, run.optimizer = accelerator.prepare(net, make_optimizer("SGD", net))
+    run.scheduler = accelerator.prepare(schedule(run.optimizer))
+    run.state = attach(accelerator, run.model, run.optimizer, **ours)
+    del state
+    gc.collect()
+    run.train(1)
+    accelerator.save_state(folder)
+    saved = flat(net)
+    again = Run(ours)
+    again.accelerator.load_state(folder)
+    return sorted(p.name for p in folder.glob("saef*")), saved, flat(again.net), gone() is None
+
+
+def zeroes(group: dist.ProcessGroup) -> bool:
+    run = Run({"compressor": saef.TopK(0.2)})
+    for set_to_none in (True, False):
+        for x, y in run.loader:
+            run.accelerator.backward(F.cross_entropy(run.model(x), y))
+            run.optimizer.step()
+            run.optimizer.zero_grad(set_to_none=set_to_none)
+            break
+    return run.net.a.weight.grad is not None

@@ -380,3 +380,35 @@ def refused(group: dist.ProcessGroup) -> dict[str, str]:
         "other strategy": lambda: SAEFCallback().on_fit_start(mock.Mock(strategy=mock.Mock(spec=FSDPStrategy)), None),
     }
     return {name: error_of(case) for name, case in cases.items()}
+
+
+class Looks(Lit):
+    """Looks before gradients are zeroed, which Lightning does between a forward and its backward; and fails once."""
+
+    failing = False
+
+    def on_before_zero_grad(self, optimizer: Any) -> None:
+        self.check_x()
+        self.validated += 1
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        if self.failing and batch_idx == 3:
+            raise MemoryError("as on a GPU that is full")
+        return loss
+
+
+def looks_and_fails(group: dist.ProcessGroup) -> tuple[int, bool, bool]:
+    """How often it looked; whether errors were owed when it failed, at x; whether all ranks are alike at the end."""
+    callback, model = SAEFCallback(compressor=saef.TopK(0.2)), Looks()
+    model.callback, model.failing = callback, True
+    said = error_of(lambda: trainer([callback]).fit(model, loader(Samples())))
+    assert "a GPU that is full" in said, said
+    looked = model.validated
+    model.check_x()
+    at_x = bool(callback.state is not None and callback.state.e.any())
+    model.failing = False
+    trainer([callback]).fit(model, loader(Samples()))  # another Trainer wraps the same model, which DDP broadcasts
+    found = [torch.empty_like(trainers.flat(model)) for _ in range(2)]
+    dist.all_gather(found, trainers.flat(model))
+    return looked, at_x, torch.equal(*found)
