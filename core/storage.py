@@ -78,7 +78,12 @@ def save_checkpoint(
             _write(path / "consolidated.pt", whole)
         return ""
 
-    _together(state, write)
+    try:
+        _together(state, write)
+    except Exception:
+        if rank == 0:  # all have tried: the disk may be full of it
+            shutil.rmtree(path, ignore_errors=True)
+        raise
     _together(state, lambda: _end(root, path, keep), of_rank_0=True)
     return path
 

@@ -13,6 +13,7 @@ optimizer's own state can be put back, of which a copy is kept.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, final
 
@@ -28,6 +29,7 @@ from .kept import STEP
 from .optimizer_state import Saved, capture, changed, copied, mean_of_ranks, restore, settings_of
 from .prepared import Prepared
 from .settings import Settings
+from .weights import held
 
 
 @final
@@ -48,6 +50,7 @@ class Rounds(Form):
         self._flight: Flight | None = None
         self._landing = False  # whether it is being settled
         self._loaded: Saved | None = None  # what `load` got, until the next round begins
+        self._spoilt: Tensor | None = None  # a number: NaN if a gradient of this round was not finite, else 0
 
     # -- forward ------------------------------------------------------------------------------
 
@@ -60,6 +63,7 @@ class Rounds(Form):
         weights, loaded = self._host.weights, self._loaded
         if loaded is not None:  # again: since then, optimizer.load_state_dict() may have got another rank's
             restore(optimizer, weights, loaded["optimizer"], self._own)
+        self._spoilt = None
         self._before = capture(optimizer, weights) if self._settings.on_bad_round == "restore" else None
         self._loaded = None
         in_part = self._flight is not None
@@ -154,8 +158,19 @@ class Rounds(Form):
                 return
             if scale is not None:
                 torch._foreach_div_([p.grad for p in self._host.weights.parameters if p.grad is not None], float(scale))
+        self._look_at_gradients()
         self._average()
         self._clip()
+
+    @torch.no_grad()
+    def _look_at_gradients(self) -> None:
+        """An optimizer may take a NaN or an infinity in, and step on with finite weights: Lion does, by its signs."""
+        every = [held(p.grad) for p in self._host.weights.parameters if p.grad is not None]
+        values = [g._values() if g.is_sparse else g for g in every]
+        if found := [g for g in values if g.numel()]:
+            largest = torch.stack([n.to(self._host.weights.dtype) for n in torch._foreach_norm(found, math.inf)])
+            spoilt = (0.0 * largest).sum()
+            self._spoilt = spoilt if self._spoilt is None else self._spoilt + spoilt
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -189,6 +204,7 @@ class Rounds(Form):
             if not self._host.sending.begun:
                 raise RuntimeError(NOT_AHEAD)
             self._host.weights.enter()
+            self._look_at_gradients()
             self._clip()
             return loss
 
@@ -205,7 +221,7 @@ class Rounds(Form):
         self.stepping = False
 
     def _stepped(self, optimizer: torch.optim.Optimizer) -> None:
-        self._own |= changed(self._settings_before, optimizer)
+        self._own |= changed(self._settings_before, optimizer) - {STEP}  # a closure's forward sets the mark
         elsewhere = self._host.weights.moved()
         self._host.leave()
         if elsewhere:
@@ -243,6 +259,8 @@ class Rounds(Form):
                 for i in mine:
                     make(i, views[i])
             flat = u[weights.offsets[mine[0]] : weights.offsets[mine[-1]] + weights.numels[mine[-1]]]
+            if self._spoilt is not None and number == 0:  # then so is what all ranks get
+                flat[:1] = torch.where(self._spoilt.isnan(), self._spoilt, flat[:1])
             last = number + 1 == len(buckets)
             self._host.sending.send(mine, [views[i] for i in mine], flat, last)
 

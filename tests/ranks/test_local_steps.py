@@ -810,3 +810,55 @@ def test_a_state_that_dcp_loses_is_refused(pool: RankPool, tmp_path: Path, steps
     for fresh, same in pool.run(by_dcp, str(tmp_path), steps, ranks=2):
         assert "torch.distributed.checkpoint fills only what a state has already" in fresh
         assert "saef.save_checkpoint" in fresh and same == ""
+
+
+class BySign(torch.optim.Optimizer):
+    """Steps by the sign of an average of the gradients, as Lion does: finite, whatever comes."""
+
+    def __init__(self, parameters: Any, lr: float = 0.01) -> None:
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            average = self.state[p].setdefault("average", torch.zeros_like(p)).lerp_(p.grad, 0.1)
+            p.sub_(self.param_groups[0]["lr"] * torch.nan_to_num(average.sign()))
+        return loss
+
+
+def swallowed(group: Any, kind: str, value: float, local_steps: int, overlap: bool, closure: bool) -> None:
+    """Rank 1 has a number that is none, in the middle of the second round, of four."""
+    rank, net = dist.get_rank(group), make_net()
+    model = DDP(net, process_group=group)
+    optimizer = BySign(net.parameters()) if kind == "BySign" else getattr(torch.optim, kind)(net.parameters(), lr=0.01)
+    state = SAEFState(model, optimizer, compressor=saef.TopK(0.3), local_steps=local_steps, overlap=overlap)
+    model.register_comm_hook(state, saef_hook)
+    for t in range(4 * local_steps):
+
+        def loss(t: int = t) -> Tensor:
+            optimizer.zero_grad()
+            x, y = batch(rank, t)
+            found = mse_loss(model(x), y) * (value if rank == 1 and t == local_steps + local_steps // 2 else 1.0)
+            found.backward()
+            return found
+
+        if closure:
+            optimizer.step(loss)
+        else:
+            loss()
+            optimizer.step()
+    state.flush()
+    assert state.skipped == 1 and (overlap or state.steps == 3)  # with overlap others go with it
+    kept = [v for of in optimizer.state.values() for v in of.values() if isinstance(v, Tensor)]
+    assert all(bool(v.isfinite().all()) for v in [*net.parameters(), *kept])
+
+
+@pytest.mark.parametrize("closure", [False, True])
+@pytest.mark.parametrize(("local_steps", "overlap"), [(1, False), (4, False), (4, True)])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("kind", ["BySign", "Rprop", "RMSprop"])
+def test_a_number_that_the_optimizer_swallows_drops_the_round(
+    pool: RankPool, kind: str, value: float, local_steps: int, overlap: bool, closure: bool
+) -> None:
+    pool.run(swallowed, kind, value, local_steps, overlap, closure, ranks=2)
