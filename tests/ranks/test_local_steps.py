@@ -854,10 +854,19 @@ def swallowed(group: Any, kind: str, value: float, local_steps: int, overlap: bo
     assert all(bool(v.isfinite().all()) for v in [*net.parameters(), *kept])
 
 
-@pytest.mark.parametrize("closure", [False, True])
-@pytest.mark.parametrize(("local_steps", "overlap"), [(1, False), (4, False), (4, True)])
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("kind", ["BySign", "Rprop", "RMSprop"])
+@pytest.mark.parametrize(
+    ("kind", "value", "local_steps", "overlap", "closure"),
+    [
+        ("BySign", math.nan, 1, False, False),
+        ("BySign", math.inf, 4, False, True),
+        ("BySign", math.nan, 4, True, True),
+        ("BySign", math.inf, 4, True, False),
+        ("Rprop", math.nan, 4, False, False),
+        ("Rprop", math.inf, 1, False, True),
+        ("Rprop", math.nan, 4, True, True),
+        ("RMSprop", math.inf, 4, False, False),
+    ],
+)
 def test_a_number_that_the_optimizer_swallows_drops_the_round(
     pool: RankPool, kind: str, value: float, local_steps: int, overlap: bool, closure: bool
 ) -> None:
