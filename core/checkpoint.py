@@ -45,7 +45,7 @@ from torch import Tensor
 
 from .rules import SGD, Difference
 from .step.memory import Context, Memory, all_server_errors, own_server_errors
-from .step.optimizer_state import Saved
+from .step.optimizer_state import Saved, entries_of
 
 FORMAT = 1
 
@@ -299,9 +299,8 @@ def _check_rounds(rounds: Mapping[str, Any] | None, local_steps: int) -> None:
         raise ValueError(
             "the checkpoint is damaged: its 'rounds', with the optimizer's state, is missing or incomplete"
         )
-    state = rounds["optimizer"].get("state", {})
-    entries = json.loads(rounds.get("entries", "{}"))
-    gone = [name for name, of in entries.items() if not {*of} <= {*map(str, state.get(name, {}))}]
+    there = entries_of(rounds["optimizer"])
+    gone = [name for name, of in json.loads(rounds.get("entries", "{}")).items() if not {*of} <= {*there.get(name, ())}]
     if gone or (rounds["done"] and "X" not in rounds):
         raise ValueError(
             f"the optimizer's state of {gone[:5] or 'a round under way'} is missing: torch.distributed.checkpoint "

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from .comm.agreement import gather_values
+from .protocols.averaging import check_integer
 from .state import SAEFState
 from .step.weights import held
 
@@ -56,10 +57,7 @@ def save_checkpoint(
         OSError: if this rank could not write; earlier checkpoints are still there.
         RuntimeError: if another rank failed in one of these ways.
     """
-    if isinstance(keep, bool) or not isinstance(keep, int):
-        raise TypeError(f"keep must be a whole number of checkpoints, got {keep!r}")
-    if keep < 1:
-        raise ValueError(f"keep must be at least 1 checkpoint, got {keep}")
+    check_integer("keep", keep, 1, "")
     transport, root = state.engine.node.everyone, Path(folder)
     rank, size = transport.rank, transport.size
     extra = dict(extra or {})

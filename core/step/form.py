@@ -159,8 +159,11 @@ class Form(ABC):
             p.grad = g
         self._hidden = []
 
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self._host.weights.parameters if p.grad is not None]
+
     def _has_gradients(self) -> bool:
-        return any(p.grad is not None and bool(held(p.grad).any()) for p in self._host.weights.parameters)
+        return any(bool(held(g).any()) for g in self._gradients())
 
 
 @final

@@ -38,7 +38,7 @@ class Kept:
         self._views: list[list[Tensor]] = []
         self._of: Tensor | None = None  # the m that they are views of
         self._places: list[list[int]] = []  # and where they lie in memory
-        self._counters: Sequence[Tensor] = ()
+        self._counters: list[Tensor] = []
 
     def save_with(self, optimizer: torch.optim.Optimizer) -> None:
         """What this optimizer's state_dict() gives, torch's own optimizer can load."""
@@ -72,7 +72,7 @@ class Kept:
             for p, view in zip(parameters, views, strict=True):
                 optimizer.state[p][name] = view
         if self._counter is not None:
-            self._counters = self._steps.unbind()
+            self._counters = [*self._steps.unbind()]
             for p, steps in zip(parameters, self._counters, strict=True):
                 optimizer.state[p][self._counter] = steps
         self._set_mark(optimizer)
@@ -81,26 +81,17 @@ class Kept:
     def _places_of(views: Sequence[Tensor]) -> list[int]:
         return [*map(Tensor.data_ptr, map(held, views))]
 
-    def _edited(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether momentum was replaced or removed since `show`. What is written to it in place is there already."""
-        if self._of is not self._memory.m:
-            return False
+    def _as_shown(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether no entry was replaced, removed or put elsewhere. What is written to momentum in place is there."""
         states = [_state(optimizer, p) for p in self._weights.parameters]
-        for name, views, places in zip(self._names, self._views, self._places, strict=False):
-            if any(state.get(name) is not view for state, view in zip(states, views, strict=True)):
-                return True
-            if self._places_of(views) != places:
-                return True
-        return False
-
-    def _recounted(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether the steps that torch counts were set to others, likewise."""
-        if self._counter is None or not self._counters:
-            return False
-        states = [_state(optimizer, p) for p in self._weights.parameters]
-        if any(s.get(self._counter) is not steps for s, steps in zip(states, self._counters, strict=True)):
-            return True
-        return bool((self._steps != self._memory.steps).any())
+        shown = [*zip(self._names, self._views, strict=False)]
+        if self._counter is not None:
+            shown.append((self._counter, self._counters))
+        return (
+            all(state.get(name) is view for name, views in shown for state, view in zip(states, views, strict=True))
+            and [self._places_of(views) for views in self._views] == self._places
+            and (self._counter is None or bool((self._steps == self._memory.steps).all()))
+        )
 
     def _cut(self, m: Tensor) -> list[Tensor]:
         return [self._weights.like_parameter(i, part) for i, part in enumerate(self._weights.cut(m))]
@@ -138,13 +129,15 @@ class Kept:
     def adopt(self, optimizer: torch.optim.Optimizer) -> None:
         """Memory <- the optimizer's momentum and step, unless it is the memory's own step."""
         mark, memory = self._mark(optimizer), self._memory
-        known, edited = mark == memory.steps, not self._loaded  # what is loaded of this very step is another rank's
-        if not known or (edited and self._edited(optimizer)):
+        shown = self._of is memory.m and mark == memory.steps
+        if shown and self._as_shown(optimizer):
+            self._loaded = False
+            return
+        if mark != memory.steps or (shown and not self._loaded):  # what is loaded of this very step is another rank's
             self._read(optimizer)
             self._of = None  # views may lie elsewhere (.data = ...)
-        if not known or (edited and self._recounted(optimizer)):
-            steps = mark if mark is not None and not known else self._counted(optimizer)
-            if steps is not None:
+            steps = self._counted(optimizer) if mark in (None, memory.steps) else mark
+            if steps is not None and steps != memory.steps:
                 memory.count_from(steps, memory.skipped, memory.skipped_in_a_row, steps)
         self.show(optimizer)
 

@@ -59,13 +59,12 @@ def changed(before: Sequence[Mapping[str, Any]], optimizer: torch.optim.Optimize
 
 @torch.no_grad()
 def mean_of_ranks(saved: Saved, transport: Transport, device: torch.device) -> Saved:
-    """A copy with each tensor of floating point as its mean over the ranks; the rest as on this one. Collective.
+    """The same, with each tensor of floating point now its mean over the ranks. Collective.
 
     Raises:
         ValueError: on all ranks, if they do not keep the same tensors.
     """
-    found: Saved = copied(saved)
-    named = _floats(found)
+    named = _floats(saved)
     heading = "the optimizers of the ranks keep different tensors, which have no mean: save the rank form (state_dict)"
     compare({"optimizer": [(name, list(t.shape)) for name, t in named]}, transport, device, heading)
     for dtype in (torch.float32, torch.float64):  # 16-bit ones with the former
@@ -75,7 +74,12 @@ def mean_of_ranks(saved: Saved, transport: Transport, device: torch.device) -> S
             transport.call(partial(transport.mean, v, "checkpoint"))
             for t, part in zip(some, v.split([t.numel() for t in some]), strict=True):
                 t.copy_(part.view(t.shape))
-    return found
+    return saved
+
+
+def entries_of(saved: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The names of what is kept for each parameter."""
+    return {name: sorted(map(str, entries)) for name, entries in saved.get("state", {}).items()}
 
 
 def _floats(saved: Saved) -> Sequence[tuple[str, Tensor]]:

@@ -26,7 +26,7 @@ from .algorithm import minus_sent
 from .buckets import gather_gradients, group
 from .form import Closure, Form, Host
 from .kept import STEP
-from .optimizer_state import Saved, capture, changed, copied, mean_of_ranks, restore, settings_of
+from .optimizer_state import Saved, capture, changed, copied, entries_of, mean_of_ranks, restore, settings_of
 from .prepared import Prepared
 from .settings import Settings
 from .weights import held
@@ -157,7 +157,7 @@ class Rounds(Form):
                 self._hide()
                 return
             if scale is not None:
-                torch._foreach_div_([p.grad for p in self._host.weights.parameters if p.grad is not None], float(scale))
+                torch._foreach_div_(self._gradients(), float(scale))
         self._look_at_gradients()
         self._average()
         self._clip()
@@ -165,8 +165,7 @@ class Rounds(Form):
     @torch.no_grad()
     def _look_at_gradients(self) -> None:
         """An optimizer may take a NaN or an infinity in, and step on with finite weights: Lion does, by its signs."""
-        every = [held(p.grad) for p in self._host.weights.parameters if p.grad is not None]
-        values = [g._values() if g.is_sparse else g for g in every]
+        values = [g._values() if g.is_sparse else g for g in map(held, self._gradients())]
         if found := [g for g in values if g.numel()]:
             largest = torch.stack([n.to(self._host.weights.dtype) for n in torch._foreach_norm(found, math.inf)])
             spoilt = (0.0 * largest).sum()
@@ -333,7 +332,10 @@ class Rounds(Form):
     # -- checkpoints --------------------------------------------------------------------------
 
     def saved(self, optimizer: torch.optim.Optimizer) -> Saved:
-        """{"done", "optimizer": its state now, "own"; within a round also "X", and "before": at its beginning}."""
+        """{"done", "optimizer": its state now, "own", "entries"}; in a round "X" and, as at its beginning, "before".
+
+        "entries" says what "optimizer" has, for what comes back without it; as one string, which nothing takes apart.
+        """
         weights = self._host.weights
         if self._flight is not None:  # it is taken back: the errors are as if it had not been sent
             return self._form(0, self._at_beginning(optimizer))
@@ -349,13 +351,13 @@ class Rounds(Form):
         return self._form(0, mean_of_ranks(self._at_beginning(optimizer), transport, self._host.weights.device))
 
     def _form(self, done: int, state: Saved) -> Saved:
-        entries = {name: sorted(map(str, of)) for name, of in state["state"].items()}
-        return {"done": done, "optimizer": state, "own": sorted(self._own), "entries": json.dumps(entries)}
+        return {"done": done, "optimizer": state, "own": sorted(self._own), "entries": json.dumps(entries_of(state))}
 
     def _at_beginning(self, optimizer: torch.optim.Optimizer) -> Saved:
-        return (
-            copied(self._before) if self.done and self._before is not None else capture(optimizer, self._host.weights)
-        )
+        if self.done and self._before is not None:
+            before: Saved = copied(self._before)
+            return before
+        return capture(optimizer, self._host.weights)
 
     def load(self, optimizer: torch.optim.Optimizer, saved: Saved) -> None:
         """What `saved` gave; the next forward goes on from there."""

@@ -271,6 +271,67 @@ def test_a_bad_round_is_dropped_by_all(pool: RankPool, on_bad_round: str, local_
     pool.run(bad_round, on_bad_round, local_steps, ranks=2)
 
 
+class BySign(torch.optim.Optimizer):
+    """Steps by the sign of an average of the gradients, as Lion does: finite, whatever comes."""
+
+    def __init__(self, parameters: Any, lr: float = 0.01) -> None:
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            average = self.state[p].setdefault("average", torch.zeros_like(p)).lerp_(p.grad, 0.1)
+            p.sub_(self.param_groups[0]["lr"] * torch.nan_to_num(average.sign()))
+        return loss
+
+
+def swallowed(group: Any, kind: str, value: float, local_steps: int, overlap: bool, closure: bool) -> None:
+    """Rank 1 has a number that is none, in the middle of the second round, of four."""
+    rank, net = dist.get_rank(group), make_net()
+    model = DDP(net, process_group=group)
+    optimizer = BySign(net.parameters()) if kind == "BySign" else getattr(torch.optim, kind)(net.parameters(), lr=0.01)
+    state = SAEFState(model, optimizer, compressor=saef.TopK(0.3), local_steps=local_steps, overlap=overlap)
+    model.register_comm_hook(state, saef_hook)
+    for t in range(4 * local_steps):
+
+        def loss(t: int = t) -> Tensor:
+            optimizer.zero_grad()
+            x, y = batch(rank, t)
+            found = mse_loss(model(x), y) * (value if rank == 1 and t == local_steps + local_steps // 2 else 1.0)
+            found.backward()
+            return found
+
+        if closure:
+            optimizer.step(loss)
+        else:
+            loss()
+            optimizer.step()
+    state.flush()
+    assert state.skipped == 1 and (overlap or state.steps == 3)  # with overlap others go with it
+    kept = [v for of in optimizer.state.values() for v in of.values() if isinstance(v, Tensor)]
+    assert all(bool(v.isfinite().all()) for v in [*net.parameters(), *kept])
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "local_steps", "overlap", "closure"),
+    [
+        ("BySign", math.nan, 1, False, False),
+        ("BySign", math.inf, 4, False, True),
+        ("BySign", math.nan, 4, True, True),
+        ("BySign", math.inf, 4, True, False),
+        ("Rprop", math.nan, 4, False, False),
+        ("Rprop", math.inf, 1, False, True),
+        ("Rprop", math.nan, 4, True, True),
+        ("RMSprop", math.inf, 4, False, False),
+    ],
+)
+def test_a_number_that_the_optimizer_swallows_drops_the_round(
+    pool: RankPool, kind: str, value: float, local_steps: int, overlap: bool, closure: bool
+) -> None:
+    pool.run(swallowed, kind, value, local_steps, overlap, closure, ranks=2)
+
+
 # ---- checkpoints ------------------------------------------------------------------------------------------------
 
 
@@ -365,6 +426,59 @@ def refuse_checkpoints(group: Any) -> None:
 
 def test_checkpoints_that_do_not_fit_are_refused(pool: RankPool) -> None:
     pool.run(refuse_checkpoints, ranks=2)
+
+
+def aliased(group: Any, which: str) -> float:
+    """A round is resumed, what was saved is overwritten, and then the round is dropped for a NaN."""
+    case, finals = {**CASE, "optimizer": "AdamW"}, []
+    for overwrite in (False, True):
+        net, model, optimizer, state = make(group, case)
+        k = dist.get_rank(group)
+        for t in range(6):
+            step(model, optimizer, k, t, 0.05)
+        saved = state.state_dict()
+        if which == "given":
+            state.load_state_dict(saved)
+        if overwrite:
+            tree_map_only(Tensor, lambda v: v.fill_(3.0) if v.is_floating_point() else v, saved)
+        for t in range(6, 12):
+            x, y = batch(k, t)
+            optimizer.zero_grad()
+            (mse_loss(model(x), y) * (math.nan if t == 7 and k == 1 else 1.0)).backward()
+            optimizer.step()
+        finals.append(flat(net))
+        assert state.skipped == 1
+    return float((finals[0] - finals[1]).abs().max())
+
+
+@pytest.mark.parametrize("which", ["returned", "given"])
+def test_what_is_saved_is_a_copy_within_a_round_too(pool: RankPool, which: str) -> None:
+    assert pool.run(aliased, which, ranks=2) == [0.0, 0.0]
+
+
+def by_dcp(group: Any, folder: str, steps: int) -> list[str]:
+    """torch.distributed.checkpoint fills what is there already: of a new optimizer, nothing."""
+    case, said = {**CASE, "optimizer": "AdamW"}, []
+    _, model, optimizer, state = make(group, case)
+    for t in range(steps):
+        step(model, optimizer, dist.get_rank(group), t, 0.05)
+    dcp.save({"saef": state}, checkpoint_id=folder, process_group=group)
+    fresh = make(group, case)[-1]
+    for target in (fresh, state):
+        try:
+            dcp.load({"saef": target}, checkpoint_id=folder, process_group=group)
+            said.append("")
+        except Exception as error:
+            said.append(str(error))
+    return said
+
+
+@pytest.mark.parametrize("steps", [8, 6])
+def test_a_state_that_dcp_loses_is_refused(pool: RankPool, tmp_path: Path, steps: int) -> None:
+    """Where all of it is there already, all of it is loaded."""
+    for fresh, same in pool.run(by_dcp, str(tmp_path), steps, ranks=2):
+        assert "torch.distributed.checkpoint fills only what a state has already" in fresh
+        assert "saef.save_checkpoint" in fresh and same == ""
 
 
 # ---- overlap ----------------------------------------------------------------------------------------------------
@@ -757,117 +871,3 @@ def replace_memory(optimizer: Any, closure: Any = None) -> None:
 
 def test_what_cannot_be_is_refused(pool: RankPool) -> None:
     pool.run(refusals, ranks=2)
-
-
-def aliased(group: Any, which: str) -> float:
-    """A round is resumed, what was saved is overwritten, and then the round is dropped for a NaN."""
-    case, finals = {**CASE, "optimizer": "AdamW"}, []
-    for overwrite in (False, True):
-        net, model, optimizer, state = make(group, case)
-        k = dist.get_rank(group)
-        for t in range(6):
-            step(model, optimizer, k, t, 0.05)
-        saved = state.state_dict()
-        if which == "given":
-            state.load_state_dict(saved)
-        if overwrite:
-            tree_map_only(Tensor, lambda v: v.fill_(3.0) if v.is_floating_point() else v, saved)
-        for t in range(6, 12):
-            x, y = batch(k, t)
-            optimizer.zero_grad()
-            (mse_loss(model(x), y) * (float("nan") if t == 7 and k == 1 else 1.0)).backward()
-            optimizer.step()
-        finals.append(flat(net))
-        assert state.skipped == 1
-    return float((finals[0] - finals[1]).abs().max())
-
-
-@pytest.mark.parametrize("which", ["returned", "given"])
-def test_what_is_saved_is_a_copy_within_a_round_too(pool: RankPool, which: str) -> None:
-    assert pool.run(aliased, which, ranks=2) == [0.0, 0.0]
-
-
-def by_dcp(group: Any, folder: str, steps: int) -> list[str]:
-    """torch.distributed.checkpoint fills what is there already: of a new optimizer, nothing."""
-    case, said = {**CASE, "optimizer": "AdamW"}, []
-    _, model, optimizer, state = make(group, case)
-    for t in range(steps):
-        step(model, optimizer, dist.get_rank(group), t, 0.05)
-    dcp.save({"saef": state}, checkpoint_id=folder, process_group=group)
-    fresh = make(group, case)[-1]
-    for target in (fresh, state):
-        try:
-            dcp.load({"saef": target}, checkpoint_id=folder, process_group=group)
-            said.append("")
-        except Exception as error:
-            said.append(str(error))
-    return said
-
-
-@pytest.mark.parametrize("steps", [8, 6])
-def test_a_state_that_dcp_loses_is_refused(pool: RankPool, tmp_path: Path, steps: int) -> None:
-    """Where all of it is there already, all of it is loaded."""
-    for fresh, same in pool.run(by_dcp, str(tmp_path), steps, ranks=2):
-        assert "torch.distributed.checkpoint fills only what a state has already" in fresh
-        assert "saef.save_checkpoint" in fresh and same == ""
-
-
-class BySign(torch.optim.Optimizer):
-    """Steps by the sign of an average of the gradients, as Lion does: finite, whatever comes."""
-
-    def __init__(self, parameters: Any, lr: float = 0.01) -> None:
-        super().__init__(parameters, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        loss = None if closure is None else torch.enable_grad()(closure)()
-        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
-            average = self.state[p].setdefault("average", torch.zeros_like(p)).lerp_(p.grad, 0.1)
-            p.sub_(self.param_groups[0]["lr"] * torch.nan_to_num(average.sign()))
-        return loss
-
-
-def swallowed(group: Any, kind: str, value: float, local_steps: int, overlap: bool, closure: bool) -> None:
-    """Rank 1 has a number that is none, in the middle of the second round, of four."""
-    rank, net = dist.get_rank(group), make_net()
-    model = DDP(net, process_group=group)
-    optimizer = BySign(net.parameters()) if kind == "BySign" else getattr(torch.optim, kind)(net.parameters(), lr=0.01)
-    state = SAEFState(model, optimizer, compressor=saef.TopK(0.3), local_steps=local_steps, overlap=overlap)
-    model.register_comm_hook(state, saef_hook)
-    for t in range(4 * local_steps):
-
-        def loss(t: int = t) -> Tensor:
-            optimizer.zero_grad()
-            x, y = batch(rank, t)
-            found = mse_loss(model(x), y) * (value if rank == 1 and t == local_steps + local_steps // 2 else 1.0)
-            found.backward()
-            return found
-
-        if closure:
-            optimizer.step(loss)
-        else:
-            loss()
-            optimizer.step()
-    state.flush()
-    assert state.skipped == 1 and (overlap or state.steps == 3)  # with overlap others go with it
-    kept = [v for of in optimizer.state.values() for v in of.values() if isinstance(v, Tensor)]
-    assert all(bool(v.isfinite().all()) for v in [*net.parameters(), *kept])
-
-
-@pytest.mark.parametrize(
-    ("kind", "value", "local_steps", "overlap", "closure"),
-    [
-        ("BySign", math.nan, 1, False, False),
-        ("BySign", math.inf, 4, False, True),
-        ("BySign", math.nan, 4, True, True),
-        ("BySign", math.inf, 4, True, False),
-        ("Rprop", math.nan, 4, False, False),
-        ("Rprop", math.inf, 1, False, True),
-        ("Rprop", math.nan, 4, True, True),
-        ("RMSprop", math.inf, 4, False, False),
-    ],
-)
-def test_a_number_that_the_optimizer_swallows_drops_the_round(
-    pool: RankPool, kind: str, value: float, local_steps: int, overlap: bool, closure: bool
-) -> None:
-    pool.run(swallowed, kind, value, local_steps, overlap, closure, ranks=2)
