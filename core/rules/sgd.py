@@ -41,7 +41,7 @@ PLAIN = Hyper(lr=1.0, momentum=0.0, gain=1.0, nesterov=False, weight_decay=0.0, 
 @final
 @dataclass(frozen=True)
 class SGD(Rule):
-    """m' = mu m + g, u = m' or g + mu m'.
+    """m' = mu m + g, u = m' or g + mu m'; where mu is 0, u = g and m stays what it is.
 
     Args:
         outer: weight decay is applied at x and has a momentum of its own (dist-EF appendix A); the gradient gets none.
@@ -92,7 +92,7 @@ class SGD(Rule):
         g = g * h.factor
         if h.weight_decay != 0.0:
             g = g + x_half * h.weight_decay
-        if len(m) == 0:
+        if len(m) == 0 or h.momentum == 0.0:  # what a group kept before is left, as torch leaves its buffer
             return m, g
         m_new = m[0] * h.momentum + g * h.gain  # Alg. 1, line 10
         return m_new[None], (g + m_new * h.momentum if h.nesterov else m_new)  # dist-EF Alg. 4, lines 5-6
@@ -109,9 +109,9 @@ class SGD(Rule):
         return self.outer and not self.signum and any(h.momentum and g["weight_decay"] for h, g in pairs)
 
     def decay(self, weight_decay: float, h: Hyper, x: Tensor, m: Tensor) -> None:
-        """m~ = mu m~ + lambda x;  x <- x - eta (m~, or lambda x + mu m~ with Nesterov); without m~ x - eta lambda x."""
+        """m~ = mu m~ + lambda x;  x <- x - eta (m~, or lambda x + mu m~ with Nesterov); without mu x - eta lambda x."""
         u = x * weight_decay
-        if m.numel():
+        if m.numel() and h.momentum:
             m.mul_(h.momentum).add_(u)
             u = u + m * h.momentum if h.nesterov else m
         x.sub_(u * h.lr)

@@ -106,6 +106,17 @@ def test_a_rule_is_found_by_the_optimizers_own_step() -> None:
     assert RULES[SGD.kind] is SGD
 
 
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_without_mu_sgd_leaves_what_it_kept(nesterov: bool) -> None:
+    h = PLAIN._replace(momentum=0.0, nesterov=nesterov, factor=2.0, lr=0.5)
+    g, m, x = torch.tensor([1.0, -3.0]), torch.tensor([[torch.inf, 5.0]]), torch.tensor([1.0, 2.0])
+    m_new, u = SGD.update(h, g, m, x)
+    assert m_new.tolist() == [[torch.inf, 5]] and u.tolist() == [2, -6]
+    decayed = torch.tensor([7.0, 8.0])
+    SGD(outer=True).decay(0.5, h, x, decayed)
+    assert decayed.tolist() == [7, 8] and x.tolist() == [0.75, 1.5]
+
+
 # ---- AdamW --------------------------------------------------------------------------------------------------
 
 

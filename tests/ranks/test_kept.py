@@ -122,6 +122,46 @@ def test_model_and_optimizer_resume_what_owes_nothing(pool: RankPool, kind: str,
     assert pool.run(resume, kind, optimizer, ranks=ranks) == ["ok"] * ranks
 
 
+COMING_AND_GOING = {  # (step, group) -> mu
+    "one group's comes later": lambda t, i: 0.9 if i or t >= 4 else 0.0,
+    "comes later": lambda t, i: 0.9 if t >= 3 else 0.0,
+    "goes and comes again": lambda t, i: [0.9, 0.0, 0.9, 0.5][t // 2 % 4],
+    "one group's goes and comes again": lambda t, i: 0.0 if i and t in (3, 4, 5) else 0.8,
+    "goes": lambda t, i: 0.9 if t < 4 else 0.0,
+}
+
+
+def momentum_that_comes_and_goes(group: dist.ProcessGroup, case: str, nesterov: bool) -> str:
+    """Where mu is 0, a buffer stands still, as torch's does, and counts again when mu is back."""
+    runs = []
+    for compressor in (None, saef.Identity()):
+        run = Run(group, None)
+        weights = [p for p in run.net.parameters() if p.dim() > 1]
+        biases = [p for p in run.net.parameters() if p.dim() == 1]
+        run.optimizer = torch.optim.SGD([{"params": biases}, {"params": weights}], lr=0.05, weight_decay=0.01)
+        run.attach(compressor)
+        for t in range(9):
+            for i, settings in enumerate(run.optimizer.param_groups):
+                settings["momentum"] = COMING_AND_GOING[case](t, i)
+                settings["nesterov"] = nesterov and settings["momentum"] > 0
+            run.train(t, t + 1)
+        runs.append(run)
+    plain, ours = runs
+    same(flat(ours.net), flat(plain.net))
+    for p, q in zip(plain.net.parameters(), ours.net.parameters(), strict=True):
+        mean = ours.optimizer.state[q]["momentum_buffer"].clone()
+        dist.all_reduce(mean, group=group)
+        there = plain.optimizer.state[p].get("momentum_buffer")
+        same(mean / dist.get_world_size(group), torch.zeros_like(mean) if there is None else there)
+    return "ok"
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("case", COMING_AND_GOING)
+def test_momentum_that_comes_and_goes(pool: RankPool, case: str, nesterov: bool) -> None:
+    assert pool.run(momentum_that_comes_and_goes, case, nesterov, ranks=2) == ["ok"] * 2
+
+
 def resume_owing(group: dist.ProcessGroup, kind: str, optimizer: str) -> str:
     first = Run(group, ERRORS, optimizer).train(0, 4)
     data, state = first.saved(), first.state.state_dict()

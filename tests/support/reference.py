@@ -132,9 +132,12 @@ def clip(g: Tensor, max_norm: float | None) -> Tensor:
 
 
 def momentum_rule(m: Tensor, g: Tensor, mu: Tensor, nesterov: Tensor) -> tuple[Tensor, Tensor]:
-    """(m, u), (d,) each: m <- mu m + g, then u = g + mu m (Nesterov) or u = m. As `torch.optim.SGD` does."""
-    m = mu * m + g  # Alg. 1, line 10
-    return m, torch.where(nesterov, g + mu * m, m)
+    """(m, u), (d,) each: m <- mu m + g, then u = g + mu m (Nesterov) or u = m. As `torch.optim.SGD` does.
+
+    Where mu = 0, u = g, and m stays what it was: it counts again once mu is set.
+    """
+    new = mu * m + g  # Alg. 1, line 10
+    return torch.where(mu == 0, m, new), torch.where(nesterov, g + mu * new, new)
 
 
 class Workers:

@@ -32,7 +32,7 @@ CORRECT1, CORRECT2, EPS, BOUND = adamw.CORRECT1, adamw.CORRECT2, adamw.EPS, adam
 def produce(update, h, store, g, m, at, e, x, D):  # type: ignore[no-untyped-def]
     """D <- e + eta u. As `saef.rules`, operation by operation."""
     if update.kind == SGD:
-        kept = m[0, at : at + g.size] if len(m) else D[:0]
+        kept = m[0, at : at + g.size] if len(m) > 0 and h[MU] != 0 else D[:0]
         _sgd(h, update.step_ahead, update.feedback, store, g, kept, e, x, D)
     elif update.kind == ADAMW:
         first, second = m[0, at : at + g.size], m[1, at : at + g.size]
@@ -43,7 +43,7 @@ def produce(update, h, store, g, m, at, e, x, D):  # type: ignore[no-untyped-def
 def fuses_signs(update, h, m):  # type: ignore[no-untyped-def]
     """Whether `produce_signs` can do it."""
     if update.kind == SGD:
-        return update.feedback and len(m) > 0 and h[NESTEROV] == 0
+        return update.feedback and len(m) > 0 and h[MU] != 0 and h[NESTEROV] == 0
     return update.feedback and h[A_DECAY] == 0
 
 
@@ -61,7 +61,7 @@ def produce_signs(update, h, g, m, at, e, x, half, spread):  # type: ignore[no-u
 
 @helper
 def _sgd(h, s, feedback, store, g, m, e, x, D):  # type: ignore[no-untyped-def]
-    """m' = mu m + gain g, u = m' or g + mu m' (Nesterov). `m`: [n], or empty."""
+    """m' = mu m + gain g, u = m' or g + mu m' (Nesterov). `m`: [n], or empty: without momentum u = g."""
     n, factor, lr, mu, gain = g.size, h[FACTOR], h[LR], h[MU], h[GAIN]
     if h[DECAY] != 0:
         decay = h[DECAY]

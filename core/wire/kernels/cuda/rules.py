@@ -58,20 +58,21 @@ def produce(  # type: ignore[no-untyped-def]
 
 @jit
 def _sgd(h, s, D, m, error, x, inside, STORE: tl.constexpr, HAS_M: tl.constexpr):  # type: ignore[no-untyped-def]
-    """u of g, which is in D: m' = mu m + gain g, u = m' or g + mu m' (Nesterov)."""
+    """u of g, which is in D: m' = mu m + gain g, u = m' or g + mu m' (Nesterov); without mu u = g, and m is left."""
     D = D * tl.load(h + _FACTOR)
     decay = tl.load(h + _DECAY)
     if decay != 0:
         D += (tl.load(x, mask=inside, other=0) - error * tl.load(s)) * decay
     if HAS_M:
         mu = tl.load(h + _MU)
-        momentum = tl.load(m, mask=inside, other=0) * mu + D * tl.load(h + _GAIN)
-        if STORE:
-            tl.store(m, momentum, mask=inside)
-        if tl.load(h + _NESTEROV) != 0:
-            D += momentum * mu
-        else:
-            D = momentum
+        if mu != 0:
+            momentum = tl.load(m, mask=inside, other=0) * mu + D * tl.load(h + _GAIN)
+            if STORE:
+                tl.store(m, momentum, mask=inside)
+            if tl.load(h + _NESTEROV) != 0:
+                D += momentum * mu
+            else:
+                D = momentum
     return D
 
 
