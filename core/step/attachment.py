@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import partial, wraps
+from itertools import islice
 from typing import Any, Protocol, final
 from weakref import WeakKeyDictionary, WeakSet, ref
 
@@ -14,11 +15,15 @@ from torch.autograd import Variable
 from torch.distributed.algorithms.join import Joinable
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakIdKeyDictionary
 
 OPAQUE = (
     "saef exchanges the parameters' values here. With fullgraph=True compile the network that is wrapped, not the "
     "wrapper or the step, and evaluate it before a training forward or after its backward, not in between"
 )
+
+_EVERY = frozenset(vars(nn.Module()))  # the attributes that all modules have
+MOST_KEPT = 1000  # of a list; a longer one is data
 
 # The newest attachment of each model.
 _newest: WeakKeyDictionary[nn.Module, ref[Attachment]] = WeakKeyDictionary()
@@ -101,6 +106,7 @@ class Attachment:
             one.zero_grad = opaque(_left_before(steps, one.zero_grad))  # type: ignore[method-assign]
         _watch(self)
         self._number: int | None = 0
+        self._kept = WeakIdKeyDictionary()
 
     @property
     def newest(self) -> bool:
@@ -162,10 +168,27 @@ class Attachment:
 
     def watch(self, output: Any) -> None:
         """Have the backward of a forward's output tell when it begins: the gradient of an output is its first."""
-        if torch.is_grad_enabled() and self._number is not None:
+        if torch.is_grad_enabled():
             for tensor in tensors_in(output):
-                if tensor.requires_grad:
-                    _come_first(tensor, tensor.register_hook(partial(self._enter, self._number)))
+                self._watch_one(tensor)
+
+    def watch_kept(self) -> None:
+        """The same of what the forward left in the model's attributes: an auxiliary loss, say.
+
+        Only where the parameters become x before that backward; else the output's is not needed either.
+        """
+        for tensor in _kept_in(self._trained):
+            if (earlier := self._kept.get(tensor)) is not None:
+                earlier.remove()
+            if (handle := self._watch_one(tensor)) is not None:
+                self._kept[tensor] = handle
+
+    def _watch_one(self, tensor: Tensor) -> RemovableHandle | None:
+        if not tensor.requires_grad or self._number is None:
+            return None
+        handle = tensor.register_hook(partial(self._enter, self._number))
+        _come_first(tensor, handle)
+        return handle
 
     def _before_backward(self, number: int, gradient: Tensor) -> None:
         if self.attached:
@@ -246,6 +269,20 @@ def tensors_in(output: Any) -> Iterator[Tensor]:
         for value in vars(output).values():
             if isinstance(value, Tensor | Mapping | list | tuple):
                 yield from tensors_in(value)
+
+
+def _kept_in(model: nn.Module) -> Iterator[Tensor]:
+    """The tensors with a graph in the attributes of a model's modules, lists and dictionaries of them among these."""
+    for module in model.modules():
+        for name in vars(module).keys() - _EVERY:
+            value = vars(module)[name]
+            if isinstance(value, Mapping):
+                value = value.values()
+            elif not isinstance(value, list | tuple):
+                value = (value,)
+            for one in islice(value, MOST_KEPT):
+                if isinstance(one, Tensor) and one.grad_fn is not None:
+                    yield one
 
 
 @final

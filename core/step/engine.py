@@ -335,6 +335,11 @@ class Engine:
 
     def leave(self) -> None:
         """The parameters are x. Raises RuntimeError if they were written to while they were x_half."""
+        if self.weights.ahead:
+            self._attachment.watch_kept()  # its backward may be still to come
+        self._leave()
+
+    def _leave(self) -> None:
         if self.form.entered or not self._attachment.newest:
             return
         if written := self.weights.leave():
@@ -352,7 +357,7 @@ class Engine:
             self._reducing = False
             self.weights.check_reduced()
             self.exchange_gradients()
-        self.leave()
+        self._leave()
 
     def zeroing(self) -> None:
         """Before gradients are zeroed: by the user, or within its step by the optimizer."""

@@ -381,6 +381,19 @@ def idioms(group: dist.ProcessGroup, way: str, idiom: str, plain: bool, compress
             with torch.no_grad():
                 at.model(data)
             loss.backward()
+        elif idiom.startswith("kept"):
+            where, door = idiom.split(", ")[1:]
+            loss = at.loss(t)
+            own = at.net[0].weight.sin().square().mean()
+            leave_in_the_model(at.net, own, where)
+            if door == "zero_grad":
+                at.optimizer.zero_grad()
+            elif door == "evaluated":
+                with torch.no_grad():
+                    at.model(data)
+            else:
+                at.net.state_dict()
+            (loss + own).backward()
         elif idiom == "two forwards":
             first, second = at.loss(t), at.loss(t + 50)
             (first + second).backward()
@@ -406,6 +419,12 @@ def idioms(group: dist.ProcessGroup, way: str, idiom: str, plain: bool, compress
     return flat(at.net), seen
 
 
+def leave_in_the_model(net: nn.Module, loss: Tensor, where: str) -> None:
+    """As a forward leaves an auxiliary loss there."""
+    owner = net[0] if where == "inner attribute" else net
+    owner.auxiliary = {"list": [None, loss], "dictionary": {"a": loss}}.get(where, loss)
+
+
 class Structured(nn.Module):
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -422,6 +441,8 @@ class Structured(nn.Module):
 
 IDIOMS = ["closure", "no_grad pass in between", "two forwards", "output in a structure", "backward in parts"]
 IDIOMS += ["checkpoint inside", "gradient penalty", "frozen statistics", "hook that reads gradients"]
+IDIOMS += ["kept, attribute, zero_grad", "kept, list, evaluated", "kept, dictionary, zero_grad"]
+IDIOMS += ["kept, inner attribute, saved"]
 
 
 @both_ways
