@@ -1,6 +1,6 @@
 """Say whether compression pays on this cluster, and which method: measured here, then computed.
 
-torchrun ... -m saef advise --parameters 124e6 --step-ms 300 [--optimizer adamw]
+torchrun ... -m saef advise --parameters 124e6 --step-ms 300 [--dtype bfloat16] [--optimizer adamw]
 torchrun ... -m saef advise --model MODULE:FACTORY --batch MODULE:FACTORY [--optimizer adamw]
 
 Started on the nodes, and by as many ranks, as training will be. It measures the network's collectives, with pauses as
@@ -43,6 +43,9 @@ OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]
 }  # with vectors of the model's size that they keep; at a rate that leaves the model as it is
 
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
 @final
 @dataclass(frozen=True)
 class Line:
@@ -67,6 +70,7 @@ class Advice:
     workers: int
     device: str
     parameters: int
+    dtype: str
     compute_s: float
     link_bits_per_s: float
     latency_s: float
@@ -85,6 +89,7 @@ def methods(
     *,
     numels: Sequence[int] | None = None,
     optimizer_vectors: int = 1,
+    dtype: torch.dtype = torch.float32,
 ) -> list[Method]:
     """The methods whose kernels were measured, for a model.
 
@@ -92,35 +97,45 @@ def methods(
         kernels: seconds a coordinate and step.
         numels: sizes of some of its tensors, or of tensors like them.
         optimizer_vectors: what the optimizer keeps, in vectors of the model's size.
+        dtype: of its parameters. A state beside 16-bit ones is of float32.
     """
     numels = numels or probe.sample(parameters)
-    d, n = parameters, buckets_of(parameters)
+    d, n, own = parameters, buckets_of(parameters, dtype.itemsize), max(4, dtype.itemsize)
+    state = torch.float64 if own == 8 else torch.float32
     found = []
     for name, rate in kernels.items():
         if name not in SETTINGS:
-            dense = (2.0 if name == HALF else 4.0) * d
+            dense = float(2 if name == HALF else dtype.itemsize) * d
             found.append(Method(name, dense, buckets=n, kernels_s=rate * d))
             continue
         settings = SETTINGS[name]
-        a = math.ceil(message_bytes(settings["compressor"], numels) * (d / sum(numels)))
+        a = math.ceil(message_bytes(settings["compressor"], numels, state) * (d / sum(numels)))
         H, averaging = settings.get("local_steps", 1), settings.get("averaging")
         strategy = choose(workers, a, a)
         replicated = strategy == "replicated"
         vectors = 2 + (1 if replicated else 1 / workers)  # x or x_half, e, the server's
         vectors += 1 + optimizer_vectors if H > 1 else 0  # x_half - X, and a copy of the optimizer's
-        dense = 4.0 * d / averaging.period if isinstance(averaging, Rotating) else 0.0
-        memory = 4.0 * d * vectors + (workers + 1 if replicated else 3) * a
+        dense = float(own) * d / averaging.period if isinstance(averaging, Rotating) else 0.0
+        memory = float(own) * d * vectors + (workers + 1 if replicated else 3) * a
         found.append(
             Method(name, dense, a, a, strategy, H, buckets=n, kernels_s=rate * d, memory_bytes=memory),
         )
     return found
 
 
-def advise(measured: Measured, parameters: int, compute_s: float, *, optimizer: str = "sgd", **kwargs: Any) -> Advice:
+def advise(
+    measured: Measured,
+    parameters: int,
+    compute_s: float,
+    *,
+    optimizer: str = "sgd",
+    numels: Sequence[int] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Advice:
     """Predictions and verdict from what was measured; nothing is sent."""
     network, overlap = measured.network, measured.overlap
-    K = network.workers
-    found = methods(K, parameters, measured.kernels, optimizer_vectors=OPTIMIZERS[optimizer][2], **kwargs)
+    K, vectors = network.workers, OPTIMIZERS[optimizer][2]
+    found = methods(K, parameters, measured.kernels, numels=numels, optimizer_vectors=vectors, dtype=dtype)
     seconds = [step_seconds(m, network, compute_s, overlap=overlap) for m in found]
     plain = next(m for m in found if m.name == PLAIN)
     plain_s = seconds[found.index(plain)]
@@ -139,7 +154,16 @@ def advise(measured: Measured, parameters: int, compute_s: float, *, optimizer: 
     ]
     said = verdict(lines, network.bits_per_s)
     return Advice(
-        K, measured.device, parameters, compute_s, network.bits_per_s, network.latency_s, overlap, lines, said
+        workers=K,
+        device=measured.device,
+        parameters=parameters,
+        dtype=str(dtype).removeprefix("torch."),
+        compute_s=compute_s,
+        link_bits_per_s=network.bits_per_s,
+        latency_s=network.latency_s,
+        overlap=overlap,
+        lines=lines,
+        verdict=said,
     )
 
 
@@ -172,7 +196,7 @@ def rate(bits_per_s: float) -> str:
 def table(advice: Advice) -> str:
     hidden = "hidden behind the backward where it fits" if advice.overlap else "not hidden: no cores to spare"
     lines = [
-        f"{advice.workers} ranks, {advice.device}; {advice.parameters:,} parameters, "
+        f"{advice.workers} ranks, {advice.device}; {advice.parameters:,} parameters of {advice.dtype}, "
         f"{advice.compute_s * 1e3:.1f} ms a step without exchange",
         f"network: {rate(advice.link_bits_per_s)} a rank, {advice.latency_s * 1e3:.3g} ms for the shortest all-reduce; "
         f"exchanges are {hidden}",
@@ -236,6 +260,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--parameters", type=positive, metavar="N", help="how many the model has, e.g. 124e6")
     add("--step-ms", type=positive, metavar="MS", help="of a step of one rank that exchanges nothing")
+    add("--dtype", choices=DTYPES, help="of these parameters; float32 if not given")
     add("--model", type=load, metavar="MODULE:FACTORY", help="a function that returns the model, in place of both")
     add("--batch", type=load, metavar="MODULE:FACTORY", help="of --model: one that returns a batch of one rank")
     add("--optimizer", choices=OPTIMIZERS, default="sgd")
@@ -243,6 +268,8 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     add("--json", action="store_true", help="print one JSON object instead of the table")
     args = parser.parse_args(words)
     numbers = args.parameters is not None, args.step_ms is not None
+    if args.model is not None and args.dtype is not None:
+        parser.error("--dtype is of --parameters: a model has its own")
     if args.model is None and numbers != (True, True):
         parser.error("give --parameters and --step-ms, or --model and --batch")
     if args.model is not None and any(numbers):
@@ -287,19 +314,27 @@ def run(args: argparse.Namespace, device: torch.device) -> Advice:
         return make(net.parameters(), **words)
 
     if args.model is None:
-        parameters, step_s = int(args.parameters), args.step_ms / 1e3
-        measured = probe.measure(device, optimizer_of, probe.sample(parameters), pause_s=step_s)
-        return advise(measured, parameters, step_s, optimizer=args.optimizer)
+        parameters, step_s, dtype = int(args.parameters), args.step_ms / 1e3, DTYPES[args.dtype or "float32"]
+        measured = probe.measure(device, optimizer_of, probe.sample(parameters), pause_s=step_s, dtype=dtype)
+        return advise(measured, parameters, step_s, optimizer=args.optimizer, dtype=dtype)
     net = args.model()
     if not isinstance(net, nn.Module):
         raise TypeError(f"--model must return a torch.nn.Module, got {type(net).__name__}")
-    net, numels = net.to(device), [p.numel() for p in net.parameters() if p.requires_grad]
+    trained = [p for p in net.to(device).parameters() if p.requires_grad]
+    numels, dtype = [p.numel() for p in trained], dtype_of(trained)
     step = step_of(net, optimizer_of(net), moved(args.batch(), device))
     few = numels if sum(numels) <= probe.MOST else probe.sample(sum(numels))
-    measured = probe.measure(device, optimizer_of, few, step=step)
+    measured = probe.measure(device, optimizer_of, few, step=step, dtype=dtype)
     if measured.compute_s is None:
         raise RuntimeError("the step was not measured")
-    return advise(measured, sum(numels), measured.compute_s, optimizer=args.optimizer, numels=numels)
+    return advise(measured, sum(numels), measured.compute_s, optimizer=args.optimizer, numels=numels, dtype=dtype)
+
+
+def dtype_of(trained: Sequence[Tensor]) -> torch.dtype:
+    """The one of a model's parameters. ValueError if it trains none, or of several."""
+    if len(found := {p.dtype for p in trained}) != 1:
+        raise ValueError(f"--model must return a model that trains parameters of one dtype, got {[*map(str, found)]}")
+    return found.pop()
 
 
 def moved(batch: Any, device: torch.device) -> Any:

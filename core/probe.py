@@ -98,9 +98,9 @@ class Echo(Ordered):
 class Tensors(nn.Module):
     """Parameters of chosen sizes, whose gradients cost next to nothing."""
 
-    def __init__(self, numels: Sequence[int], device: torch.device) -> None:
+    def __init__(self, numels: Sequence[int], device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.parts = nn.ParameterList(torch.full((n,), 0.01, device=device) for n in numels)
+        self.parts = nn.ParameterList(torch.full((n,), 0.01, device=device, dtype=dtype) for n in numels)
 
     def forward(self, gradient: Tensor) -> Tensor:
         return torch.stack([torch.dot(p, gradient[: p.numel()]) for p in self.parts]).sum()
@@ -114,6 +114,7 @@ def measure(
     step: Callable[[], object] | None = None,
     pause_s: float = 0.0,
     names: Sequence[str] = NAMES,
+    dtype: torch.dtype = torch.float32,
 ) -> Measured:
     """Measure network and kernels, and `step` if it is given, on all ranks of the default process group.
 
@@ -121,10 +122,11 @@ def measure(
         numels: sizes of the tensors to measure kernels with.
         step: of training on one rank.
         pause_s: between two collectives, as long as a step computes: TCP forgets how fast it was.
+        dtype: of those tensors.
     """
     compute_s = None if step is None else _mean(_time(step, device), device)
     network = measure_network(device, min(compute_s if compute_s is not None else pause_s, LONGEST_PAUSE_S))
-    took = _time_methods(names, device, optimizer_of, numels)
+    took = _time_methods(names, device, optimizer_of, numels, dtype)
     d = sum(numels)
     return Measured(
         network,
@@ -189,7 +191,7 @@ def _curve(
         measure = _once if expected > LONG_S else _time
         seconds = _mean(measure(make(n), device, pause_s), device)
         took.append(max(seconds, took[-1]) if took else seconds)  # noise must not make a longer message faster
-    return Curve(tuple(map(float, sizes[: len(took)])), tuple(took))
+    return Curve((0.0, *map(float, sizes[: len(took)])), (took[0], *took))  # the shortest takes what nothing takes
 
 
 def _time(work: Callable[[], object], device: torch.device, pause_s: float = 0.0) -> float:
@@ -251,11 +253,11 @@ def _time_methods(
     device: torch.device,
     optimizer_of: Callable[[nn.Module], torch.optim.Optimizer],
     numels: Sequence[int],
+    dtype: torch.dtype,
 ) -> dict[str, float]:
     """Seconds of a step of each method, and of training on one rank, in turn: what disturbs one disturbs all."""
     alone, _ = dist.new_subgroups(group_size=1)
-    rounds = {ALONE: _round(ALONE, device, optimizer_of, numels, alone)}
-    rounds |= {name: _round(name, device, optimizer_of, numels, alone) for name in names}
+    rounds = {name: _round(name, Tensors(numels, device, dtype), optimizer_of, alone) for name in (ALONE, *names)}
     took: dict[str, list[float]] = {name: [] for name in rounds}
     for _ in range(2 + REPETITIONS):
         for name, (work, steps) in rounds.items():
@@ -265,25 +267,23 @@ def _time_methods(
 
 def _round(
     name: str,
-    device: torch.device,
+    net: Tensors,
     optimizer_of: Callable[[nn.Module], torch.optim.Optimizer],
-    numels: Sequence[int],
     alone: dist.ProcessGroup,
 ) -> tuple[Callable[[], None], int]:
     """From exchange to exchange, and how many steps that is. The ranks echo, so that nothing waits for a network."""
-    net = Tensors(numels, device)
-    optimizer, steps = optimizer_of(net), 1
+    optimizer, steps, longest = optimizer_of(net), 1, max(net.parts, key=torch.numel)
     model: nn.Module = net
     if name != ALONE:
         model = DistributedDataParallel(net, process_group=alone)
         if name in SETTINGS:
-            echo = Echo(dist.get_rank(), dist.get_world_size(), device)
+            echo = Echo(dist.get_rank(), dist.get_world_size(), longest.device)
             state = SAEFState(model, optimizer, transport=echo, **SETTINGS[name])
             model.register_comm_hook(state, saef_hook)
             steps = state.settings.local_steps
         elif name == HALF:
             model.register_comm_hook(alone, fp16_compress_hook)
-    gradient = torch.ones(max(numels), device=device)
+    gradient = torch.ones_like(longest)
 
     def work() -> None:
         for _ in range(steps):

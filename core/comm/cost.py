@@ -25,7 +25,7 @@ from typing import final
 from .exchange import Strategy, sent_bytes
 
 BACKWARD = 2 / 3  # of a step's computation
-FIRST_BYTES, BUCKET_BYTES = 1 << 20, 25 * (1 << 20)  # of float32 gradients in DDP's first bucket, and in the others
+FIRST_BYTES, BUCKET_BYTES = 1 << 20, 25 * (1 << 20)  # of gradients in DDP's first bucket, and in the others
 AT_ONCE = 3  # all-reduces that are measured together
 PAYS = 1.05  # how much faster a method must be, to be worth it
 
@@ -234,9 +234,9 @@ def break_even_bits_per_s(
     return network.bits_per_s / math.exp(high)
 
 
-def buckets_of(parameters: int) -> int:
-    """How many buckets DDP cuts so many float32 gradients into, at least."""
-    return 1 + max(0, math.ceil((4 * parameters - FIRST_BYTES) / BUCKET_BYTES))
+def buckets_of(parameters: int, itemsize: int = 4) -> int:
+    """How many buckets DDP cuts so many gradients into, at least; each of `itemsize` bytes."""
+    return 1 + max(0, math.ceil((itemsize * parameters - FIRST_BYTES) / BUCKET_BYTES))
 
 
 def _whole(method: Method) -> tuple[int, int]:

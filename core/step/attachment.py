@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import partial, wraps
 from itertools import islice
@@ -106,7 +106,7 @@ class Attachment:
             one.zero_grad = opaque(_left_before(steps, one.zero_grad))  # type: ignore[method-assign]
         _watch(self)
         self._number: int | None = 0
-        self._kept = WeakIdKeyDictionary()
+        self._kept: MutableMapping[Tensor, RemovableHandle] = WeakIdKeyDictionary()
 
     @property
     def newest(self) -> bool:
@@ -186,7 +186,7 @@ class Attachment:
     def _watch_one(self, tensor: Tensor) -> RemovableHandle | None:
         if not tensor.requires_grad or self._number is None:
             return None
-        handle = tensor.register_hook(partial(self._enter, self._number))
+        handle: RemovableHandle = tensor.register_hook(partial(self._enter, self._number))
         _come_first(tensor, handle)
         return handle
 

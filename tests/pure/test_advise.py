@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from saef import advise, probe
-from saef.comm.cost import alpha_beta
+from saef.comm.cost import Curve, Network, alpha_beta
 
 D, COMPUTE_S = 10_000_000, 0.1
 KERNELS = {name: 1e-9 * i for i, name in enumerate(probe.NAMES)}
@@ -103,6 +103,42 @@ def test_adamw_keeps_more() -> None:
     assert line(adamw, "saef sign").memory_bytes == line(sgd, "saef sign").memory_bytes
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_parameters_of_other_dtypes(dtype: torch.dtype) -> None:
+    """Gradients travel as they are; a state, and what it sends, is of float32 beside 16 bits, of float64 beside 64."""
+    single, other = (advise.advise(measured(1e9), D, COMPUTE_S, dtype=one) for one in (torch.float32, dtype))
+    bytes_of, double = dtype.itemsize, dtype == torch.float64
+    assert line(other, "plain DDP").bytes == pytest.approx(line(single, "plain DDP").bytes * bytes_of / 4)
+    assert line(other, "fp16 hook").bytes == line(single, "fp16 hook").bytes
+    sign, before = line(other, "saef sign"), line(single, "saef sign")
+    assert sign.memory_bytes == pytest.approx(before.memory_bytes * (2 if double else 1), rel=0.2)
+    assert sign.bytes == (pytest.approx(before.bytes, rel=1e-2) if double else before.bytes)
+    averaged, bare = line(other, "saef sign, Rotating(20)").bytes, sign.bytes
+    assert averaged - bare == pytest.approx(2 * 3 / 4 * max(4, bytes_of) * D / 20)
+    assert other.dtype == str(dtype).removeprefix("torch.") and f" parameters of {other.dtype}, " in advise.table(other)
+    plain = [found.lines[0].step_s - COMPUTE_S for found in (single, other)]
+    assert plain[1] == pytest.approx(plain[0] * bytes_of / 4, rel=1e-2)  # and latency, of as many buckets
+
+
+def test_the_dtype_of_a_model() -> None:
+    assert advise.dtype_of([torch.zeros(2, dtype=torch.bfloat16)] * 2) == torch.bfloat16
+    for several in ([], [torch.zeros(1), torch.zeros(1, dtype=torch.float64)]):
+        with pytest.raises(ValueError, match="a model that trains parameters of one dtype"):
+            advise.dtype_of(several)
+
+
+def test_messages_shorter_than_any_measured_do_not_travel_in_no_time() -> None:
+    """As `saef.probe` measures: the shortest message is one of 1 KiB."""
+    sizes, seconds = (0.0, 1024.0, 65536.0), (1e-3, 1e-3, 2e-3)
+    network = Network(4, *(Curve(sizes, seconds) for _ in range(3)))
+    found = advise.advise(probe.Measured(network, KERNELS, None, False, "a device"), 1000, COMPUTE_S)
+    plain, sign = line(found, "plain DDP"), line(found, "saef sign")
+    assert plain.step_s > COMPUTE_S + 1e-3 and sign.step_s > COMPUTE_S + 1e-3  # of one collective each
+    slow = network.slower(1e6)
+    assert slow.all_reduce(100.0) == slow.all_gather(0.0) == 1e-3 and slow.all_reduce(4000.0) > 1.0
+    assert "break-even of 0 " not in found.verdict and "below 0 " not in found.verdict
+
+
 def test_the_table_and_the_json_have_every_method() -> None:
     found = advice(1e8)
     text = advise.table(found)
@@ -136,6 +172,8 @@ MODEL = ["--model", "torch.nn:Identity", "--batch", "builtins:dict"]
         (["--model", "torch.nn:Linnear", "--batch", "builtins:dict"], "cannot be imported: "),
         (["--model", "math:pi", "--batch", "builtins:dict"], "'math:pi' is not a function"),
         ([*NUMBERS, "--optimizer", "lion"], "invalid choice: 'lion'"),
+        ([*NUMBERS, "--dtype", "int8"], "invalid choice: 'int8'"),
+        ([*MODEL, "--dtype", "bfloat16"], "--dtype is of --parameters: a model has its own"),
     ],
 )
 def test_bad_arguments(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
