@@ -39,15 +39,8 @@ class TorchTransport(Ordered):
     """
 
     def __init__(self, group: dist.ProcessGroup | None, device: torch.device, what: str = "SAEFState()") -> None:
-        if not dist.is_available() or not dist.is_initialized():
-            raise RuntimeError(
-                "call torch.distributed.init_process_group() before creating the state. Frameworks that call it by "
-                "themselves have adapters: saef.integrations.lightning, transformers, accelerate"
-            )
-        group = group if group is not None else dist.distributed_c10d._get_default_group()
+        group = checked(group)
         rank, cpu = dist.get_rank(group), device.type == "cpu"
-        if rank < 0:
-            raise ValueError("this rank is not a member of process_group; create the state on its members only")
         super().__init__(rank, dist.get_world_size(group), device, thread=cpu)
         name, self._timeout = private_name(group, device, what), timeout_of(group, device)
         store = PrefixStore(name, _get_default_store())
@@ -186,6 +179,32 @@ def _ended(work: Any, seconds: float) -> bool:
     return True
 
 
+def checked(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """The process group that was given, None for the default one.
+
+    Raises:
+        RuntimeError: if there is no default group yet.
+        TypeError: if it is none.
+        ValueError: if this rank is not in it.
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        raise RuntimeError(
+            "call torch.distributed.init_process_group() before creating the state. Frameworks that call it by "
+            "themselves have adapters: saef.integrations.lightning, transformers, accelerate"
+        )
+    if group is None:
+        return dist.distributed_c10d._get_default_group()
+    outside: Any = dist.GroupMember.NON_GROUP_MEMBER  # what new_group() gives the others
+    if not isinstance(group, dist.ProcessGroup) and group is not outside:
+        raise TypeError(
+            "process_group must be a torch.distributed.ProcessGroup, as new_group() makes one, or None for all ranks, "
+            f"got {group!r}"
+        )
+    if group is outside or dist.get_rank(group) < 0:
+        raise ValueError("this rank is not a member of process_group; create the state on its members only")
+    return group
+
+
 def private_name(group: dist.ProcessGroup, device: torch.device, what: str) -> str:
     """What these ranks alone know, under which new groups find their members in a store. Collective over `group`.
 
@@ -221,7 +240,7 @@ _BESIDE: weakref.WeakKeyDictionary[Store, Store] = weakref.WeakKeyDictionary()
 
 def meet(group: dist.ProcessGroup | None, device: torch.device, what: str) -> None:
     """`Transport.meet` for the ranks of a process group, None for all, that have no transport."""
-    group = group if group is not None else dist.distributed_c10d._get_default_group()
+    group = checked(group)
     _meetings(_get_process_group_store(group), group, device, None).meet(what)
 
 

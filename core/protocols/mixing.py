@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..comm.torch_transport import TorchTransport, meet
+from ..comm.torch_transport import TorchTransport, checked, meet
 from .averaging import Averaging
 from .operators import Matrix, Operator
 
@@ -184,6 +184,7 @@ def stationary_distance(tensors: Iterable[Tensor], process_group: dist.ProcessGr
             float64: two all-reduces.
         process_group: the ranks; None: all.
     """
+    process_group = checked(process_group)
     x = torch.cat([t.detach().reshape(-1).double() for t in tensors])
     n, mean = dist.get_world_size(process_group), x.clone()
     meet(process_group, x.device, "saef.stationary_distance()")

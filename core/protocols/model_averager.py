@@ -13,7 +13,7 @@ from torch._utils import _unflatten_dense_tensors
 from torch.distributed.algorithms.model_averaging import averagers
 
 from ..comm import agreement
-from ..comm.torch_transport import TorchTransport
+from ..comm.torch_transport import TorchTransport, checked
 from .averaging import Averaging
 
 
@@ -54,7 +54,7 @@ class ModelAverager(averagers.ModelAverager):
         warmup_steps: int = 0,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        super().__init__(process_group)
+        super().__init__(checked(process_group))
         if not isinstance(protocol, Averaging):
             raise TypeError(f"protocol must be e.g. saef.LocalStep(4) or saef.Ring(), got {protocol!r}")
         if protocol.parameter_servers:

@@ -31,7 +31,7 @@ from torch._utils import _unflatten_dense_tensors
 from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
 
 from ..comm import agreement
-from ..comm.torch_transport import TorchTransport, gloo, private_name, timeout_of
+from ..comm.torch_transport import TorchTransport, checked, gloo, private_name, timeout_of
 
 logger = logging.getLogger("saef")
 
@@ -97,8 +97,9 @@ class ParameterServer:
     """
 
     def __init__(self, params: Iterable[Tensor], process_group: dist.ProcessGroup | None = None) -> None:
-        group = process_group if process_group is not None else dist.distributed_c10d._get_default_group()
-        self.params = list(params)
+        group, self.params = checked(process_group), list(params)
+        if not self.params:
+            raise ValueError("params is empty: give the model's parameters, each rank's own")
         self.rank, size = dist.get_rank(group), dist.get_world_size(group)
         if size < 2:
             raise ValueError("a parameter server needs a worker besides rank 0: start at least 2 ranks")

@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..comm.node import Node, check_mesh
-from ..comm.torch_transport import TorchTransport
+from ..comm.torch_transport import TorchTransport, checked
 from ..comm.transport import Transport
 from .fsdp import check_fsdp, groups_in, is_sharded, lay_down, modules_of, uses_fsdp
 from .parts import Parts
@@ -28,7 +28,14 @@ class Joining(NamedTuple):
     transport: Transport | Node | None
 
     def check(self, model: nn.Module) -> None:
-        """Raise TypeError or ValueError on a model that these ranks could not train."""
+        """Raise TypeError or ValueError on a model that these ranks could not train, or if they are none."""
+        if self.process_group is not None:
+            checked(self.process_group)
+        if not (self.transport is None or isinstance(self.transport, Node) or hasattr(self.transport, "all_to_all")):
+            raise TypeError(
+                "transport must be a saef.comm.transport.Transport, or a saef.comm.node.Node of two, got "
+                f"{self.transport!r}; leave it out for torch.distributed's process groups"
+            )
         lay_down(modules_of(model))
         check_model(model, self.process_group)
         if self.mesh is not None:

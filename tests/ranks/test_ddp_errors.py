@@ -233,6 +233,48 @@ def silent(group: dist.ProcessGroup, averaging: Any) -> str:
     return lose_a_rank(group, averaging)
 
 
+MAKERS: dict[str, Callable[[nn.Module, Any], Any]] = {
+    "a state": lambda net, given: saef.SAEFState(net, SGD(net), process_group=given),
+    "an averager": lambda net, given: saef.ModelAverager(saef.LocalStep(2), process_group=given),
+    "a server": lambda net, given: saef.ParameterServer(net.parameters(), given),
+    "a distance": lambda net, given: saef.stationary_distance(net.parameters(), given),
+    "a mixing time": lambda net, given: saef.estimate_mixing_time(saef.Ring(), given),
+}
+
+
+def with_no_group(group: dist.ProcessGroup, maker: str) -> str:
+    make, net = MAKERS[maker], make_net()
+    for given in (1, "gloo", [0, 1], dist.GroupMember):
+        with pytest.raises(TypeError, match="process_group must be a torch.distributed.ProcessGroup, .* got "):
+            make(net, given)
+    with pytest.raises(ValueError, match="not a member of process_group"):
+        make(net, dist.GroupMember.NON_GROUP_MEMBER)
+    return "ok"
+
+
+def SGD(net: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(net.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_what_is_no_process_group_is_refused(pool: RankPool, maker: str) -> None:
+    assert pool.run(with_no_group, maker, ranks=2) == ["ok"] * 2
+
+
+def with_no_transport(group: dist.ProcessGroup) -> str:
+    net = make_net()
+    for given in (1, "nccl", group):
+        with pytest.raises(TypeError, match=r"transport must be a saef\.comm\.transport\.Transport"):
+            saef.SAEFState(net, SGD(net), transport=given)
+    with pytest.raises(ValueError, match="params is empty"):
+        saef.ParameterServer([], group)
+    return "ok"
+
+
+def test_what_is_no_transport_or_has_no_parameters_is_refused(pool: RankPool) -> None:
+    assert pool.run(with_no_transport, ranks=2) == ["ok"] * 2
+
+
 def build(group: dist.ProcessGroup, what: str) -> None:
     """Things that SAEFState itself refuses."""
     net = make_net(torch.float16 if what == "float16" else torch.float64)
