@@ -71,6 +71,8 @@ class Rounds(Form):
             self._start_shifted(self._flight)
         if loaded is not None and loaded["done"]:
             self.done, self._before = loaded["done"], loaded.get("before")
+            if loaded.get("spoilt"):
+                self._spoilt = weights.flat.new_full((), math.nan)
             with torch.no_grad():
                 for i, name in enumerate(weights.names):
                     weights.local_of(i).copy_(loaded["X"][name])
@@ -332,7 +334,8 @@ class Rounds(Form):
     # -- checkpoints --------------------------------------------------------------------------
 
     def saved(self, optimizer: torch.optim.Optimizer) -> Saved:
-        """{"done", "optimizer": its state now, "own", "entries"}; in a round "X" and, as at its beginning, "before".
+        """{"done", "optimizer": its state now, "own", "entries"}; in a round "X", "before" as at its beginning, and
+        "spoilt" if a gradient of it was not finite.
 
         "entries" says what "optimizer" has, for what comes back without it; as one string, which nothing takes apart.
         """
@@ -344,6 +347,8 @@ class Rounds(Form):
             found["X"] = {name: weights.local_of(i).clone() for i, name in enumerate(weights.names)}
             if self._before is not None:
                 found["before"] = copied(self._before)
+            if self._spoilt is not None and bool(self._spoilt.isnan()):
+                found["spoilt"] = True
         return found
 
     def consolidated(self, optimizer: torch.optim.Optimizer, transport: Transport) -> Saved:

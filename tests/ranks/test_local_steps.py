@@ -332,6 +332,42 @@ def test_a_number_that_the_optimizer_swallows_drops_the_round(
     pool.run(swallowed, kind, value, local_steps, overlap, closure, ranks=2)
 
 
+def spoilt_and_saved(group: Any, value: float) -> None:
+    """A checkpoint within the round, after rank 1 has swallowed it, and before the round ends."""
+    rank = dist.get_rank(group)
+
+    def made() -> tuple[Any, Any, SAEFState]:
+        model = DDP(make_net(), process_group=group)
+        optimizer = BySign(model.parameters())
+        state = SAEFState(model, optimizer, compressor=saef.TopK(0.3), local_steps=4)
+        model.register_comm_hook(state, saef_hook)
+        return model, optimizer, state
+
+    def train(model: Any, optimizer: Any, first: int, last: int) -> None:
+        for t in range(first, last):
+            optimizer.zero_grad()
+            x, y = batch(rank, t)
+            (mse_loss(model(x), y) * (value if rank == 1 and t == 5 else 1.0)).backward()
+            optimizer.step()
+
+    file = io.BytesIO()
+    model, optimizer, state = made()
+    train(model, optimizer, 0, 7)
+    torch.save(state.state_dict(), file)
+    file.seek(0)
+    other, other_optimizer, other_state = made()
+    other_state.load_state_dict(torch.load(file, weights_only=True))
+    for of in ((model, optimizer), (other, other_optimizer)):
+        train(*of, 7, 12)
+    assert state.skipped == other_state.skipped == 1
+    assert torch.equal(state.weights.x(), other_state.weights.x())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_checkpoint_in_a_round_knows_what_its_optimizer_swallowed(pool: RankPool, value: float) -> None:
+    pool.run(spoilt_and_saved, value, ranks=2)
+
+
 # ---- checkpoints ------------------------------------------------------------------------------------------------
 
 
