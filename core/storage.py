@@ -121,7 +121,7 @@ def load_checkpoint(folder: str | os.PathLike[str], state: SAEFState) -> dict[st
     Raises:
         ValueError: if it does not fit the state, or another number of ranks wrote it with consolidate=False; or if
             `folder` is a checkpoint itself.
-        OSError, RuntimeError, pickle.UnpicklingError: if this rank cannot read it.
+        OSError: if this rank cannot read it, naming the file.
         RuntimeError: if another rank failed in one of these ways.
     """
     root = Path(folder)
@@ -145,7 +145,7 @@ def load_checkpoint(folder: str | os.PathLike[str], state: SAEFState) -> dict[st
     def fits() -> str:
         if not (path / COMPLETE).exists():
             raise FileNotFoundError(f"{path} is not here: the folder must be the same for all ranks")
-        saved = torch.load(own, weights_only=True, mmap=True)["saef"] if own.exists() else {}
+        saved = _read(own, mmap=True)["saef"] if own.exists() else {}
         found = saved.get("strategy"), saved.get("ranks_a_node", 1)
         return "yes" if found == (state.strategy, state.engine.node.size) else "no"
 
@@ -159,7 +159,7 @@ def load_checkpoint(folder: str | os.PathLike[str], state: SAEFState) -> dict[st
                 f"{path} was written by another number of ranks or with another exchange strategy, and without its "
                 "consolidated form: start as many ranks as wrote it, with the same exchange"
             )
-        saved = torch.load(file, map_location=state.weights.device, weights_only=True)
+        saved = _read(file, map_location=state.weights.device)
         state.load_state_dict(saved["saef"])
         extra.update(saved["extra"])
         return ""
@@ -247,10 +247,29 @@ def _number(path: Path) -> int:
 
 
 def _write(path: Path, value: dict[str, Any]) -> None:
-    with path.open("wb") as file:
-        torch.save(value, file)
-        file.flush()
-        os.fsync(file.fileno())
+    """Raises OSError, naming the file."""
+    try:
+        with path.open("wb") as file:
+            torch.save(value, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # torch's own, as it closes a file that it could not write to the end of
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise OSError(cause.errno, cause.strerror, str(path)) from error
+
+
+def _read(path: Path, **options: Any) -> dict[str, Any]:
+    """Raises OSError, naming the file."""
+    try:
+        found: dict[str, Any] = torch.load(path, weights_only=True, **options)
+        return found
+    except Exception as error:  # of many kinds, and few of them say which file
+        raise OSError(
+            f"{path} cannot be read ({type(error).__name__}: {error}). If it is damaged, move its folder away: then "
+            "the checkpoint before it is loaded"
+        ) from error
 
 
 def _sync(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,29 @@ def write_on(group: dist.ProcessGroup, folder: str, fail: str) -> str:
     return ""
 
 
+def short_of_room(group: dist.ProcessGroup, folder: str, room: int) -> str:
+    """As on a full disk: no file of rank 1 may be longer; what this rank is told."""
+    run = Run(group, SETTINGS)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if run.rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        saef.save_checkpoint(folder, run.state)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    return ""
+
+
+@pytest.mark.parametrize("room", [0, 100, 3000])
+def test_a_full_disk_is_an_error_that_names_the_file(pool: RankPool, tmp_path: Path, room: int) -> None:
+    here = r"OSError: \[Errno 27\] File too large: '.*/000001-step-0/rank-1-of-3.pt'"
+    for rank, said in enumerate(pool.run(short_of_room, str(tmp_path), room, ranks=3)):
+        assert re.match(here if rank == 1 else f"RuntimeError: rank 1: {here}", said), said
+    assert [*tmp_path.iterdir()] == []
+
+
 def newest_steps(group: dist.ProcessGroup, folder: str) -> int:
     run = Run(group, SETTINGS)
     return -1 if saef.load_checkpoint(folder, run.state) is None else run.state.steps
@@ -129,7 +153,8 @@ def test_what_cannot_be_loaded_is_refused_on_all_ranks(pool: RankPool, tmp_path:
     for damaged in (content[: len(content) // 2], b"", os.urandom(1000)):
         file.write_bytes(damaged)
         said = pool.run(attempt, str(tmp_path), SETTINGS, ranks=2)
-        assert "rank 1: " in said[0] and "nothing was raised" not in said[1]
+        assert f"rank 1: OSError: {file} cannot be read" in said[0] and "move its folder away" in said[0]
+        assert said[1].startswith(f"{file} cannot be read")
     file.unlink()
     for said in pool.run(attempt, str(tmp_path), SETTINGS, ranks=2):
         assert "start as many ranks as wrote it" in said
