@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from functools import partial, wraps
 from itertools import islice
+from types import FunctionType, ModuleType
 from typing import Any, Protocol, final
 from weakref import WeakKeyDictionary, WeakSet, ref
 
@@ -24,6 +24,8 @@ OPAQUE = (
 
 _EVERY = frozenset(vars(nn.Module()))  # the attributes that all modules have
 MOST_KEPT = 1000  # of a list; a longer one is data
+ATOMS = (str, bytes, int, float, complex, type(None), type, nn.Module, torch.optim.Optimizer, FunctionType, ModuleType)
+MOST_LOOKED_AT = 10_000  # objects in an output; one that has more is no output alone
 
 # The newest attachment of each model.
 _newest: WeakKeyDictionary[nn.Module, ref[Attachment]] = WeakKeyDictionary()
@@ -253,22 +255,25 @@ def _come_first(tensor: Tensor, handle: RemovableHandle) -> None:
 
 
 def tensors_in(output: Any) -> Iterator[Tensor]:
-    """The tensors in what a forward returned, in collections, dataclasses and objects with attributes."""
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from tensors_in(value)
-    elif isinstance(output, list | tuple | set | frozenset):
-        for value in output:
-            yield from tensors_in(value)
-    elif is_dataclass(output):
-        for field in fields(output):
-            yield from tensors_in(getattr(output, field.name))
-    elif hasattr(output, "__dict__") and not isinstance(output, type | nn.Module):
-        for value in vars(output).values():
-            if isinstance(value, Tensor | Mapping | list | tuple):
-                yield from tensors_in(value)
+    """The tensors in what a forward returned: in collections and objects, as deep as they are."""
+    waiting, seen = [output], set[int]()
+    while waiting and len(seen) < MOST_LOOKED_AT:
+        one = waiting.pop()
+        if isinstance(one, Tensor):
+            yield one
+        elif id(one) not in seen and not isinstance(one, ATOMS):
+            seen.add(id(one))
+            waiting += _inside(one)
+
+
+def _inside(one: Any) -> Iterable[Any]:
+    if isinstance(one, Mapping):
+        return one.values()
+    if isinstance(one, list | tuple | set | frozenset):
+        return one
+    slots = [getattr(kind, "__slots__", ()) for kind in type(one).__mro__]
+    names = [name for few in slots for name in ((few,) if isinstance(few, str) else few)]
+    return [*getattr(one, "__dict__", {}).values(), *(getattr(one, name, None) for name in names)]
 
 
 def _kept_in(model: nn.Module) -> Iterator[Tensor]:
@@ -295,6 +300,13 @@ class _Hook:
     def __call__(self, *args: Any) -> None:
         if self.call is not None:
             self.call(*args)
+
+    @property
+    def __name__(self) -> str:
+        raise AttributeError(
+            "torch.jit.script would compile the hooks of a SAEFState on this module: script it before the state is "
+            "made, or after state.detach(), or use torch.export or torch.jit.trace"
+        )
 
     def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
         return _Hook, ()

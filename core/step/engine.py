@@ -465,8 +465,13 @@ class Engine:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Before the optimizer's own arithmetic, which finds what the form leaves it."""
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if not callable(closure):  # step(loss), of optimizers that take one
+            self.form.before_step(optimizer, None)
+            return None
         given = self.form.before_step(optimizer, closure)
-        return None if closure is None else ((args[0], given), {})
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": given}
+        return (args[0], given, *args[2:]), kwargs
 
     def settle(self, optimizer: torch.optim.Optimizer) -> None:
         """Commit what was sent, or skip it: on all ranks alike, by what they all have got."""

@@ -18,10 +18,20 @@ Saved = dict[str, Any]
 
 @torch.no_grad()
 def capture(optimizer: torch.optim.Optimizer, weights: Weights) -> Saved:
-    """{"state": {parameter's name: {entry: value}}, "groups": [{setting: value}]}: copies."""
+    """{"state": {parameter's name: {entry: value}}, "groups": [{setting: value}]}: copies.
+
+    And "whole": {key: value} of what is kept for none of the parameters, under a key of its own, if there is any.
+    """
     every = zip(weights.names, weights.parameters, strict=True)
     state = {name: copied(optimizer.state[p]) for name, p in every if optimizer.state.get(p)}
-    return {"state": state, "groups": settings_of(optimizer)}
+    found: Saved = {"state": state, "groups": settings_of(optimizer)}
+    if whole := {key: copied(value) for key, value in _whole(optimizer).items()}:
+        found["whole"] = whole
+    return found
+
+
+def _whole(optimizer: torch.optim.Optimizer) -> dict[Any, Any]:
+    return {key: value for key, value in optimizer.state.items() if not isinstance(key, Tensor)}
 
 
 @torch.no_grad()
@@ -42,6 +52,9 @@ def restore(optimizer: torch.optim.Optimizer, weights: Weights, saved: Saved, ow
             optimizer.state[p] = _put_back(optimizer.state.get(p, {}), saved["state"][name], p.device, places)
         else:
             optimizer.state.pop(p, None)
+    for key in _whole(optimizer):
+        del optimizer.state[key]
+    optimizer.state.update(copied(saved.get("whole", {})))
     for group, before in zip(optimizer.param_groups, saved["groups"], strict=True):
         group.update(copied({k: v for k, v in before.items() if k in own}))
 
@@ -94,7 +107,10 @@ def _floats(saved: Saved) -> Sequence[tuple[str, Tensor]]:
 def _same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return torch.equal(a, b)
-    return type(a) is type(b) and bool(a == b)
+    if type(a) is not type(b):
+        return False
+    same = a == b
+    return bool(same.all()) if hasattr(same, "all") else bool(same)  # of arrays, entry by entry
 
 
 def copied(value: Any) -> Any:
@@ -104,7 +120,8 @@ def copied(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {k: copied(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(copied(v) for v in value)
+        parts = [copied(v) for v in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)  # a namedtuple, or a plain one
     return value
 
 

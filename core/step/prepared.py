@@ -195,7 +195,8 @@ def changed(names: Sequence[str]) -> RuntimeError:
     """The error for gradients of these parameters that are not what was sent."""
     return RuntimeError(
         f"gradients of {list(names[:5])} were changed between backward() and optimizer.step(), when they had been "
-        "compressed and sent already: to clip, give SAEFState max_grad_norm"
+        "compressed and sent already: to clip, give SAEFState max_grad_norm; to mask or scale, do it before they are "
+        "sent, in p.register_hook(); to leave a parameter out, set lr=0 in its group, or requires_grad_(False)"
     )
 
 

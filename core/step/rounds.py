@@ -190,6 +190,11 @@ class Rounds(Form):
 
     def _clip(self) -> None:
         if self._settings.max_grad_norm is not None:
+            if any(g.is_sparse for g in self._gradients()):
+                raise TypeError(
+                    "max_grad_norm cannot clip sparse gradients: use dense ones (Embedding(sparse=False)), or leave it "
+                    "out"
+                )
             nn.utils.clip_grad_norm_(self._host.weights.parameters, self._settings.max_grad_norm)
 
     def _at_local(self, closure: Callable[[], Any]) -> Closure:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from itertools import chain
-from operator import attrgetter
+from operator import attrgetter, methodcaller
 from typing import Any, final
 
 import torch
@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .weights import Weights, held
 
 _TRAINED = attrgetter("requires_grad")
+_VALUES = methodcaller("values")  # of dictionaries, and of what TorchScript has in their place
 
 
 @final
@@ -60,7 +61,7 @@ class Watch:
 
     def _tree_now(self) -> list[Any]:
         """What is where; of the parameters that were trained, `_fast` sees whether they are."""
-        inside = [*map(id, chain.from_iterable(map(dict.values, self._filled)))]
+        inside = [*map(id, chain.from_iterable(map(_VALUES, self._filled)))]
         return [inside, [*map(len, self._insides)], [*map(_TRAINED, self._frozen)]]
 
     def _kinds_now(self) -> list[Any]:
@@ -97,6 +98,12 @@ class Watch:
 
     def _in_and_out(self) -> list[str]:
         model = self.model
+        if any(not isinstance(p, nn.Parameter) for p in model.parameters()):
+            raise RuntimeError(
+                "the model holds other tensors in its parameters' place during this forward, as in "
+                "torch.func.functional_call: their gradients are not the parameters'. Call functional_call within the "
+                "forward of the module that is wrapped, or give it a copy of the model (copy.deepcopy)"
+            )
         trained = [p for p in model.parameters() if p.requires_grad]
         if [*map(id, trained)] == [*map(id, self._parameters)]:  # modules that train nothing
             return []
@@ -184,6 +191,11 @@ def check_model(model: nn.Module, process_group: Any) -> None:
                 f'parameter {name} is FSDP1\'s FlatParameter: use FSDP2, fully_shard(module, mesh=mesh["shard"]) and '
                 "SAEFState(..., mesh=mesh), or DistributedDataParallel"
             )
+    if isinstance(model, torch.jit.ScriptModule) or isinstance(getattr(model, "module", None), torch.jit.ScriptModule):
+        raise TypeError(
+            "a scripted module takes no hooks: give DistributedDataParallel a module that holds it, such as "
+            "nn.Sequential(scripted)"
+        )
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
             raise ValueError(
