@@ -348,12 +348,16 @@ def _rank_part(saved: Mapping[str, Any], memory: Memory, context: Context) -> Ma
     if missing := [key for key in (worker, own) if key not in saved]:
         found = [name for name in saved if name.startswith("rank_")]
         raise ValueError(
-            f"this is the state of {', '.join(found)}, here is {missing[0].replace('_', ' ')}: each rank loads its own"
+            f"this is the state of {', '.join(found)}, here is {missing[0].replace('_', ' ')}: each rank loads its own. "
+            "What is saved by one rank for all (by fabric.save, say) has that rank's errors alone: use "
+            f"saef.save_checkpoint and load_checkpoint, or {LOAD_CONSOLIDATED}"
         )
     mine: Mapping[str, Any] = {**saved[worker], **saved[own]}
     _complete(mine, OWN)
     if mine["strides"] != _strides(context):
         raise ValueError(f"the parameters had another memory format, and blocks follow memory: {LOAD_CONSOLIDATED}")
+    if memory.e_server.numel() and [*saved["parameters"]] != [*_shapes(context)]:
+        raise ValueError(f"the parameters have another order here, in which server errors lie: {LOAD_CONSOLIDATED}")
     server = mine.get("e_server", torch.empty(0, device="cpu"))
     if server.numel() != memory.e_server.numel():
         raise ValueError("the checkpoint is damaged: its 'e_server' is missing or not of this rank's size")

@@ -117,7 +117,7 @@ class SAEFState:
         exchange: Exchange = "auto",
         max_grad_norm: float | None = None,
         max_consecutive_skips: int | None = 10,
-        audit_every: int | None = None,
+        audit_every: int | None = 100,
         noise_correction: bool = True,
         server_step_ahead: ServerStepAhead = "auto",
         error_decay: float = 1.0,

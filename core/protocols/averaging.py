@@ -41,6 +41,11 @@ def check_integer(name: str, value: object, least: int, unit: str) -> None:
         raise ValueError(f"{name} must be at least {least}{unit}, got {value}")
 
 
+def check_protocol(protocol: object) -> None:
+    if not isinstance(protocol, Averaging):
+        raise TypeError(f"protocol must be e.g. saef.LocalStep(4) or saef.Ring(), got {protocol!r}")
+
+
 class Averaging(ABC):
     """What all protocols answer. Subclasses are frozen dataclasses with `period`, and `seed` if they are random."""
 
@@ -82,9 +87,13 @@ class Averaging(ABC):
         """What happens to slice `part` of the coordinates, event by event, without end. None: nothing.
 
         Raises:
-            ValueError: if the protocol is not for n workers, or there is only one and no server.
+            TypeError, ValueError: if the protocol is not for n workers, there is only one and no server, or no such
+                slice.
         """
         self.check_workers(n)
+        check_integer("part", part, 0, "")
+        if part >= self.parts:
+            raise ValueError(f"part must be below {self.parts}, the slices that {self} cuts a state into, got {part}")
         if n + self.parameter_servers < 2:
             raise ValueError(f"{self} among {n} worker has nobody to average with: it takes at least 2")
         return self._events(n, part)
@@ -173,8 +182,8 @@ class Rotating(Averaging):
 class Slack(Averaging):
     """x_k <- x_k + gamma (mean_j x_j - x_k), 0 < gamma <= 1 (MixML section 6, slack matrix).
 
-    Mixing time n period ceil(ln 2 / -ln(1 - gamma)). A state does not move any more where gamma times its distance to
-    the mean is below its own rounding: in float32 about 6e-8 |x| / gamma apart.
+    Mixing time n period ceil(ln 2 / -ln(1 - gamma)); for gamma = 1 n period. A state does not move any more where gamma
+    times its distance to the mean is below its own rounding: in float32 about 6e-8 |x| / gamma apart.
     """
 
     gamma: float

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
+from .operators import SUM_TOLERANCE
+
+LARGEST = sys.float_info.max
 
 
 def lemma_1(events: int, t_mix: float, norm: float = 1.0, xi: float = 1.0) -> float:
@@ -18,20 +23,21 @@ def lemma_1(events: int, t_mix: float, norm: float = 1.0, xi: float = 1.0) -> fl
 
     Args:
         events: t - s.
+        t_mix: in events, at least 1.
         norm: ||X||.
+        xi: at least 1: M_inf is a projection.
     """
-    _check_positive(t_mix=t_mix, xi=xi)
-    if events < 0 or norm < 0:
-        raise ValueError(f"events and norm must not be negative, got {events} and {norm}")
+    _check_mixing(t_mix, xi)
+    _check_not_negative(events=events, norm=norm)
     return 2.0 ** -math.floor(events / t_mix) * (1.0 + xi) * xi * norm
 
 
 def _spread(t_mix: float, smoothness: float, noise: float, gap: float, xi: float) -> float:
     """(1 + xi)^2 xi^2, which both bounds on SGD have, after a look at their constants."""
-    _check_positive(t_mix=t_mix, smoothness=smoothness, gap=gap, xi=xi)
-    if not noise >= 0:
-        raise ValueError(f"noise must not be negative, got {noise}")
-    return (1.0 + xi) ** 2 * xi**2
+    _check_mixing(t_mix, xi)
+    _check_positive(smoothness=smoothness, gap=gap)
+    _check_not_negative(noise=noise)
+    return (1.0 + xi) * xi * (1.0 + xi) * xi  # `**` would raise where this is infinite
 
 
 def theorem_1(
@@ -49,13 +55,15 @@ def theorem_1(
 
     Args:
         lrs: alpha_0, ..., alpha_{T-1}, one an event: a round of n workers takes n of them.
-        t_mix: in events.
+        t_mix: in events, at least 1.
         smoothness: L.
         noise: sigma.
         gap: f(x_0) - f(x_T), or any bound on it, such as f(x_0) - min f.
+        xi: at least 1.
 
     Raises:
-        ValueError: if an alpha_t is so large that c_t is not positive, when the theorem says nothing, or they grow.
+        ValueError: if an alpha_t is so large that c_t is not positive, when the theorem says nothing, or they grow; or
+            if a constant is not finite, or out of its range.
     """
     spread = _spread(t_mix, smoothness, noise, gap, xi)
     alpha = np.asarray(lrs, dtype=np.float64)
@@ -66,8 +74,8 @@ def theorem_1(
         largest = 1.0 / (4.0 * math.sqrt(spread) * t_mix * smoothness)
         bound = f"1 / (4 (1 + xi) xi t_mix L) = {largest:.3g}"
         raise ValueError(f"Theorem 1 needs step sizes below {bound}, got {alpha.max():.3g}")
-    noisy = noise**2 * smoothness * (alpha**2).sum()
-    apart = 4.0 * spread * t_mix * noise**2 * smoothness**2 * (alpha**3).sum()
+    noisy = noise * noise * smoothness * (alpha**2).sum()
+    apart = 4.0 * spread * t_mix * noise * noise * smoothness * smoothness * (alpha**3).sum()
     return float((2.0 * gap + noisy + apart) / (alpha * c).sum())
 
 
@@ -82,20 +90,34 @@ def corollary_1(
     so communication does not enter the leading term. Assumptions and arguments as `theorem_1`.
 
     Raises:
-        ValueError: if T < 64 gap xi^2 (1 + xi)^2 t_mix^2 L / sigma^2, naming the least T.
+        ValueError: if T < 64 gap xi^2 (1 + xi)^2 t_mix^2 L / sigma^2, naming the least T; and as `theorem_1`.
     """
     spread = _spread(t_mix, smoothness, noise, gap, xi)
-    _check_positive(noise=noise)
-    least = 64.0 * gap * spread * t_mix**2 * smoothness / noise**2
+    _check_positive(events=events, noise=noise)
+    least = 64.0 * gap * spread * smoothness * (t_mix / noise) * (t_mix / noise)
     if events < least:
-        raise ValueError(f"Corollary 1 needs T of at least {math.ceil(least)} events here, got {events}")
+        raise ValueError(f"Corollary 1 needs T of at least {np.ceil(least):.0f} events here, got {events}")
     root = math.sqrt(2.0 * gap)
     alpha = root / (noise * math.sqrt(smoothness * events) + t_mix)
     leading = 4.0 * noise * math.sqrt(smoothness / events) * root
     return alpha, leading + (2.0 * root + 16.0 * spread * gap * smoothness) * t_mix / events
 
 
+def _check_mixing(t_mix: float, xi: float) -> None:
+    _check_positive(t_mix=t_mix, xi=xi)
+    if t_mix < 1:
+        raise ValueError(f"t_mix must be at least 1, a single event, got {t_mix}")
+    if xi < 1.0 - SUM_TOLERANCE:  # a measured norm is rounded
+        raise ValueError(f"xi must be at least 1, as the norm of M_inf, a projection, is, got {xi}")
+
+
 def _check_positive(**values: Any) -> None:
     for name, value in values.items():
-        if not value > 0:
-            raise ValueError(f"{name} must be positive, got {value}")
+        if not 0 < value <= LARGEST:
+            raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def _check_not_negative(**values: Any) -> None:
+    for name, value in values.items():
+        if not 0 <= value <= LARGEST:
+            raise ValueError(f"{name} must not be negative, and must be finite, got {value}")

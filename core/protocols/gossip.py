@@ -8,12 +8,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, final
+from itertools import islice
+from operator import index
+from typing import ClassVar, SupportsIndex, final
 
 import numpy as np
 
 from .averaging import Averaging, check_integer
 from .operators import SUM_TOLERANCE, Links, Matrix, Operator
+
+LARGEST_SECOND = 1.0 - 1e-7  # eigenvalue: beyond, 10 million events are not enough, and 1 is not told from rounding
 
 
 @final
@@ -21,8 +25,9 @@ from .operators import SUM_TOLERANCE, Links, Matrix, Operator
 class Ring(Averaging):
     """Synchronous gossip on a ring: x_k <- (x_{k-1} + x_k + x_{k+1}) / 3; two workers average (MixML: SyncDR).
 
-    Its second eigenvalue is lambda = (1 + 2 cos(2 pi / n)) / 3; mixing time n period ceil(ln 2 / -ln lambda),
-    about 0.053 n^3 period.
+    Two or three workers agree after one round: mixing time n period. For n >= 4 the second eigenvalue is
+    lambda = (1 + 2 cos(2 pi / n)) / 3; mixing time n period ceil(ln 2 / -ln lambda), about 0.053 n^3 period if n is
+    large.
     """
 
     period: int = 1
@@ -69,6 +74,7 @@ class Gossip(Averaging):
         period: steps between two rounds.
 
     Raises:
+        TypeError: if weights are complex.
         ValueError: if rows do not sum to 1, the graph is not connected, or the workers never come nearer.
     """
 
@@ -78,9 +84,14 @@ class Gossip(Averaging):
     def __post_init__(self) -> None:
         super().__post_init__()
         try:
-            W = np.asarray(self.weights, dtype=np.float64)
-        except (TypeError, ValueError) as error:
+            found = np.asarray(self.weights)
+            if found.dtype.kind in "SU":  # numpy reads numbers in them
+                raise ValueError("got strings")
+            W = np.asarray(found.real, dtype=np.float64)
+        except (TypeError, ValueError, RuntimeError) as error:  # torch's RuntimeError of a tensor that needs a gradient
             raise ValueError(f"weights must be K rows of K numbers: {error}") from error
+        if np.iscomplexobj(found):
+            raise TypeError(f"weights must be real numbers, got {found.dtype}: states are real")
         if W.ndim != 2 or W.shape[0] != W.shape[1] or len(W) < 2 or not np.isfinite(W).all():
             raise ValueError(f"weights must be K rows of K finite numbers for K >= 2 workers, got shape {W.shape}")
         if (far := np.abs(W.sum(1) - 1.0)).max() > SUM_TOLERANCE:
@@ -97,11 +108,13 @@ class Gossip(Averaging):
                 f"the graph is not connected: workers {np.flatnonzero(~reached).tolist()} never hear of worker 0, nor "
                 "it of them; link the parts"
             )
-        second = np.sort(np.abs(np.linalg.eigvals(W)))[-2]
-        if second > 1.0 - 1e-9:
+        # Of W those but the 1 of (1, ..., 1), which becomes 0. A second 1 that shares its eigenvector would come out of
+        # W as 1 +- 1e-8, from either side; here it stands alone
+        second = np.abs(np.linalg.eigvals(W - 1.0 / len(W))).max()
+        if second > LARGEST_SECOND:
             raise ValueError(
-                f"the workers never come nearer to each other: the second eigenvalue of weights is {second:.6g} in "
-                "absolute value. Give every worker a positive weight on itself"
+                "the workers never come nearer to each other, or all but never: the second eigenvalue of weights is "
+                f"{second:.6g} in absolute value. Give every worker a positive weight on itself"
             )
 
     @classmethod
@@ -109,10 +122,20 @@ class Gossip(Averaging):
         """On the graph with these edges (i, j), W_ij = 1 / (1 + the larger of both degrees): symmetric, so it is good
         for errors. Workers are numbered from 0, and each must be on an edge.
         """
-        found = {frozenset(edge) for edge in edges}
-        if not found or any(len(edge) != 2 or min(edge) < 0 for edge in found):
-            raise ValueError(f"edges must be pairs of different workers, numbered from 0, got {[*map(sorted, found)]}")
-        W = np.zeros((1 + max(map(max, found)),) * 2)
+        try:
+            found = {tuple(sorted(map(_number, edge))) for edge in edges}
+        except TypeError as error:
+            raise TypeError(f"edges must be pairs of integers, such as [(0, 1), (1, 2)]: {error}") from error
+        if not found or any(len(edge) != 2 or not 0 <= edge[0] < edge[1] for edge in found):
+            raise ValueError(f"edges must be pairs of different workers, numbered from 0, got {sorted(found)}")
+        linked = {k for edge in found for k in edge}
+        n = 1 + max(linked)
+        if absent := [*islice((k for k in range(n) if k not in linked), 5)]:
+            raise ValueError(
+                f"the graph is not connected: workers {absent} are on no edge ({n - len(linked)} of {n} are not); "
+                "number those that are from 0 on without a gap"
+            )
+        W = np.zeros((n, n))
         for i, j in found:
             W[i, j] = W[j, i] = 1.0
         degree = W.sum(1)
@@ -162,6 +185,13 @@ class AsyncParameterServer(Averaging):
     def consensus(self, n: int) -> Matrix:
         server: Matrix = np.eye(1 + n)[0]
         return server
+
+
+def _number(k: SupportsIndex) -> int:
+    """Of a worker."""
+    if isinstance(k, bool):
+        raise TypeError(f"got {k}")
+    return index(k)
 
 
 def _draw(seed: int, step: int, n: int) -> list[int]:

@@ -20,8 +20,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..comm import agreement
 from ..comm.torch_transport import TorchTransport, checked, meet
-from .averaging import Averaging
+from .averaging import Averaging, check_integer, check_protocol
 from .operators import Matrix, Operator
 
 HALF = 0.5 * (1.0 + 1e-9)  # so that a product of rounded operators that is just a half counts as one
@@ -36,6 +37,10 @@ class MixingTime(float):
 
     def __new__(cls, events: Iterable[int]) -> MixingTime:
         found = tuple(events)
+        if not found:
+            raise ValueError("events must be one number for each seed, got none")
+        for number in found:
+            check_integer("each of events", number, 1, "")
         time = super().__new__(cls, sum(found) / len(found))
         time.events = found
         return time
@@ -60,9 +65,11 @@ def mixing_time(protocol: Averaging, n: int, *, seeds: int = 100) -> MixingTime:
         seeds: of random protocols.
 
     Raises:
-        ValueError: if the protocol is not for n workers, or n is 1.
+        TypeError: if protocol is not one, or n or seeds no integer.
+        ValueError: if the protocol is not for n workers, n is 1, or seeds is below 1.
         RuntimeError: if it has not mixed after 10 million events.
     """
+    check_protocol(protocol)
     protocol.events(n)  # raises if it is not for n workers
     runs = _runs(protocol, seeds)
     weights = protocol.consensus(n)
@@ -78,8 +85,7 @@ def mixing_time(protocol: Averaging, n: int, *, seeds: int = 100) -> MixingTime:
 
 def _runs(protocol: Averaging, seeds: int) -> list[Averaging]:
     """The protocol with the seeds 0, 1, ...; once if it has none."""
-    if seeds < 1:
-        raise ValueError(f"seeds must be at least 1, got {seeds}")
+    check_integer("seeds", seeds, 1, "")
     return [replace(protocol, seed=s) for s in range(seeds)] if protocol.random else [protocol]  # type: ignore[type-var]
 
 
@@ -137,9 +143,11 @@ def estimate_mixing_time(
         The same on every rank.
 
     Raises:
-        ValueError: if the protocol is not for so many workers, or the group has a single rank.
+        TypeError, ValueError: as `mixing_time`; and, on every rank, if protocol or seeds differ between ranks.
     """
     transport = TorchTransport(process_group, torch.device(device), "saef.estimate_mixing_time()")
+    agreement.compare({"protocol": protocol, "seeds": seeds}, transport, transport.device)
+    check_protocol(protocol)
     n = transport.size - protocol.parameter_servers
     protocol.events(n)  # raises if it is not for n workers
     runs = _runs(protocol, seeds)
@@ -180,14 +188,29 @@ def stationary_distance(tensors: Iterable[Tensor], process_group: dist.ProcessGr
     """1/n sum_i ||x_i - x_inf||^2 with x_inf = 1/n sum_j x_j, of what n ranks hold (MixML section 6). Collective.
 
     Args:
-        tensors: this rank's x_i, floating, such as model.parameters(); the same shapes on every rank. Summed in
-            float64: two all-reduces.
+        tensors: this rank's x_i, real, such as model.parameters(); the same shapes on every rank. Summed in float64:
+            two all-reduces.
         process_group: the ranks; None: all.
+
+    Raises:
+        TypeError: if a tensor is complex.
+        ValueError: if there is none; and, on every rank, if their numbers of entries differ between ranks.
     """
-    process_group = checked(process_group)
-    x = torch.cat([t.detach().reshape(-1).double() for t in tensors])
+    process_group, found = checked(process_group), list(tensors)
+    if not found:
+        raise ValueError("tensors is empty: give what this rank holds, such as model.parameters()")
+    if wrong := [t.dtype for t in found if t.is_complex()]:
+        raise TypeError(f"tensors must be real, got {wrong[0]}: give torch.view_as_real(t) in its place")
+    x = torch.cat([t.detach().reshape(-1).double() for t in found])
     n, mean = dist.get_world_size(process_group), x.clone()
     meet(process_group, x.device, "saef.stationary_distance()")
+    own = torch.tensor([x.numel()], device=x.device)
+    every = [torch.empty_like(own) for _ in range(n)]
+    dist.all_gather(every, own, group=process_group)
+    sizes = torch.cat(every).tolist()
+    if len(set(sizes)) > 1:
+        held = ", ".join(f"rank {r} has {size}" for r, size in enumerate(sizes))
+        raise ValueError(f"tensors must have the same number of entries on every rank, got: {held}")
     dist.all_reduce(mean, group=process_group)
     distance = (x - mean / n).square().sum()
     dist.all_reduce(distance, group=process_group)

@@ -14,7 +14,7 @@ from torch.distributed.algorithms.model_averaging import averagers
 
 from ..comm import agreement
 from ..comm.torch_transport import TorchTransport, checked
-from .averaging import Averaging
+from .averaging import Averaging, check_protocol
 
 
 @final
@@ -55,8 +55,7 @@ class ModelAverager(averagers.ModelAverager):
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__(checked(process_group))
-        if not isinstance(protocol, Averaging):
-            raise TypeError(f"protocol must be e.g. saef.LocalStep(4) or saef.Ring(), got {protocol!r}")
+        check_protocol(protocol)
         if protocol.parameter_servers:
             raise ValueError(f"{protocol} has no steps that workers make together: train with saef.ParameterServer")
         if isinstance(warmup_steps, bool) or not isinstance(warmup_steps, int) or warmup_steps < 0:
@@ -75,12 +74,17 @@ class ModelAverager(averagers.ModelAverager):
 
         Every rank calls it with the same parameters, in one order. They are taken as one flat vector (Rotating cuts
         that); half precision is averaged in float32 and rounded once. Those that need no gradient are left alone.
+
+        Raises:
+            TypeError: if one is complex. ValueError: if they are not on one device.
         """
         t = self.step - self.warmup_steps
         found: list[Any] = list(params)
         listed = [p for g in found for p in (g["params"] if isinstance(g, dict) else [g]) if p.requires_grad]
         if len({p.device for p in listed}) != 1:
             raise ValueError(f"the parameters must be on one device, got {sorted({str(p.device) for p in listed})}")
+        if wrong := [p.dtype for p in listed if p.is_complex()]:
+            raise TypeError(f"the parameters must be real, got {wrong[0]}: give torch.view_as_real(p) in its place")
         transport = self._transport or self._connect(listed[0].device)
         for doubles in (True, False):  # each a vector of its own
             parts = [p for p in listed if (p.dtype == torch.float64) == doubles]

@@ -89,11 +89,13 @@ class ParameterServer:
     The server holds one gradient for each worker, beside x and its optimizer's state.
 
     Args:
-        params: the parameters, the same on every rank; the server's are x. Half precision travels as float32.
+        params: the parameters, real and floating, the same on every rank; the server's are x. Half precision travels
+            as float32.
         process_group: None: all ranks. Its timeout is how long a worker may be silent before the server lets go of it.
 
     Raises:
-        ValueError: if parameters differ between ranks, or there is no worker.
+        ValueError: if parameters differ between ranks, or there is no worker. TypeError: if one is not real and
+            floating.
     """
 
     def __init__(self, params: Iterable[Tensor], process_group: dist.ProcessGroup | None = None) -> None:
@@ -107,6 +109,11 @@ class ParameterServer:
         transport = TorchTransport(group, cpu, what)
         found = [(tuple(p.shape), p.dtype) for p in self.params]
         agreement.compare({"parameters": found}, transport, transport.device)
+        if wrong := [p.dtype for p in self.params if not p.is_floating_point()]:
+            raise TypeError(
+                f"params must be real and floating, got {wrong[0]}: keep a complex one as pairs of real numbers, with "
+                "torch.view_as_complex in the model, and leave integers out"
+            )
         self.dtype = torch.float64 if any(p.dtype == torch.float64 for p in self.params) else torch.float32
         store = PrefixStore(private_name(group, cpu, what), _get_default_store())
         self._workers: dict[int, _Link] = {}

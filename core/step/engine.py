@@ -53,7 +53,7 @@ from .rounds import Rounds
 from .sending import Sending, Since
 from .server_ahead import ServerAhead
 from .settings import Settings
-from .unwrap import innermost, unwrap_model, unwrap_optimizer
+from .unwrap import is_made_of, unwrap_model, unwrap_optimizer
 from .watch import Watch, check_moment, check_optimizer
 from .weights import Weights
 
@@ -203,7 +203,7 @@ class Engine:
     @property
     def local_step(self) -> int:
         """Local steps of the round so far."""
-        return self.form.done
+        return self.form.local_step
 
     def reset_errors(self) -> None:
         """Go on from the weights and the optimizer's state as they are, with nothing owed. Drops a step under way."""
@@ -258,6 +258,7 @@ class Engine:
             self.sending.restart()
         if not self.form.entered:
             self._check_whole()
+            self.form.forward_again()
         if changes := self._watch.changes(self._optimizer, self.weights.look()):
             self._follow(changes)
         weights, memory = self.weights, self.memory
@@ -486,6 +487,14 @@ class Engine:
             with self.clock.span("apply"):
                 self._commit()
 
+    def skip_bad(self) -> bool:
+        """Skip what was exchanged, as ranks do that call step(), if a number in it is not finite. Whether it was so."""
+        prepared = self.sending.prepared
+        bad = self.node.together(lambda: prepared.without(prepared.finite(self.weights), self.weights))
+        if bad:
+            self._skip(bad)
+        return bool(bad)
+
     def _not_finite(self, prepared: Prepared, optimizer: torch.optim.Optimizer) -> list[str]:
         """Parameters that a step could not move: none, if it can be committed as far as this rank knows."""
         cause = self.transport.failure
@@ -502,14 +511,15 @@ class Engine:
 
     def before_other_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Raise RuntimeError if an optimizer that is not this state's is about to move its parameters."""
-        ours = self.form.stepping or innermost(optimizer) is self._optimizer  # or one that ours is made of
+        ours = self.form.stepping or is_made_of(optimizer, self._optimizer)  # or one that ours is made of
         if ours or not self._attachment.newest:
             return
         if self._watch.is_moved_by(optimizer):
             raise RuntimeError(
                 f"{type(optimizer).__name__}.step() would move parameters of a SAEFState that was made with another "
                 "optimizer: the exchanged gradients would never be applied. Create SAEFState with the optimizer that "
-                "steps (after a resume, and after a framework has made its own), or detach() the state"
+                "steps (after a resume, and after a framework has made its own), or detach() the state: after a fit, "
+                "a callback's is callback.state"
             )
 
     def after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

@@ -33,6 +33,7 @@ class Host(Protocol):
 
     settle: commit what was sent, or skip it, on all ranks alike. left_out: parameters that are trained no longer.
     exchange_gradients: of every p.grad, after a backward. has_hook: whether a framework is to do that.
+    skip_bad: skip what was exchanged if a number in it is not finite; whether it was so.
     node: the ranks that are this worker.
     """
 
@@ -55,6 +56,7 @@ class Host(Protocol):
     @property
     def has_hook(self) -> bool: ...
     def leave(self) -> None: ...
+    def skip_bad(self) -> bool: ...
     def exchange_gradients(self) -> None: ...
     def settle(self, optimizer: torch.optim.Optimizer) -> None: ...
 
@@ -65,12 +67,10 @@ class Form(ABC):
     Attributes:
         stepping: whether the optimizer's own step changes what a step is made of: from before it until all is settled.
         entered: whether it runs its closure just now, whose forwards and backwards are at the parameters as they are.
-        done: local steps of the round so far.
     """
 
     stepping = False
     entered = False
-    done = 0
 
     def __init__(self, host: Host) -> None:
         self._host = host
@@ -87,6 +87,9 @@ class Form(ABC):
     @abstractmethod
     def go_on(self) -> bool:
         """Whether a step under way goes on where it is, rather than from x. Before a training forward."""
+
+    def forward_again(self) -> None:  # noqa: B027 - most exchange nothing in a backward
+        """Before a training forward, where a backward may have been exchanged that no step has taken."""
 
     @abstractmethod
     def exchange(
@@ -148,6 +151,11 @@ class Form(ABC):
     def drop(self, optimizer: torch.optim.Optimizer, restored: bool) -> None:
         """The step has not happened. restored: the optimizer's own state shall be as before it."""
 
+    @property
+    def local_step(self) -> int:
+        """Local steps of the round so far, or of a round that was loaded and is to go on."""
+        return 0
+
     def _hide(self) -> None:
         """Gradients, so that the optimizer's own arithmetic finds nothing to do."""
         self._hidden = [(p, p.grad) for p in (*self._host.weights.parameters, *self._host.left_out)]
@@ -166,9 +174,20 @@ class Form(ABC):
         return any(bool(held(g).any()) for g in self._gradients())
 
 
+DROPPED = (
+    "a step that is dropped after its backward, by zero_grad() without step(): p.grad, and so its norm, is each rank's "
+    "own here, and what is decided by it must be all-reduced first"
+)
+AGAIN = "a second backward before step()"
+
+
 @final
 class GradientForm(Form):
     """D = e + eta u, u by the rule from the gradient."""
+
+    def __init__(self, host: Host) -> None:
+        super().__init__(host)
+        self._met: Prepared | None = None  # what was exchanged and not taken, and the ranks have met about
 
     def settings(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         host = self._host
@@ -179,6 +198,16 @@ class GradientForm(Form):
 
     def go_on(self) -> bool:
         return False
+
+    def forward_again(self) -> None:
+        """Other ranks may have taken that step: then x would be another there, from now on and without a word."""
+        prepared = self._host.sending.prepared
+        if prepared is self._met or not prepared.exchanged(self._host.weights):
+            return
+        self._met = prepared
+        dropped = not self._has_gradients()
+        if not (dropped and self._host.skip_bad()):
+            self._host.node.everyone.meet(DROPPED if dropped else AGAIN)
 
     def exchange(
         self, parameters: Sequence[Tensor], views: Sequence[Tensor], flat: Tensor, last: bool

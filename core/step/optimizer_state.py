@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,7 +51,10 @@ def restore(optimizer: torch.optim.Optimizer, weights: Weights, saved: Saved, ow
     for name, p in zip(weights.names, weights.parameters, strict=True):
         if name in saved["state"]:
             places = {"step": of_step.get(p)}
-            optimizer.state[p] = _put_back(optimizer.state.get(p, {}), saved["state"][name], p.device, places)
+            mine = optimizer.state[p]  # and stays: LBFGS holds on to it while its closure runs
+            found = _put_back(mine, saved["state"][name], p.device, places)
+            mine.clear()
+            mine.update(found)
         else:
             optimizer.state.pop(p, None)
     for key in _whole(optimizer):
@@ -114,11 +119,15 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def copied(value: Any) -> Any:
-    """A deep copy of tensors and collections of them."""
+    """A deep copy of tensors and collections of them, as a file may have them: no numpy numbers, no deques."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, Mapping):
         return {k: copied(v) for k, v in value.items()}
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, deque):
+        return [copied(v) for v in value]
     if isinstance(value, list | tuple):
         parts = [copied(v) for v in value]
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)  # a namedtuple, or a plain one

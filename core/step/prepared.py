@@ -135,14 +135,20 @@ class Prepared:
         norms = [torch.linalg.vector_norm(v, dtype=dtype) for _, v in views]
         return float(torch.linalg.vector_norm(torch.stack(norms)))
 
+    def exchanged(self, weights: Weights) -> bool:
+        """Whether a whole backward was, and all servers have answered."""
+        whole = len(self.parameters) == len(weights.names) and bool(self.gradients.places)
+        if whole:
+            self.wait()
+        return whole and all(b.replies for b in self.buckets)
+
     def check(self, weights: Weights, hyper: list[AnyHyper]) -> None:
         """Raise RuntimeError unless the exchange is complete, and still what the user wants to apply.
 
         Args:
             hyper: the optimizer's settings now.
         """
-        whole = len(self.parameters) == len(weights.names)
-        if not whole or not self.gradients.places or not all(b.replies for b in self.buckets):
+        if not self.exchanged(weights):
             names = [name for i, name in enumerate(weights.names) if i not in self.parameters][:5]
             raise RuntimeError(
                 f"the exchange of this step is incomplete (parameters not exchanged: {names}): the backward failed, or "
@@ -195,8 +201,9 @@ def changed(names: Sequence[str]) -> RuntimeError:
     """The error for gradients of these parameters that are not what was sent."""
     return RuntimeError(
         f"gradients of {list(names[:5])} were changed between backward() and optimizer.step(), when they had been "
-        "compressed and sent already: to clip, give SAEFState max_grad_norm; to mask or scale, do it before they are "
-        "sent, in p.register_hook(); to leave a parameter out, set lr=0 in its group, or requires_grad_(False)"
+        "compressed and sent already: to clip, give SAEFState max_grad_norm (or SAEFCallback, attach(), a Trainer); to "
+        "mask or scale, do it before they are sent, in p.register_hook(); to leave a parameter out, set lr=0 in its "
+        "group, or requires_grad_(False); to drop the step, zero_grad() on all ranks instead of step()"
     )
 
 

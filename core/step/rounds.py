@@ -81,19 +81,20 @@ class Rounds(Form):
             weights.local_written()
 
     def go_on(self) -> bool:
-        """Raises RuntimeError if x was changed since the last local step, as far as that shows at no cost."""
+        """Raises RuntimeError if x was changed since the last local step; a GPU is not waited for, but in the last."""
         if self.done:
-            self._check_x(whole=False)
+            self._check_x(wait=False)
         return self.done > 0
 
-    def _check_x(self, whole: bool) -> None:
-        """Raise RuntimeError if x is not what x_half was made from. whole: by its values, too."""
-        if not self._host.weights.untouched(whole):
+    def _check_x(self, wait: bool) -> None:
+        """Raise RuntimeError if x is not what x_half was made from, or was not. wait: for a GPU to tell."""
+        if not self._host.weights.untouched(wait):
             raise RuntimeError(
                 f"parameters were changed within a round of local steps, after {self.done} of "
                 f"{self._settings.local_steps}: the change would be lost, since the round goes on from weights of its "
-                "own. Change them (load, clamp, average) between two rounds: when state.local_step is 0, before the "
-                "next forward. To drop the round, load a checkpoint or call state.reset_errors()"
+                "own. Change them (load, clamp, average) between two rounds: after the step() that makes "
+                "state.local_step 0, before the next forward (so SAM is for SGD, Adam and AdamW with local_steps=1). "
+                "To drop the round, load a checkpoint or call state.reset_errors()"
             )
 
     # -- backward: nothing is sent ------------------------------------------------------------
@@ -140,7 +141,7 @@ class Rounds(Form):
                 "another loss: call backward(), then step() without it. For LBFGS leave mesh out"
             )
         if begun and self.done + 1 == self._settings.local_steps:
-            self._check_x(whole=True)
+            self._check_x(wait=True)
         if begun and closure is None:  # else gradients of further micro-batches may come in it
             self._prepare(optimizer)
         self.stepping, self._settings_before = True, settings_of(optimizer)
@@ -345,6 +346,9 @@ class Rounds(Form):
         "entries" says what "optimizer" has, for what comes back without it; as one string, which nothing takes apart.
         """
         weights = self._host.weights
+        if self._loaded is not None:  # it has not gone on yet
+            again: Saved = copied(self._loaded)
+            return again
         if self._flight is not None:  # it is taken back: the errors are as if it had not been sent
             return self._form(0, self._at_beginning(optimizer))
         found = self._form(self.done, capture(optimizer, weights))
@@ -363,7 +367,14 @@ class Rounds(Form):
     def _form(self, done: int, state: Saved) -> Saved:
         return {"done": done, "optimizer": state, "own": sorted(self._own), "entries": json.dumps(entries_of(state))}
 
+    @property
+    def local_step(self) -> int:
+        return self.done if self._loaded is None else int(self._loaded["done"])
+
     def _at_beginning(self, optimizer: torch.optim.Optimizer) -> Saved:
+        if self._loaded is not None:
+            loaded: Saved = copied(self._loaded.get("before", self._loaded["optimizer"]))
+            return loaded
         if self.done and self._before is not None:
             before: Saved = copied(self._before)
             return before

@@ -150,7 +150,7 @@ class Sending:
         if not self.begun:
             raise RuntimeError(
                 "a gradient arrived that was not computed at x_half: run the forward through the wrapped model, with "
-                "gradients enabled"
+                "gradients enabled. If it is compiled, and another model of its class was before: torch._dynamo.reset()"
             )
         given, given_views, parts = flat, views, list[list[Tensor]]()
         if isinstance(self._weights, Parts) and self._rule.rule.of_gradients:  # differences are of this rank's part

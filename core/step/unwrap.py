@@ -38,6 +38,11 @@ def innermost(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return optimizer
 
 
+def is_made_of(optimizer: torch.optim.Optimizer, inner: torch.optim.Optimizer) -> bool:
+    """Whether it steps by `inner`: a wrapper's, or one that holds it and adds to its step (SAM, Lookahead)."""
+    return innermost(optimizer) is inner or any(value is inner for value in vars(optimizer).values())
+
+
 def _trained(model: nn.Module) -> set[int]:
     return {id(p) for p in model.parameters() if p.requires_grad}
 

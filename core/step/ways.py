@@ -70,6 +70,10 @@ class Copying(Weights):
             mine.copy_(value)
         self._show_x()  # which autograd sees
 
+    def _differs(self) -> Tensor:
+        both = zip(self.held, self.views, strict=True)
+        return torch.stack([(p != x.to(p.dtype)).any() for p, x in both]).any()
+
     def _derive(self, e: Tensor, averaged: slice) -> None:
         self._cut_errors(e)  # x_half is made when it is shown
         if self.server is not None:  # or here, in a vector of its own
@@ -218,16 +222,16 @@ class Swaps(Weights):
     def parts(self) -> list[Tensor]:
         return [line(x) for x in self._x]
 
-    def untouched(self, whole: bool) -> bool:
-        return super().untouched(whole) and not (whole and self._differs(self._prints()))
+    def _differs(self) -> Tensor:
+        return self._differ(self._prints()).any()
 
     def _prints(self) -> Tensor:
         """[parameters] fingerprints of x: writes through `.data` and numpy leave no other trace."""
         return kernels.fingerprints_at(self._addresses, self._sizes, self.device)
 
-    def _differs(self, found: Tensor) -> bool:
-        """Whether x, with these fingerprints, is not what `flat` was made from."""
-        return self._made_from is None or not torch.equal(found, self._made_from)
+    def _differ(self, found: Tensor) -> Tensor:
+        """[parameters] bool: whether x, with these fingerprints, is not what `flat` was made from."""
+        return torch.ones_like(found, dtype=torch.bool) if self._made_from is None else found != self._made_from
 
 
 @final
@@ -257,7 +261,7 @@ class OnCPU(Swaps):
 
     def _derive(self, e: Tensor, averaged: slice) -> None:
         errors, found = self._cut_errors(e), self._prints()
-        stale = torch.ones_like(found, dtype=torch.bool) if self._made_from is None else found != self._made_from
+        stale = self._differ(found)
         if averaged.stop > averaged.start:
             ends = self._starts + torch.tensor(self.numels, device="cpu")
             stale |= (self._starts < averaged.stop) & (averaged.start < ends)
@@ -315,7 +319,7 @@ class OnCUDA(Swaps):
 
     def follow(self, e: Tensor) -> None:
         self.absorb()
-        if self._marks != self._seen or self._differs(self._prints()):
+        if self._marks != self._seen or bool(self._differs()):
             self.step_ahead(e, slice(0, 0))
 
     def commit(

@@ -77,6 +77,9 @@ class Weights(ABC):
         self._versions: list[int] = []  # of x, in a window
         self._places: list[int] = []  # where x_half lies, in a window
         self._spot = SpotCheck(self.shown)
+        self._rewritten = torch.zeros(
+            (), dtype=torch.bool, device=self.device
+        )  # since x_half was made: see `untouched`
         self._e: Tensor | None = None  # the errors, and as they are cut
         self._errors: list[Tensor] = []
 
@@ -117,6 +120,7 @@ class Weights(ABC):
         if marks != self._marks or averaged.stop > averaged.start:
             self._marks, self.number = marks, self.number + 1
         self._derive(e, averaged)
+        self._rewritten.zero_()
 
     def follow(self, e: Tensor) -> None:
         """Before the commit: if x was written to since, x_half <- x - s e again, since weight decay is taken there."""
@@ -222,9 +226,19 @@ class Weights(ABC):
         _set_versions(self.shown, [self._half_version] * len(self.parameters))
         return elsewhere
 
-    def untouched(self, whole: bool) -> bool:
-        """Whether x is what x_half was made from. whole: by its values too, where writes may leave no other trace."""
-        return self._marks_now() == self._marks
+    @torch.no_grad()
+    def untouched(self, wait: bool) -> bool:
+        """Whether x, outside of a window, is what x_half was made from, and was whenever this was asked since.
+
+        By its values, too. wait: for a GPU, which else tells when it is waited for.
+        """
+        self._rewritten = self._rewritten | self._differs()
+        known = wait or self.device.type == "cpu"
+        return self._marks_now() == self._marks and not (known and bool(self._rewritten))
+
+    @abstractmethod
+    def _differs(self) -> Tensor:
+        """[] bool, on the device: whether the parameters have other values than the x that x_half was made from."""
 
     @torch.no_grad()
     def difference(self, i: int, e: Tensor, out: Tensor, part: Tensor, shift: Tensor | None) -> None:

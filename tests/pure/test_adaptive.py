@@ -1,5 +1,7 @@
 """The adaptive family of MixML eq. (11): against the equation in numpy, torch's SGD, and in training."""
 
+import copy
+import math
 from typing import Any
 
 import numpy as np
@@ -102,6 +104,55 @@ def test_groups_closures_and_checkpoints() -> None:
     assert torch.equal(flat(net), flat(again))
 
 
+SIXTEEN = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+
+
+def follow(x: nn.Parameter, optimizer: saef.StochasticAdaptive, steps: range) -> None:
+    """Gradients that float16 and float32 hold alike, some of them 0, and some whose squares are no float16."""
+    g = torch.tensor([1.0, 0.0, 2**-10, 512.0])
+    for t in steps:
+        x.grad = (g * (-1) ** t).to(x.dtype)
+        optimizer.step()
+
+
+@SIXTEEN
+@pytest.mark.parametrize("weight_decay", [0.0, 0.25])
+def test_parameters_of_16_bits_are_those_of_float32_rounded(dtype: torch.dtype, weight_decay: float) -> None:
+    short = nn.Parameter(torch.ones(4, dtype=dtype))
+    optimizer = saef.StochasticAdaptive([short], lr=0.125, weight_decay=weight_decay)
+    m, v = torch.zeros(4), torch.full((4,), 1e-8)
+    for t in range(20):
+        wide = nn.Parameter(short.detach().float())
+        other = saef.StochasticAdaptive([wide], lr=0.125, weight_decay=weight_decay)
+        other.state[wide].update(m=m, v=v)
+        follow(wide, other, range(t, t + 1))
+        follow(short, optimizer, range(t, t + 1))
+        m, v = other.state[wide]["m"], other.state[wide]["v"]
+        assert torch.equal(short, wide.to(dtype)) and short.isfinite().all()
+        assert torch.equal(optimizer.state[short]["m"], m) and torch.equal(optimizer.state[short]["v"], v)
+
+
+@SIXTEEN
+def test_a_checkpoint_keeps_the_state_of_16_bits_in_float32(dtype: torch.dtype) -> None:
+    """Beside a parameter that has no state, and with a hook of the user's that gives another checkpoint."""
+    x, unused = nn.Parameter(torch.ones(4, dtype=dtype)), nn.Parameter(torch.ones(2))
+    optimizer = saef.StochasticAdaptive([{"params": [unused]}, {"params": [x], "p": 0.25}], lr=0.125)
+    follow(x, optimizer, range(5))
+    saved = copy.deepcopy(optimizer.state_dict())
+    y = nn.Parameter(x.detach().clone())
+    again = saef.StochasticAdaptive([{"params": [unused]}, {"params": [y]}])
+    again.register_load_state_dict_pre_hook(lambda _, given: saved)
+    again.load_state_dict({})
+    for name in ("m", "v"):
+        assert again.state[y][name].dtype == torch.float32
+        assert torch.equal(again.state[y][name], optimizer.state[x][name])
+    follow(x, optimizer, range(5, 10))
+    follow(y, again, range(5, 10))
+    assert torch.equal(x, y) and not torch.equal(again.state[y]["m"], saved["state"][1]["m"])
+    again.load_state_dict(saved)  # what was saved is not what was trained on
+    assert torch.equal(again.state[y]["m"], saved["state"][1]["m"])
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [
@@ -112,6 +163,14 @@ def test_groups_closures_and_checkpoints() -> None:
         ({"p": -0.1}, r"p must be in \[0, 1/2\]"),
         ({"v0": 0.0}, "v0 must be positive"),
         ({"weight_decay": -1e-4}, "weight_decay must be at least 0"),
+        ({"weight_decay": math.inf}, "weight_decay must be at least 0, and finite, got inf"),
+        ({"lr": math.inf}, "lr must be at least 0, and finite, got inf"),
+        ({"v0": math.inf}, "v0 must be positive, and within float32's range, got inf"),
+        ({"v0": math.nan}, "v0 must be positive"),
+        ({"v0": 1e-60}, "v0 must be positive, and within float32's range"),
+        ({"betas": (0.9,)}, r"betas must be in \[0, 1\), and two of them, got \(0.9,\)"),
+        ({"betas": (0.9, 0.9, 0.9)}, "two of them"),
+        ({"betas": 0.9}, "two of them, got 0.9"),
     ],
 )
 def test_bad_settings(settings: dict[str, Any], message: str) -> None:

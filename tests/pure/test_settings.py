@@ -52,7 +52,7 @@ DEFAULTS = {
     "exchange": "auto",
     "max_grad_norm": None,
     "max_consecutive_skips": 10,
-    "audit_every": None,
+    "audit_every": 100,
     "noise_correction": True,
     "server_step_ahead": "auto",
     "error_decay": 1.0,

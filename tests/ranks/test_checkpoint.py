@@ -517,3 +517,54 @@ def another_memory_format(group: dist.ProcessGroup) -> str:
 def test_another_memory_format(pool: RankPool) -> None:
     for said in pool.run(another_memory_format, ranks=2):
         assert "another memory format" in said and "consolidated" in said
+
+
+class Two(nn.Module):
+    """Two layers, registered in some order."""
+
+    def __init__(self, order: str) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        layers = {"a": nn.Linear(6, 4).double(), "b": nn.Linear(4, 1).double()}
+        for name in order:
+            setattr(self, name, layers[name])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.tanh(self.a(x)))
+
+
+def in_another_order(group: dist.ProcessGroup, exchange: Any, compressor: saef.Compressor) -> list[str]:
+    def made(order: str) -> tuple[nn.Module, Any, saef.SAEFState]:
+        model = DDP(Two(order), process_group=group)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        state = saef.SAEFState(model, optimizer, compressor=compressor, exchange=exchange)
+        model.register_comm_hook(state, saef_hook)
+        return model, optimizer, state
+
+    model, optimizer, state = made("ab")
+    for t in range(4):
+        x, y = batch(dist.get_rank(group), t)
+        optimizer.zero_grad()
+        F.mse_loss(model(x), y).backward()
+        optimizer.step()
+    saved, whole = state.state_dict(), state.consolidated_state_dict()
+    x_tilde = dict(zip(state.weights.names, state.weights.cut(state.x_tilde()), strict=True))
+    told = []
+    for given in (saved, whole):
+        _, _, other = made("ba")
+        try:
+            other.load_state_dict(given)
+        except ValueError as error:
+            told.append(str(error))
+            continue
+        for name, part in zip(other.weights.names, other.weights.cut(other.x_tilde()), strict=True):
+            torch.testing.assert_close(part, x_tilde[name], rtol=0, atol=1e-12)
+        told.append("")
+    return told
+
+
+@pytest.mark.parametrize("exchange", ["replicated", "sharded"])
+def test_a_server_error_lies_by_the_order_of_the_parameters(pool: RankPool, exchange: str) -> None:
+    for told, loaded in pool.run(in_another_order, exchange, TOPK, ranks=2):
+        assert "another order here, in which server errors lie: load the consolidated form" in told and loaded == ""
+    assert pool.run(in_another_order, exchange, saef.Identity(), ranks=2) == [["", ""]] * 2  # nothing is owed

@@ -180,6 +180,42 @@ def test_stationary_distance(pool: RankPool) -> None:
         assert found == pytest.approx((22 * 1.25, 0.0))
 
 
+def differing(group: dist.ProcessGroup, case: str) -> tuple[str, float]:
+    """What is said if ranks differ, or hold what has no distance; and a distance after it: the group is as it was."""
+    rank, said = dist.get_rank(group), "nothing was raised"
+    calls: dict[str, Any] = {
+        "protocol": lambda: estimate_mixing_time(saef.AllReduce(1 + rank), group),
+        "seeds": lambda: estimate_mixing_time(saef.AsyncRing(), group, seeds=2 + rank),
+        "one of them wrong": lambda: estimate_mixing_time(saef.AsyncRing(), group, seeds=rank),
+        "class": lambda: estimate_mixing_time(saef.Ring, group),  # type: ignore[arg-type]
+        "sizes": lambda: stationary_distance([torch.ones(3), torch.ones(rank)], group),
+        "complex": lambda: stationary_distance([torch.ones(2), torch.ones(2) * 1j], group),
+        "none": lambda: stationary_distance([], group),
+    }
+    try:
+        calls[case]()
+    except (TypeError, ValueError) as error:
+        said = f"{type(error).__name__}: {error}"
+    return said, stationary_distance([torch.tensor([rank])], group)
+
+
+@pytest.mark.parametrize(
+    "case, message",
+    [
+        ("protocol", "protocol: rank 0 has AllReduce(period=1), rank 1 has AllReduce(period=2)"),
+        ("seeds", "seeds: rank 0 has 2, rank 1 has 3"),
+        ("one of them wrong", "seeds: rank 0 has 0, rank 1 has 1"),
+        ("class", "TypeError: protocol must be e.g. saef.LocalStep(4)"),
+        ("sizes", "the same number of entries on every rank, got: rank 0 has 3, rank 1 has 4, rank 2 has 5"),
+        ("complex", "TypeError: tensors must be real, got torch.complex64: give torch.view_as_real(t)"),
+        ("none", "tensors is empty"),
+    ],
+)
+def test_what_differs_between_ranks_is_said_on_all_of_them(pool: RankPool, case: str, message: str) -> None:
+    for said, distance in pool.run(differing, case, ranks=3):
+        assert message in said and distance == pytest.approx(2 / 3)
+
+
 def slack_distance(group: dist.ProcessGroup, dtype: torch.dtype, rounds: int) -> list[float]:
     transport = TorchTransport(group, torch.device("cpu"))
     generator = torch.Generator().manual_seed(dist.get_rank(group))
@@ -288,7 +324,36 @@ def test_corollary_1_follows_from_theorem_1() -> None:
         (lambda: mixing_time(saef.Ring(), 2.5), "must be an integer, got 2.5"),
         (lambda: mixing_time(saef.Gossip(TORUS), 4), "weights are for 8 workers"),
         (lambda: mixing_time(saef.AsyncRing(), 4, seeds=0), "seeds must be at least 1"),
+        (lambda: mixing_time(saef.Ring(), True), "must be an integer, got True"),
+        (lambda: mixing_time(saef.Ring(), 2.0), "must be an integer, got 2.0"),
+        (lambda: mixing_time("Ring", 3), "protocol must be e.g. .* got 'Ring'"),
+        (lambda: mixing_time(None, 2), "protocol must be e.g. .* got None"),
+        (lambda: mixing_time(saef.Ring, 3), "protocol must be e.g. .* got <class"),
+        (lambda: mixing_time(saef.Ring(), 3, seeds=True), "seeds must be an integer, got True"),
+        (lambda: mixing_time(saef.Ring(), 3, seeds=1.5), "seeds must be an integer, got 1.5"),
+        (lambda: mixing_time(saef.AsyncRing(), 3, seeds=math.nan), "seeds must be an integer, got nan"),
+        (lambda: saef.MixingTime([]), "events must be one number for each seed, got none"),
+        (lambda: saef.MixingTime([3, math.nan]), "each of events must be an integer, got nan"),
+        (lambda: saef.MixingTime([0]), "each of events must be at least 1"),
         (lambda: lemma_1(-1, 4), "must not be negative"),
+        (lambda: lemma_1(math.nan, 4), "events must not be negative, and must be finite, got nan"),
+        (lambda: lemma_1(math.inf, 4), "events must not be negative, and must be finite, got inf"),
+        (lambda: lemma_1(10**400, 4), "events must not be negative, and must be finite, got 1"),
+        (lambda: lemma_1(4, 4, norm=math.nan), "norm must not be negative, and must be finite, got nan"),
+        (lambda: lemma_1(10, 0.5), "t_mix must be at least 1, a single event, got 0.5"),
+        (lambda: lemma_1(10, math.inf), "t_mix must be positive and finite, got inf"),
+        (lambda: lemma_1(10, 4, xi=0.5), "xi must be at least 1, .* got 0.5"),
+        (lambda: theorem_1([0.1], 1, smoothness=1, noise=1, gap=1, xi=0.1), "xi must be at least 1"),
+        (lambda: theorem_1([0.1], 0.1, smoothness=1, noise=1, gap=1), "t_mix must be at least 1"),
+        (lambda: theorem_1([0.1], 1, smoothness=1, noise=math.nan, gap=1), "noise must not be negative, .* got nan"),
+        (lambda: theorem_1([0.1], 1, smoothness=1, noise=1, gap=math.inf), "gap must be positive and finite, got inf"),
+        (lambda: theorem_1([0.1], 1, smoothness=1, noise=1, gap=1, xi=1e200), "Theorem 1 needs step sizes below"),
+        (lambda: corollary_1(10**6, 1, smoothness=1, noise=1, gap=1, xi=0.1), "xi must be at least 1"),
+        (lambda: corollary_1(math.inf, 1, smoothness=1, noise=1, gap=1), "events must be positive and finite, got inf"),
+        (lambda: corollary_1(100, 1, smoothness=1, noise=math.inf, gap=1), "noise must not be negative, .* got inf"),
+        (lambda: corollary_1(100, 1, smoothness=1, noise=1, gap=math.inf), "gap must be positive and finite, got inf"),
+        (lambda: corollary_1(100, 1e200, smoothness=1, noise=1, gap=1), "T of at least inf events"),
+        (lambda: corollary_1(100, 1, smoothness=1, noise=1e-200, gap=1), "T of at least inf events"),
         (lambda: lemma_1(1, 0), "t_mix must be positive"),
         (lambda: theorem_1([], 1, smoothness=1, noise=1, gap=1), "must be positive"),
         (lambda: theorem_1([0.1, 0.2], 1, smoothness=0.1, noise=1, gap=1), "must not grow"),

@@ -189,6 +189,17 @@ def test_dtypes_are_kept_and_frozen_parameters_left_alone(pool: RankPool) -> Non
         assert torch.equal(d, torch.full((2,), float(rank)))
 
 
+def complex_mean(group: dist.ProcessGroup) -> Tensor:
+    p = nn.Parameter(torch.full((2,), (1 + 2j) * dist.get_rank(group)))
+    saef.ModelAverager(saef.AllReduce(1), process_group=group).average_parameters([torch.view_as_real(p)])
+    return p.detach()
+
+
+def test_complex_parameters_are_averaged_as_their_real_view(pool: RankPool) -> None:
+    for found in pool.run(complex_mean):
+        assert torch.equal(found, torch.full((2,), 1.5 + 3j))
+
+
 def refuse(group: dist.ProcessGroup, case: str) -> str:
     rank = dist.get_rank(group)
     make = partial(saef.ModelAverager, process_group=group)
@@ -200,9 +211,11 @@ def refuse(group: dist.ProcessGroup, case: str) -> str:
             "differ": saef.LocalStep(2 + rank),
             "warm-up": saef.Ring(),
             "nothing": saef.Ring(),
+            "complex": saef.Ring(),
         }[case]
         averager = make(protocol, warmup_steps=-1 if case == "warm-up" else 0)
-        averager.average_parameters([nn.Parameter(torch.zeros(3))] if case == "differ" else [])
+        params = {"differ": [torch.zeros(3)], "complex": [torch.zeros(2), torch.zeros(3, dtype=torch.complex64)]}
+        averager.average_parameters([nn.Parameter(x) for x in params.get(case, [])])
     except (TypeError, ValueError) as error:
         return str(error)
     return "nothing was raised"
@@ -217,6 +230,7 @@ def refuse(group: dist.ProcessGroup, case: str) -> str:
         ("differ", "rank 0 has LocalStep(period=2), rank 1 has LocalStep(period=3)"),
         ("warm-up", "warmup_steps must be an integer of at least 0"),
         ("nothing", "must be on one device, got []"),
+        ("complex", "must be real, got torch.complex64: give torch.view_as_real(p) in its place"),
     ],
 )
 def test_bad_input(pool: RankPool, case: str, message: str) -> None:

@@ -138,6 +138,9 @@ def misuse(group: dist.ProcessGroup, case: str) -> str:
         if case == "different parameters":
             saef.ParameterServer(list(net.parameters())[rank:], group)
             return "nothing was raised"
+        if case in ("complex64", "int64"):
+            saef.ParameterServer([*net.parameters(), torch.ones(2, dtype=getattr(torch, case))], group)
+            return "nothing was raised"
         server = saef.ParameterServer(net.parameters(), group)
         if case == "sides":
             if server.is_server:
@@ -157,7 +160,7 @@ def misuse(group: dist.ProcessGroup, case: str) -> str:
             server.serve(torch.optim.SGD(net.parameters(), lr=0.1), after_step=lambda version: 1 / 0)
         elif case == "optimizer raises":
             work(server, net, range(1))
-    except (RuntimeError, ValueError, ZeroDivisionError) as error:
+    except (RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
         return f"{type(error).__name__}: {error}"
     return "nothing was raised"
 
@@ -169,6 +172,8 @@ def misuse(group: dist.ProcessGroup, case: str) -> str:
         ("push first", "nothing was raised", "pull() before the gradient"),
         ("left", "nothing was raised", "this worker has left"),
         ("different parameters", "rank 1 has", "rank 1 has"),
+        ("complex64", *["TypeError: params must be real and floating, got torch.complex64"] * 2),
+        ("int64", *["TypeError: params must be real and floating, got torch.int64"] * 2),
         ("other optimizer", "the optimizer must have the parameters", "nothing was raised"),
         ("optimizer raises", "ZeroDivisionError", "nothing was raised"),
     ],

@@ -6,8 +6,10 @@ effect that it has with plain DDP.
 
 import copy
 import io
+from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -15,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributions import Independent, Normal, TanhTransform, TransformedDistribution
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint
@@ -460,6 +463,114 @@ def test_both_ways_of_keeping_x_agree_on_idioms(pool: RankPool, idiom: str) -> N
     copies, swaps = (pool.run(idioms, way, idiom, False, saef.TopK(0.2, block=10), ranks=2) for way in WAYS)
     for (a, _), (b, _) in zip(copies, swaps, strict=True):
         assert torch.equal(a, b)
+
+
+class Slots:
+    __slots__ = ("inner", "value")
+    inner: Any
+    value: Tensor
+
+    def __init__(self, value: Tensor, inner: Any = None) -> None:
+        self.value, self.inner = value, inner
+
+
+class Single(Slots):
+    __slots__ = "more"
+
+
+OUTPUTS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] = {
+    "distribution": (lambda y: Normal(y, 1.0), lambda out: out.mean),
+    "of distributions": (lambda y: Independent(Normal(y, 1.0), 1), lambda out: out.base_dist.loc),
+    "transformed": (
+        lambda y: TransformedDistribution(Normal(y, 1.0), [TanhTransform()]),
+        lambda out: out.base_dist.mean,
+    ),
+    "slots": (Slots, lambda out: out.value),
+    "slots of a base": (Single, lambda out: out.value),
+    "objects in objects": (lambda y: SimpleNamespace(a=SimpleNamespace(b=[Slots(y)])), lambda out: out.a.b[0].value),
+    "a circle": (lambda y: circle(y), lambda out: out.inner["back"].inner["value"]),
+    "dictionary's attributes": (lambda y: OrderedDict(a={1: (y, None)}), lambda out: out["a"][1][0]),
+}
+
+
+def circle(y: Tensor) -> Slots:
+    found = Slots(y.detach())
+    found.inner = {"back": found, "value": y, "type": Slots, "module": nn.Linear(1, 1)}
+    return found
+
+
+class Returns(nn.Module):
+    def __init__(self, net: nn.Module, wrap: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.net, self.wrap = net, wrap
+
+    def forward(self, x: Tensor) -> Any:
+        return self.wrap(self.net(x))
+
+
+def returned(group: dist.ProcessGroup, kind: str, compressor: Any) -> Tensor:
+    """Gradients are zeroed between forward and backward, so the backward has to be told of by what is returned."""
+    wrap, found_in = OUTPUTS[kind]
+    net, rank = make_net(), dist.get_rank(group)
+    model = DDP(Returns(net, wrap), process_group=group)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    if compressor is not None:
+        model.register_comm_hook(saef.SAEFState(model, optimizer, compressor=compressor), saef_hook)
+    for t in range(4):
+        x, y = batch(rank, t)
+        loss = F.mse_loss(found_in(model(x)), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return flat(net)
+
+
+@pytest.mark.parametrize("kind", OUTPUTS)
+def test_tensors_are_found_wherever_a_forward_returns_them(pool: RankPool, kind: str) -> None:
+    ours, plain = (pool.run(returned, kind, c, ranks=2) for c in (saef.Identity(), None))
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def scripted(group: dist.ProcessGroup) -> str:
+    """A scripted module takes no hooks, and does not let others be added to one that is compiled."""
+    at = Setting(group, "swaps", saef.Identity())
+    plain = Setting(group, "swaps", None)
+    with pytest.raises(AttributeError, match=r"torch.jit.script would compile the hooks .* state.detach\(\)"):
+        torch.jit.script(at.net)
+    at.state.detach()
+    torch.jit.script(at.net)
+    whole = DDP(torch.jit.script(make_net()), process_group=group)
+    with pytest.raises(TypeError, match="a scripted module takes no hooks: .* holds it"):
+        saef.SAEFState(whole, torch.optim.SGD(whole.parameters(), lr=0.1))
+    at.net = nn.Sequential(torch.jit.script(make_net()))
+    at.model = DDP(at.net, process_group=group)
+    at.optimizer = torch.optim.SGD(at.net.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2)
+    at.state = saef.SAEFState(at.model, at.optimizer, compressor=saef.Identity())
+    at.model.register_comm_hook(at.state, saef_hook)
+    for setting in (at, plain):
+        setting.trained()
+    torch.testing.assert_close(flat(at.net), flat(plain.net), rtol=0, atol=1e-12)
+    return "ok"
+
+
+def test_scripted_modules(pool: RankPool) -> None:
+    assert pool.run(scripted, ranks=2) == ["ok"] * 2
+
+
+def replaced(group: dist.ProcessGroup) -> str:
+    at = Setting(group, "swaps", saef.Identity())
+    x, _ = batch(at.rank, 0)
+    for change in (lambda p: 1.1 * p, lambda p: p.detach()):
+        others = {name: change(p) for name, p in at.model.named_parameters()}
+        with pytest.raises(RuntimeError, match="holds other tensors in its parameters' place .*functional_call"):
+            torch.func.functional_call(at.model, others, (x,))
+    at.trained()
+    return "ok"
+
+
+def test_other_tensors_in_the_parameters_place_are_refused(pool: RankPool) -> None:
+    assert pool.run(replaced, ranks=2) == ["ok"] * 2
 
 
 WAYS = ("copies", "swaps")

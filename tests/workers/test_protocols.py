@@ -7,12 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import saef
 from saef.protocols.operators import Links, Mean
 from support.protocols import PER_WORKERS, PROTOCOLS, TORUS, first, meetings_of
 
 IDENTITY = np.eye(3)
+# Eigenvalues 1, 1, 1/2, 1/4, with one eigenvector of 1: states grow without end. numpy finds 1 - 6e-8 and 1 + 6e-8
+DEFECTIVE = np.array([[24, -5, -17, 2], [44, -10, -38, 8], [22, -5, -15, 2], [50, -14, -44, 12]]) / 4
 
 
 def test_synchronous_protocols_act_in_the_last_event_of_a_round_that_is_due() -> None:
@@ -143,11 +146,43 @@ def test_assumption_1_holds_and_the_mean_is_preserved_by_all_that_say_so(n: int)
         (lambda: saef.Gossip.metropolis([(-1, 0)]), ValueError, "numbered from 0"),
         (lambda: saef.Gossip.metropolis([]), ValueError, "pairs of different workers"),
         (lambda: saef.Gossip(TORUS, 0), ValueError, "period must be at least 1"),
+        (lambda: saef.Gossip(DEFECTIVE), ValueError, "second eigenvalue of weights is 1 "),
+        (lambda: saef.Gossip([["0.5", "0.5"], ["0.5", "0.5"]]), ValueError, "K rows of K numbers: got strings"),
+        (lambda: saef.Gossip(np.array([[0.5 + 1j, 0.5 - 1j], [0.5, 0.5]])), TypeError, "real numbers, got complex128"),
+        (lambda: saef.Gossip(torch.full((2, 2), 0.5, requires_grad=True)), ValueError, r"K rows of K .*detach\(\)"),
+        (lambda: saef.Gossip.metropolis([(0, 1.5)]), TypeError, "edges must be pairs of integers.*'float'"),
+        (lambda: saef.Gossip.metropolis([(0, math.nan)]), TypeError, "edges must be pairs of integers.*'float'"),
+        (lambda: saef.Gossip.metropolis(["01"]), TypeError, "edges must be pairs of integers.*'str'"),
+        (lambda: saef.Gossip.metropolis([(False, True)]), TypeError, "edges must be pairs of integers"),
+        (lambda: saef.Gossip.metropolis([(0, 1, 1)]), ValueError, "pairs of different workers"),
+        (
+            lambda: saef.Gossip.metropolis([(0, 10**6)]),
+            ValueError,
+            r"workers \[1, 2, 3, 4, 5\] are on no edge \(999999 of 1000001 are not\)",
+        ),
+        (lambda: saef.Rotating(3).events(2, part=7), ValueError, "part must be below 3, .*, got 7"),
+        (lambda: saef.Rotating(3).events(2, part=-1), ValueError, "part must be at least 0, got -1"),
+        (lambda: saef.Rotating(3).operators(2, part=1.0), TypeError, "part must be an integer, got 1.0"),
+        (lambda: saef.Ring().events(2, part=1), ValueError, "part must be below 1"),
     ],
 )
 def test_bad_settings_are_refused(make: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         make()
+
+
+def test_a_second_eigenvalue_that_is_all_but_1_is_told_from_1() -> None:
+    """Slow weights are taken, and those that never mix are not, however their eigenvalues of 1 are rounded."""
+    for gap in (1e-2, 1e-6):
+        saef.Gossip([[1 - gap / 2, gap / 2], [gap / 2, 1 - gap / 2]])
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        basis = rng.normal(size=(4, 4))
+        basis[:, 0] = 1.0
+        jordan = np.diag([1.0, 1.0, 0.3, 0.2]) + np.eye(4, k=1) * [0, 1, 0, 0]
+        W = basis @ jordan @ np.linalg.inv(basis)
+        with pytest.raises(ValueError, match="never come nearer"):
+            saef.Gossip(W + np.diag(1 - W.sum(1)))
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS, ids=repr)
