@@ -348,8 +348,8 @@ def _rank_part(saved: Mapping[str, Any], memory: Memory, context: Context) -> Ma
     if missing := [key for key in (worker, own) if key not in saved]:
         found = [name for name in saved if name.startswith("rank_")]
         raise ValueError(
-            f"this is the state of {', '.join(found)}, here is {missing[0].replace('_', ' ')}: each rank loads its own. "
-            "What is saved by one rank for all (by fabric.save, say) has that rank's errors alone: use "
+            f"this is the state of {', '.join(found)}, here is {missing[0].replace('_', ' ')}: each rank loads its own"
+            ". What one rank saves for all (as fabric.save does) has the errors of that rank alone: use "
             f"saef.save_checkpoint and load_checkpoint, or {LOAD_CONSOLIDATED}"
         )
     mine: Mapping[str, Any] = {**saved[worker], **saved[own]}

@@ -39,7 +39,8 @@ NAMES = (PLAIN, HALF, *SETTINGS)
 
 GRADIENTS = (1 << 10, 1 << 16, 1 << 20, 1 << 22, BUCKET_BYTES)  # bytes that are all-reduced
 MESSAGES = (1 << 10, 1 << 14, 1 << 17, 1 << 20)  # and of a bucket's message: no method here has a longer one
-REPETITIONS = 3
+REPETITIONS, MOST_REPETITIONS = 3, 30
+ENOUGH_S = 1.0  # of kernels, all methods in turn
 LONG_S = 0.5  # measured once if it may take so long
 LONGEST_S = 15.0  # not measured
 LONGEST_PAUSE_S = 0.25
@@ -258,11 +259,16 @@ def _time_methods(
     """Seconds of a step of each method, and of training on one rank, in turn: what disturbs one disturbs all."""
     alone, _ = dist.new_subgroups(group_size=1)
     rounds = {name: _round(name, Tensors(numels, device, dtype), optimizer_of, alone) for name in (ALONE, *names)}
-    took: dict[str, list[float]] = {name: [] for name in rounds}
-    for _ in range(2 + REPETITIONS):
-        for name, (work, steps) in rounds.items():
-            took[name].append(_once(work, device) / steps)
-    return {name: median(values[2:]) for name, values in took.items()}
+
+    def once() -> dict[str, float]:
+        return {name: _once(work, device) / steps for name, (work, steps) in rounds.items()}
+
+    once()  # to warm up
+    start = time.perf_counter()
+    once()
+    again = int(ENOUGH_S / _mean(time.perf_counter() - start, device))  # short ones are all the noisier
+    took = [once() for _ in range(min(max(again, REPETITIONS), MOST_REPETITIONS))]
+    return {name: median(found[name] for found in took) for name in rounds}
 
 
 def _round(

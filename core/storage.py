@@ -11,10 +11,15 @@ weights_only=True: what is in them cannot run.
 
 from __future__ import annotations
 
+import logging
 import os
+import pickle
+import re
 import shutil
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +31,10 @@ from .protocols.averaging import check_integer
 from .state import SAEFState
 from .step.weights import held
 
+logger = logging.getLogger("saef")
+
 COMPLETE = "complete"
+NAME = re.compile(r"\d{6,}-step-\d+")  # of a checkpoint's folder: others are the user's own
 
 
 def save_checkpoint(
@@ -45,7 +53,7 @@ def save_checkpoint(
         extra: tensors, numbers, strings and containers of them that are to come back: state_dict() of the
             model (for its buffers), optimizer, scheduler and scaler, the epoch. Each rank's own. DTensors come back as
             they are, or whole where the consolidated form is loaded.
-        keep: complete checkpoints to keep; older ones are deleted.
+        keep: complete checkpoints to keep; older ones are deleted, where that is possible, else a warning is logged.
         consolidate: also write the form that any number of ranks can load (two dense all-reduces).
 
     Returns:
@@ -53,7 +61,8 @@ def save_checkpoint(
 
     Raises:
         ValueError: if keep < 1.
-        TypeError: if keep is no int, or if `extra` has something that weights_only=True would not load, naming it.
+        TypeError: if keep is no int, or if `extra`, or the state of an optimizer that steps by itself, has something
+            that weights_only=True would not load, naming it.
         OSError: if this rank could not write; earlier checkpoints are still there.
         RuntimeError: if another rank failed in one of these ways.
     """
@@ -61,11 +70,17 @@ def save_checkpoint(
     transport, root = state.engine.node.everyone, Path(folder)
     rank, size = transport.rank, transport.size
     extra = dict(extra or {})
+    mine: dict[str, Any] = {"extra": extra}
     transport.meet("saef.save_checkpoint()")
-    _together(state, lambda: _check_plain(extra, "extra"))
-    mine = {"saef": _mapped(state.state_dict(), held), "extra": extra}
+
+    def gather() -> str:
+        _check_plain(extra, "extra")
+        mine["saef"] = _mapped(state.state_dict(), held)
+        return _check_plain(mine["saef"], "the state")
+
+    _together(state, gather)
     whole = None
-    if consolidate:
+    if consolidate:  # collective by itself, of values that have been checked in the ranks' own
         whole = _mapped({"saef": state.consolidated_state_dict(), "extra": extra}, partial(_whole, keep=rank == 0))
 
     path = root / _together(state, lambda: _begin(root, state.steps), of_rank_0=True)[0]
@@ -97,23 +112,42 @@ def _begin(root: Path, steps: int) -> str:
 
 def _end(root: Path, path: Path, keep: int) -> str:
     """Let a checkpoint count, and delete what is older than the last `keep`."""
-    _sync(path)
-    (path / COMPLETE).touch()
-    _sync(path)
-    _sync(root)
-    complete = [p for p in _checkpoints(root) if (p / COMPLETE).exists()]
-    for old in _checkpoints(root):
-        if old not in complete[-keep:]:
-            (old / COMPLETE).unlink(missing_ok=True)
-            shutil.rmtree(old)
+    try:
+        before = [p for p in _checkpoints(root) if _number(p) < _number(path)]
+        _sync(path)
+        (path / COMPLETE).touch()
+        _sync(path)
+        _sync(root)
+    except OSError:
+        with suppress(OSError):
+            _delete(path)
+        raise
+    kept = 1
+    for old in reversed(before):
+        try:
+            if kept < keep and _exists(old / COMPLETE):
+                kept += 1
+            else:
+                _delete(old)
+        except OSError as error:
+            logger.warning("cannot delete the old checkpoint %s; the new one, %s, counts: %s", old, path.name, error)
     return ""
+
+
+def _delete(path: Path) -> None:
+    """Of a checkpoint that was moved elsewhere, and has a link in its place, the link."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        (path / COMPLETE).unlink(missing_ok=True)
+        shutil.rmtree(path)
 
 
 def load_checkpoint(folder: str | os.PathLike[str], state: SAEFState) -> dict[str, Any] | None:
     """Load the newest complete checkpoint, if there is one. Collective.
 
     The ranks' own states where as many ranks with the same exchange strategy wrote it: training goes on bit for
-    bit. Else the consolidated form: x~ and the mean momentum are kept.
+    bit. Else the consolidated form: x~ and the mean momentum are kept; a warning on rank 0 says so, and why.
 
     Returns:
         What was given as `extra` (by this rank; by rank 0 if consolidated), or None if there is no checkpoint.
@@ -121,18 +155,19 @@ def load_checkpoint(folder: str | os.PathLike[str], state: SAEFState) -> dict[st
     Raises:
         ValueError: if it does not fit the state, or another number of ranks wrote it with consolidate=False; or if
             `folder` is a checkpoint itself.
-        OSError: if this rank cannot read it, naming the file.
+        OSError: if this rank cannot read it, or its file alone is missing, naming the file; if `folder` is none.
         RuntimeError: if another rank failed in one of these ways.
     """
     root = Path(folder)
 
     def newest() -> str:
-        if (root / COMPLETE).exists() or (any(root.glob("rank-*-of-*.pt")) and not any(_checkpoints(root))):
+        found = _checkpoints(root)
+        if _exists(root / COMPLETE) or (not found and _has(root, "rank-*-of-*.pt")):
             raise ValueError(
                 f"{root} is a single checkpoint, as save_checkpoint() returns it: give the folder that it lies in, "
                 f"{root.parent}, of which the newest complete one is loaded"
             )
-        return next((p.name for p in reversed(_checkpoints(root)) if (p / COMPLETE).exists()), "")
+        return next((p.name for p in reversed(found) if _exists(p / COMPLETE)), "")
 
     transport = state.engine.node.everyone
     transport.meet("saef.load_checkpoint()")
@@ -140,32 +175,52 @@ def load_checkpoint(folder: str | os.PathLike[str], state: SAEFState) -> dict[st
     if not name:
         return None
     path = root / name
-    own = path / f"rank-{transport.rank}-of-{transport.size}.pt"
+    size, here = transport.size, _way(state.strategy, state.engine.node.size)
+    own, whole = path / f"rank-{transport.rank}-of-{size}.pt", path / "consolidated.pt"
 
-    def fits() -> str:
-        if not (path / COMPLETE).exists():
+    def misfit() -> str:
+        """Why this rank's own state is not to be loaded, if it is not."""
+        if not _exists(path / COMPLETE):
             raise FileNotFoundError(f"{path} is not here: the folder must be the same for all ranks")
-        saved = _read(own, mmap=True)["saef"] if own.exists() else {}
-        found = saved.get("strategy"), saved.get("ranks_a_node", 1)
-        return "yes" if found == (state.strategy, state.engine.node.size) else "no"
+        if not _exists(own):
+            if _has(path, files := f"rank-*-of-{size}.pt"):
+                instead = f"delete all {files} there, to load its consolidated form, or " if _exists(whole) else ""
+                raise FileNotFoundError(
+                    f"{own} is missing, while other ranks' files are there: copy it, too (to go on bit for bit start "
+                    f"as many ranks as wrote it, with the files of all), or {instead}move {path} away, to load the "
+                    "checkpoint before it"
+                )
+            return f"has no files of {size} ranks (another number wrote it, or they were deleted)"
+        saved = _read(own, mmap=True)["saef"]
+        there = _way(saved.get("strategy"), saved.get("ranks_a_node", 1))
+        if there != here:
+            return f"was written with {there}, and here it is {here}"
+        names, ours = [*saved.get("parameters", ())], state.weights.names
+        moved = names != ours and {*names} == {*ours} and state.e_server.numel()
+        return "has its server errors in another order of the parameters" if moved else ""
 
-    consolidated = "no" in _together(state, fits)
+    why = next(filter(None, _together(state, misfit)), "")
     extra: dict[str, Any] = {}
 
     def load() -> str:
-        file = path / "consolidated.pt" if consolidated else own
-        if not file.exists():
+        if why and not _exists(whole):
             raise ValueError(
-                f"{path} was written by another number of ranks or with another exchange strategy, and without its "
-                "consolidated form: start as many ranks as wrote it, with the same exchange"
+                f"{path} {why}, and has no consolidated form: start as many ranks as wrote it, with the same exchange"
             )
-        saved = _read(file, map_location=state.weights.device)
+        saved = _read(whole if why else own, map_location=state.weights.device)
         state.load_state_dict(saved["saef"])
         extra.update(saved["extra"])
         return ""
 
     _together(state, load)
+    if why and transport.rank == 0:
+        logger.warning("loaded the consolidated form of %s, as it %s: errors and momenta are means", path, why)
     return extra
+
+
+def _way(strategy: object, ranks_a_node: int) -> str:
+    """What a rank's own state is for, besides the number of ranks."""
+    return f"exchange={strategy!r}" + (f" among nodes of {ranks_a_node} ranks" if ranks_a_node > 1 else "")
 
 
 def _together(state: SAEFState, work: Callable[[], str], of_rank_0: bool = False) -> list[str]:
@@ -224,22 +279,43 @@ def _check_plain(value: object, where: str) -> str:
     elif not _is_plain_tensor(value) and type(value) not in PLAIN:
         raise TypeError(
             f"{where} is a {type(value).__name__}, which could not be loaded again with weights_only=True: save "
-            "tensors, numbers, strings, and dicts and lists of them (float(x) for a numpy number)"
+            "tensors, numbers, strings, and dicts and lists of them (float(x) for a numpy number), and keep nothing "
+            "else in an optimizer's state and groups"
         )
     return ""
 
 
 def _is_plain_tensor(value: object) -> bool:
-    """Whether it is loaded again: torch's own kinds, without attributes of the user's."""
+    """Whether it is loaded again: torch's own kinds, without attributes of the user's; and those made known to it."""
     if type(value) in (torch.Tensor, torch.nn.Parameter):
         return {*vars(value)} <= {"persistent", "_is_buffer"}  # of a torch.nn.Buffer
-    return isinstance(value, torch.Tensor) and held(value) is not value
+    if not isinstance(value, torch.Tensor):
+        return False
+    return held(value) is not value or type(value) in torch.serialization.get_safe_globals()
 
 
 def _checkpoints(root: Path) -> list[Path]:
-    """Folders of checkpoints, complete or not, the oldest first."""
-    found = [p for p in root.glob("*-step-*") if p.is_dir() and p.name.split("-")[0].isdigit()]
+    """Folders of checkpoints, complete or not, the oldest first. Raises OSError if `root` cannot be listed."""
+    try:
+        with os.scandir(root) as entries:
+            found = [root / e.name for e in entries if NAME.fullmatch(e.name) and e.is_dir()]
+    except FileNotFoundError:
+        return []
     return sorted(found, key=_number)
+
+
+def _has(folder: Path, pattern: str) -> bool:
+    """Whether it has such a file. Raises OSError if it cannot be listed."""
+    return _exists(folder) and any(fnmatch(name, pattern) for name in os.listdir(folder))
+
+
+def _exists(path: Path) -> bool:
+    """Raises OSError if that cannot be seen, as `Path.exists` does not in all versions."""
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _number(path: Path) -> int:
@@ -266,9 +342,15 @@ def _read(path: Path, **options: Any) -> dict[str, Any]:
         found: dict[str, Any] = torch.load(path, weights_only=True, **options)
         return found
     except Exception as error:  # of many kinds, and few of them say which file
+        what = "If it is damaged"
+        if isinstance(error, pickle.UnpicklingError) and "unsupported global" in str(error).lower():
+            what = (
+                "It has objects that weights_only=True does not load, as an older version of saef or another program "
+                "writes them. If you trust it, name them to torch.serialization.add_safe_globals(); else"
+            )
         raise OSError(
-            f"{path} cannot be read ({type(error).__name__}: {error}). If it is damaged, move its folder away: then "
-            "the checkpoint before it is loaded"
+            f"{path} cannot be read ({type(error).__name__}: {error}). {what}, move its folder away: then the "
+            "checkpoint before it is loaded"
         ) from error
 
 

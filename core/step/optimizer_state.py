@@ -153,6 +153,8 @@ def _put_back(
             found[k] = there.copy_(v)
         elif isinstance(v, Tensor):
             found[k] = v.detach().to(places.get(k, device), copy=True)
+        elif isinstance(there, deque) and isinstance(v, list):
+            found[k] = deque(copied(v), there.maxlen)
         else:
             found[k] = copied(v)
     return found
