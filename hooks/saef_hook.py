@@ -2,13 +2,16 @@
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch._C._distributed_c10d import GradBucket  # torch.distributed.GradBucket, for type checkers
 from torch._compile import _disable_dynamo  # as torch.compiler.disable, but imports the compiler at the first call
 from torch.autograd import Variable
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.futures import Future
+from torch.nn.parallel import DistributedDataParallel
 
 from saef import Later, SAEFState
+from saef.step.unwrap import unwrap_model
 
 
 @_disable_dynamo
@@ -45,3 +48,24 @@ def saef_hook(state: SAEFState | Later, bucket: GradBucket) -> Future[torch.Tens
         autograd.queue_callback(late)  # before it
         autograd.queue_callback(lambda: autograd.queue_callback(ended))  # after it
     return done
+
+
+def register(model: nn.Module, state: SAEFState | Later) -> None:
+    """Register `saef_hook` with the DistributedDataParallel inside `model`.
+
+    Args:
+        model: DDP, or what a framework or torch.compile has made of it; Lightning Fabric's, for example, has no
+            `register_comm_hook`.
+        state: of that model, or a `saef.Later` for it.
+
+    Raises:
+        ValueError: if there is no DDP inside, or if there are several or parameters beside it.
+    """
+    ddp = unwrap_model(model)
+    if not isinstance(ddp, DistributedDataParallel):
+        raise ValueError(
+            "register() needs a model with one DistributedDataParallel inside, which has all that it trains, got "
+            f"{type(model).__name__}: give it DDP itself, or what fabric.setup() returned, in several processes with "
+            'strategy="ddp". Several DDPs want a state and a register() each'
+        )
+    ddp.register_comm_hook(state, saef_hook)

@@ -79,6 +79,7 @@ def bind(
     accelerator.register_save_state_pre_hook(lambda models, weights, folder: ours.save(folder))
     _load_with(accelerator, ours)
     _free_with(accelerator, ours)
+    _register_others(accelerator)
     return state
 
 
@@ -253,6 +254,23 @@ def _free_with(accelerator: Accelerator, ours: _Ours) -> None:
         return original(*objects)
 
     accelerator.free_memory = free_memory
+
+
+def _register_others(accelerator: Accelerator) -> None:
+    """Have accelerator.register_for_checkpointing refuse a state: rank 0 would save its own for all."""
+    original = accelerator.register_for_checkpointing
+
+    @functools.wraps(original)
+    def register_for_checkpointing(*objects: Any) -> None:
+        if any(isinstance(one, saef.SAEFState) for one in objects):
+            raise ValueError(
+                "accelerator.register_for_checkpointing(state) would keep rank 0's errors alone: leave it out. After "
+                "attach(), save_state and load_state keep a SAEFState with the errors of every rank; of one that was "
+                "made without attach(), use saef.save_checkpoint and load_checkpoint"
+            )
+        original(*objects)
+
+    accelerator.register_for_checkpointing = register_for_checkpointing
 
 
 def load(folder: Path, state: saef.SAEFState) -> None:

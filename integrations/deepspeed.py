@@ -217,6 +217,8 @@ def _register() -> None:
 
     def check(config: DeepSpeedConfig) -> None:
         if config.optimizer_name != NAME:
+            if str(config.optimizer_name).upper() == NAME:
+                raise ValueError(f'optimizer.type is "{config.optimizer_name}": write "type": "{NAME}"')
             return check_others(config)  # type: ignore[no-any-return]
         config._saef_clips = take_over_clipping(config)
         check_config(config)

@@ -15,6 +15,7 @@ import functools
 import inspect
 import logging
 import shutil
+import weakref
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, final
@@ -39,6 +40,7 @@ except ModuleNotFoundError as error:
 
 logger = logging.getLogger("saef")
 NAME = "saef"
+_fitted: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # engines, weakly, by LightningModule
 
 
 @final
@@ -51,7 +53,8 @@ class SAEFCallback(Callback):  # type: ignore[misc]
 
     Attributes:
         state: the SAEFState, from the beginning of fit(). It stays after it, for `trainer.save_checkpoint`; the next
-            fit() makes another, as Lightning does with the optimizer.
+            fit() makes another, as Lightning does with the optimizer. Before one by a Trainer without saef:
+            `state.detach()`, or `detach(module)`.
 
     Raises:
         TypeError, ValueError: on a keyword that is none, or a value that no SAEFState takes; in fit(), on what cannot
@@ -64,7 +67,7 @@ class SAEFCallback(Callback):  # type: ignore[misc]
     def __init__(self, *, metrics: tuple[str, ...] = LOGGED, **settings: Unpack[Agreed]) -> None:
         check_known("SAEFCallback", settings, Agreed.__annotations__, TypeError)
         self._metrics, self._later = metrics, saef.Later(**settings)
-        self._clip: float | None = None  # the Trainer's, while it is ours
+        self._clipping: Any = None  # the Trainer's precision plugin, while its clip_gradients is ours
         self._random: list[Tensor] = []  # torch's random state in a checkpoint, until the first batch
 
     # ---- what Lightning calls ---------------------------------------------------------------
@@ -86,7 +89,9 @@ class SAEFCallback(Callback):  # type: ignore[misc]
         strategy.save_checkpoint = functools.partial(self._save, strategy)
         strategy.remove_checkpoint = functools.partial(self._remove, strategy)
         strategy.load_optimizer_state_dict = functools.partial(self._load, trainer)
-        self._clip, trainer.gradient_clip_val = trainer.gradient_clip_val, None
+        self._clipping = trainer.precision_plugin
+        self._clipping.clip_gradients = functools.partial(self._clip, self._clipping.clip_gradients)
+        _fitted[pl_module] = weakref.ref(self.state.engine)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """In the middle of an epoch: to resume there, Lightning made an iterator, which has drawn a random number."""
@@ -112,11 +117,11 @@ class SAEFCallback(Callback):  # type: ignore[misc]
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Also after Tuner's, which end a fit by an exception that no callback is told of."""
-        self._give_back(trainer)
+        self._give_back()
         self._leave()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        self._give_back(trainer)
+        self._give_back()
         self._leave()
 
     def _leave(self) -> None:
@@ -145,9 +150,23 @@ class SAEFCallback(Callback):  # type: ignore[misc]
             logger.warning(CLIPS, f"Trainer(gradient_clip_val={theirs})")
         return theirs
 
-    def _give_back(self, trainer: Any) -> None:
-        if self._clip is not None:
-            trainer.gradient_clip_val, self._clip = self._clip, None
+    def _clip(
+        self, original: Any, optimizer: Any, clip_val: float = 0.0, gradient_clip_algorithm: Any = "norm"
+    ) -> None:
+        """`precision_plugin.clip_gradients`. To its own norm the state clips; the rest changes what has been sent."""
+        state = self.state
+        if (
+            state is None
+            or not state.engine.attached
+            or gradient_clip_algorithm != "norm"
+            or clip_val != state.settings.max_grad_norm
+        ):
+            original(optimizer, clip_val, gradient_clip_algorithm)
+
+    def _give_back(self) -> None:
+        if self._clipping is not None:
+            del self._clipping.clip_gradients
+            self._clipping = None
 
     # ---- checkpoints ------------------------------------------------------------------------
 
@@ -220,6 +239,12 @@ class SAEFStrategy(DDPStrategy):  # type: ignore[misc]
         if self.callback not in trainer.callbacks:
             trainer.callbacks.insert(0, self.callback)
         super().setup(trainer)
+
+
+def detach(module: Any) -> None:
+    """What `callback.state.detach()` does, by the LightningModule: before another Trainer fits it without saef."""
+    if module in _fitted and (engine := _fitted[module]()) is not None:
+        engine.detach()
 
 
 StrategyRegistry.register(NAME, SAEFStrategy, description="DDP with saef's compression", override=True)

@@ -83,6 +83,8 @@ def test_what_cannot_be_honoured_is_refused(trainers: RankPool) -> None:
         "by value": "attach(..., max_grad_norm=...)",
         "no DDP": "a single process has nothing to exchange",
         "not prepared": "needs the optimizer that accelerator.prepare(optimizer) returns",
+        "register": "would keep rank 0's errors alone: leave it out",
+        "register others": "no error",
         "comm hook": "Leave comm_hook out",
     }
     for said in trainers.run(job("refused"), ranks=2):

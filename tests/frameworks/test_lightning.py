@@ -99,6 +99,36 @@ def test_what_cannot_be_honoured_is_refused(trainers: RankPool) -> None:
             assert words in said[case], said[case]
 
 
+@pytest.mark.parametrize("kind", ["SGD", "RMSprop"])
+def test_overrides_of_clipping_see_the_trainers_number(trainers: RankPool, kind: str) -> None:
+    """To the state's own norm they may clip: it does. With local steps gradients are the rank's own to change."""
+    for expected, runs, seen, said in trainers.run(job("clips_by_itself"), kind, ranks=2):
+        for run in runs:
+            assert_equal(run, expected, ("x", "e", "m", "e_server", "own", "steps"))
+        assert seen == {0.1}
+        assert "Please use only one of them" in said["another norm than the Trainer's"]  # Lightning's own
+        for case in ("another norm", "by value"):
+            assert said[case] == "no error" if kind == "RMSprop" else "give SAEFState max_grad_norm" in said[case]
+
+
+@pytest.mark.parametrize("by_module", [True, False])
+def test_a_trainer_without_saef_goes_on_with_what_was_let_go_of(trainers: RankPool, by_module: bool) -> None:
+    for said, found, expected in trainers.run(job("goes_on_without"), by_module, ranks=2):
+        assert "another optimizer" in said
+        assert torch.equal(found, expected)
+
+
+def test_fabric(trainers: RankPool, tmp_path: Path) -> None:
+    ranks = trainers.run(job("with_fabric"), tmp_path, ranks=2)
+    for expected, run, said in ranks:
+        assert_equal(run, expected, ("x", "e", "m", "e_server", "own", "steps"))
+        assert "needs a model with one DistributedDataParallel inside" in said["no ddp"] and "Net" in said["no ddp"]
+        assert "comm_hook" in said["twice"]
+    assert ranks[0][2]["in fabric.save"] == "no error"
+    refusal = ranks[1][2]["in fabric.save"]
+    assert "each rank loads its own" in refusal and "use saef.save_checkpoint and load_checkpoint" in refusal
+
+
 def test_ddpstrategys_own_comm_state_is_a_later(trainers: RankPool) -> None:
     for callback, own, said in trainers.run(job("comm_state"), saef.TopK(0.2), ranks=2):
         assert_equal(own, callback, ("x", "e", "m", "e_server", "steps"))

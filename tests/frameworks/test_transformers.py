@@ -56,6 +56,20 @@ def test_the_best_model_and_a_further_train(trainers: RankPool, tmp_path: Path) 
 def test_other_checkpoints(trainers: RankPool, tmp_path: Path) -> None:
     for said in trainers.run(job("other_checkpoints"), tmp_path, ranks=2):
         assert "errors are of step 0" in said["alone"] and "reset_errors()" in said["alone"]
+        assert f"{tmp_path}/ours/checkpoint-4 is of step 4 of a run with saef" in said["alone"]
+        assert f"resume_from_checkpoint='{tmp_path}/ours/checkpoint-9', the newest that is whole" in said["alone"]
+
+
+@pytest.mark.parametrize("where", ["ours", "the Trainer's"])
+def test_what_fails_in_a_save_leaves_no_checkpoint_that_only_looks_whole(
+    trainers: RankPool, tmp_path: Path, where: str
+) -> None:
+    """In ours, resume_from_checkpoint=True finds the one before; in the Trainer's, it is the Trainer that says so."""
+    for said, there, again, resumed, straight in trainers.run(job("fails_in_a_save"), tmp_path, where, ranks=2):
+        assert "as a full disk" in said
+        assert there == (["checkpoint-3"] if where == "ours" else ["checkpoint-3", "checkpoint-6"])
+        assert again == "no error" if where == "ours" else "checkpoint-6/trainer_state.json" in again
+        assert_equal(resumed, straight)
 
 
 def test_a_deepspeed_json_in_which_all_is_auto(tmp_path: Path) -> None:
@@ -78,6 +92,9 @@ def test_a_deepspeed_json_in_which_all_is_auto(tmp_path: Path) -> None:
 
 def test_what_cannot_be_honoured_is_refused(trainers: RankPool, tmp_path: Path) -> None:
     expected = {
+        "evaluate first": "evaluate() or predict() ran before train()",
+        "predict first": "TrainingArguments(eval_on_start=True)",
+        "evaluate on start": "no error",
         "misspelt": "did you mean 'compressor'",
         "metrics": "did you mean 'bytes_per_step'",
         "max_grad_norm": "TrainingArguments(max_grad_norm=...)",

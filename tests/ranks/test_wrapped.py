@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import saef
-from saef.hooks import saef_hook
+from saef.hooks import register, saef_hook
 from support.ranks import RankPool
 from support.training import batch, flat, make_net, way_of_keeping_x
 
@@ -151,6 +151,50 @@ def test_wrapped_models(pool: RankPool, way: str) -> None:
             f"SAEFState is for the {a}"
             for a in ("DistributedDataParallel inside the Shell it was given", "SGD inside the Held it was given")
         ]
+
+
+INSIDE: dict[str, Callable[[DDP], Any]] = {
+    "DDP": lambda ddp: ddp,
+    "a shell": Shell,
+    "compiled": lambda ddp: torch.compile(ddp, backend="eager"),
+    "both": lambda ddp: torch.compile(Shell(ddp), backend="eager"),
+}
+
+
+def registers(group: dist.ProcessGroup, inside: str, later: bool) -> tuple[Tensor, dict[str, str]]:
+    """The hook is registered by what is around DDP: (x after two steps, what is refused)."""
+    net, said = make_net(), {}
+    model = INSIDE[inside](DDP(net, process_group=group))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    settings: Any = {"compressor": ERRORS}
+    state: Any = saef.Later(**settings) if later else saef.SAEFState(model, optimizer, **settings)
+    register(model, state)
+    if later:
+        state = state.bind(model, optimizer)
+    for t in range(2):
+        optimizer.zero_grad()
+        x, y = batch(dist.get_rank(group), t)
+        F.mse_loss(model(x), y).backward()
+        optimizer.step()
+    assert state.steps == 2
+    more = Shell(DDP(make_net(), process_group=group))
+    more.extra = nn.Linear(2, 2)
+    two = nn.ModuleList([DDP(make_net(), process_group=group) for _ in range(2)])
+    for name, other in (("no DDP", make_net()), ("more", more), ("two", two)):
+        with pytest.raises(ValueError, match="needs a model with one DistributedDataParallel inside") as caught:
+            register(other, state)
+        said[name] = str(caught.value)
+    return flat(net), said
+
+
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize("inside", INSIDE)
+def test_the_hook_is_registered_with_the_ddp_inside(pool: RankPool, inside: str, later: bool) -> None:
+    expected = pool.run(registers, "DDP", False, ranks=2)
+    for (x, said), (plain, _) in zip(pool.run(registers, inside, later, ranks=2), expected, strict=True):
+        assert torch.equal(x, plain)
+        assert "got Shell: give it DDP itself" in said["more"]
+        assert "got ModuleList" in said["two"]
 
 
 def others(group: dist.ProcessGroup, what: str) -> str:

@@ -257,6 +257,8 @@ def refused(group: dist.ProcessGroup) -> dict[str, str]:
         "by value": clipped(lambda run: run.accelerator.clip_grad_value_(run.model.parameters(), 1.0)),
         "no DDP": lambda: attach(Run(None).accelerator, make_net(), torch.optim.SGD(make_net().parameters(), 0.1)),
         "not prepared": unprepared,
+        "register": lambda: (run := Run(ours)).accelerator.register_for_checkpointing(run.scheduler, run.state),
+        "register others": lambda: (run := Run(ours)).accelerator.register_for_checkpointing(run.scheduler),
         "comm hook": lambda: Run(ours, kwargs_handlers=[handler]),
     }
     return {name: error_of(case) for name, case in cases.items()}

@@ -11,6 +11,8 @@ from unittest import mock
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.fabric import Fabric
+from lightning.fabric.strategies import DDPStrategy as FabricDDP
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
@@ -20,8 +22,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler
 
 import saef
-from saef.hooks import saef_hook
-from saef.integrations.lightning import SAEFCallback, SAEFStrategy
+from saef.hooks import register, saef_hook
+from saef.integrations.lightning import SAEFCallback, SAEFStrategy, detach
 from support import trainers
 from support.trainers import (
     ACCUMULATE,
@@ -344,6 +346,107 @@ class Early(Lit):
         self.manual_backward(loss)
         self.check_x()
         optimizer.step()
+
+
+class Asks(Lit):
+    """Clips by itself, as Lightning's documentation shows it, to the Trainer's number or its own."""
+
+    def __init__(self, own: Any = None, algorithm: Any = None, kind: str = "SGD", manual: bool = False) -> None:
+        super().__init__(kind, manual)
+        self.own, self.algorithm, self.seen = own, algorithm, list[Any]()
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self.seen.append(self.trainer.gradient_clip_val)
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+    ) -> None:
+        self.seen.append(gradient_clip_val)
+        self.clip_gradients(optimizer, self.own or gradient_clip_val, self.algorithm or gradient_clip_algorithm)
+
+
+def clips_by_itself(group: dist.ProcessGroup, kind: str) -> Any:
+    """(the run without an override, those with one, what these saw of the Trainer's number, what raises)."""
+    ours: Any = {"compressor": saef.TopK(0.2), **local(kind)}
+    limited = {**ours, "max_grad_norm": 0.1}
+    expected = record(fit(ours, Lit(kind), gradient_clip_val=0.1)[0].state)
+    runs, seen = [], set[Any]()
+    for module, settings, words in (
+        (Asks(kind=kind), ours, {"gradient_clip_val": 0.1}),
+        (Asks(kind=kind), ours, {"gradient_clip_val": 0.1, "gradient_clip_algorithm": "norm"}),
+        (Asks(0.1, "norm", kind), limited, {}),
+    ):
+        callback, t = fit(settings, module, **words)
+        runs.append(record(callback.state))
+        seen |= {*module.seen} if words else set()
+        assert t.gradient_clip_val == words.get("gradient_clip_val") and not vars(t.precision_plugin)
+    said = {
+        "another norm": error_of(lambda: fit(ours, Asks(1e-3, "norm", kind))),
+        "another norm than the Trainer's": error_of(lambda: fit(ours, Asks(1e-3, kind=kind), gradient_clip_val=0.1)),
+        "by value": error_of(lambda: fit(ours, Asks(1e-3, "value", kind))),
+    }
+    return expected, runs, seen, said
+
+
+def goes_on_without(group: dist.ProcessGroup, by_module: bool) -> Any:
+    """(what a plain Trainer says of a module that is saef's, x of one that is let go of, x of a new one like it)."""
+    module, new = Lit(), Lit()
+    callback, _ = fit({"compressor": saef.TopK(0.2)}, module, max_epochs=1)
+    module.callback = None
+    said = error_of(lambda: fit(None, module, max_epochs=1))
+    detach(module) if by_module else callback.state.detach()
+    assert not callback.state.engine.attached
+    detach(module)
+    detach(new)
+    new.load_state_dict(module.state_dict())
+    for each in (module, new):
+        fit(None, each, max_epochs=1)
+    return said, trainers.flat(module), trainers.flat(new)
+
+
+def with_fabric(group: dist.ProcessGroup, folder: Path) -> Any:
+    """A loop of Fabric, resumed in its middle: (DDP's own loop, the run, what is said of its own ways)."""
+    ours: Any = {"compressor": saef.TopK(0.2), "max_grad_norm": 0.5}
+    expected = trainers.train_by_hand(partial(make_optimizer, "AdamW"), epochs(Samples(), 2), ours, schedule)
+
+    def setup() -> tuple[Fabric, Any, Any, Any, saef.SAEFState]:
+        fabric = Fabric(accelerator="cpu", devices=2, strategy=FabricDDP(process_group_backend="gloo"))
+        fabric.launch()
+        net = make_net()
+        inner = make_optimizer("AdamW", net)
+        scheduler = schedule(inner)
+        model, optimizer = fabric.setup(net, inner)
+        state = saef.SAEFState(model, optimizer, **ours)
+        register(model, state)
+        return fabric, model, optimizer, scheduler, state
+
+    def train(fabric: Fabric, model: Any, optimizer: Any, scheduler: Any, state: saef.SAEFState) -> None:
+        for i, (x, y) in enumerate(loader(Samples())):
+            last = (i + 1) % ACCUMULATE == 0
+            with fabric.no_backward_sync(model, enabled=not last):
+                fabric.backward(F.cross_entropy(model(x), y) / ACCUMULATE)
+            if last:
+                optimizer.step()
+                optimizer.zero_grad()
+        scheduler.step()
+
+    first = setup()
+    train(*first)
+    mine = {"optimizer": first[2].state_dict(), "scheduler": first[3].state_dict()}
+    saef.save_checkpoint(folder / "saef", first[-1], mine)
+    first[0].save(folder / "mine.ckpt", {"saef": first[-1]})
+    second = setup()
+    said = {
+        "in fabric.save": error_of(lambda: second[-1].load_state_dict(second[0].load(folder / "mine.ckpt")["saef"])),
+        "no ddp": error_of(lambda: register(make_net(), second[-1])),
+        "twice": error_of(lambda: register(second[1], second[-1])),
+    }
+    extra = saef.load_checkpoint(folder / "saef", second[-1])
+    assert extra is not None
+    second[2].load_state_dict(extra["optimizer"])
+    second[3].load_state_dict(extra["scheduler"])
+    train(*second)
+    return expected, record(second[-1]), said
 
 
 class Clips(Lit):

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -201,8 +202,45 @@ def other_checkpoints(group: dist.ProcessGroup, folder: Path) -> dict[str, str]:
     if dist.get_rank() == 0:
         (folder / "ours" / "checkpoint-4" / "saef").rename(folder / "elsewhere")
     dist.barrier()
-    _, t = make(ours, folder / "ours", **saving)
-    return {"alone": error_of(lambda: t.train(resume_from_checkpoint=str(folder / "ours" / "checkpoint-4")))}
+    callback, t = make(ours, folder / "ours", **saving)
+
+    def resume() -> None:
+        t.train(resume_from_checkpoint=str(folder / "ours" / "checkpoint-4"))
+
+    said = {"alone": error_of(resume)}
+    state_of(callback).reset_errors()
+    resume()
+    assert state_of(callback).steps == STEPS
+    return said
+
+
+def fails_in_a_save(group: dist.ProcessGroup, folder: Path, where: str) -> Any:
+    """(the error in the second save, all checkpoints then, a restart's error, all at its end, and without all that)."""
+    ours, saving = {"compressor": saef.TopK(0.2)}, {"save_strategy": "steps", "save_steps": 3}
+    callback, t = make(ours, folder, **saving)
+    of, name = {"ours": (saef, "save_checkpoint"), "the Trainer's": (t, "_save_scaler")}[where]
+    original, had = getattr(of, name), []
+
+    def dies(*args: Any, **kwargs: Any) -> Any:
+        had.append(t.state.global_step)
+        if len(had) == 2:
+            raise MemoryError("as a full disk")
+        return original(*args, **kwargs)
+
+    with mock.patch.object(of, name, dies):
+        said = error_of(t.train)
+    dist.barrier()
+    there = sorted(p.name for p in folder.glob("checkpoint-*"))
+    dist.barrier()
+    callback, t = make(ours, folder, **saving)
+    again = error_of(lambda: t.train(resume_from_checkpoint=True))
+    if again != "no error":
+        t.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
+    resumed = record(state_of(callback))
+    assert sorted(p.name for p in folder.iterdir()) == ["checkpoint-3", "checkpoint-6", "checkpoint-9"]
+    callback, t = make(ours, folder / "straight", **saving)
+    t.train()
+    return said, there, again, resumed, record(state_of(callback))
 
 
 def refused(group: dist.ProcessGroup, folder: Path) -> dict[str, str]:
@@ -220,7 +258,15 @@ def refused(group: dist.ProcessGroup, folder: Path) -> dict[str, str]:
         t.args.max_grad_norm = 2.0
         t.train()
 
+    def looked_first(method: str) -> None:
+        _, t = make(ours, folder)
+        getattr(t, method)(Data())
+        t.train()
+
     cases: dict[str, Callable[[], Any]] = {
+        "evaluate first": lambda: looked_first("evaluate"),
+        "predict first": lambda: looked_first("predict"),
+        "evaluate on start": lambda: make(ours, folder, eval_on_start=True, eval_strategy="epoch")[1].train(),
         "misspelt": lambda: make({"compresor": saef.TopK(0.2)}, folder),
         "metrics": lambda: make({**ours, "metrics": ("byte_per_step",)}, folder)[1].train(),
         "max_grad_norm": lambda: make({"max_grad_norm": 1.0}, folder),
