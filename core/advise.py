@@ -43,7 +43,7 @@ OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]
 }  # with vectors of the model's size that they keep; at a rate that leaves the model as it is
 
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
 @final
@@ -331,9 +331,11 @@ def run(args: argparse.Namespace, device: torch.device) -> Advice:
 
 
 def dtype_of(trained: Sequence[Tensor]) -> torch.dtype:
-    """The one of a model's parameters. ValueError if it trains none, or of several."""
+    """The one of a model's parameters. ValueError if it trains none, or of several, or float16 ones."""
     if len(found := {p.dtype for p in trained}) != 1:
         raise ValueError(f"--model must return a model that trains parameters of one dtype, got {[*map(str, found)]}")
+    if torch.float16 in found:
+        raise ValueError("a float16 model trains with a GradScaler, which is not run here: give it in bfloat16")
     return found.pop()
 
 

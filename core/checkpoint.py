@@ -34,6 +34,7 @@ A state is saved as it was before the step that is under way, if one is.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -136,6 +137,11 @@ def _keys(context: Context) -> tuple[str, str]:
     worker, node = f"rank_{context.transport.rank}", context.node
     own = worker if node.size == 1 else f"{worker}_place_{node.place}"
     return worker if context.weights.joint else own, own
+
+
+def is_joint(saved: Mapping[str, Any]) -> bool:
+    """Whether, in a rank form, the ranks of a worker have saved something together, as FSDP2's DTensors."""
+    return any(re.fullmatch(r"rank_\d+", key) for key in saved)
 
 
 def _common(memory: Memory, context: Context, kind: str) -> dict[str, Any]:
@@ -345,6 +351,10 @@ def _rank_part(saved: Mapping[str, Any], memory: Memory, context: Context) -> Ma
             f"{now[1]!r}, and errors belong to ranks: {LOAD_CONSOLIDATED}"
         )
     worker, own = _keys(context)
+    if is_joint(saved) != (worker != own or of_a_node == 1):
+        raise ValueError(
+            f"the ranks of a node had other parts of the parameters (FSDP2's shards, or ours): {LOAD_CONSOLIDATED}"
+        )
     if missing := [key for key in (worker, own) if key not in saved]:
         found = [name for name in saved if name.startswith("rank_")]
         raise ValueError(

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from .checkpoint import is_joint
 from .comm.agreement import gather_values
 from .protocols.averaging import check_integer
 from .state import SAEFState
@@ -175,7 +176,7 @@ def load_checkpoint(folder: str | os.PathLike[str], state: SAEFState) -> dict[st
     if not name:
         return None
     path = root / name
-    size, here = transport.size, _way(state.strategy, state.engine.node.size)
+    size, here = transport.size, _way(state.strategy, state.engine.node.size, state.weights.joint)
     own, whole = path / f"rank-{transport.rank}-of-{size}.pt", path / "consolidated.pt"
 
     def misfit() -> str:
@@ -192,7 +193,7 @@ def load_checkpoint(folder: str | os.PathLike[str], state: SAEFState) -> dict[st
                 )
             return f"has no files of {size} ranks (another number wrote it, or they were deleted)"
         saved = _read(own, mmap=True)["saef"]
-        there = _way(saved.get("strategy"), saved.get("ranks_a_node", 1))
+        there = _way(saved.get("strategy"), saved.get("ranks_a_node", 1), is_joint(saved))
         if there != here:
             return f"was written with {there}, and here it is {here}"
         names, ours = [*saved.get("parameters", ())], state.weights.names
@@ -218,9 +219,10 @@ def load_checkpoint(folder: str | os.PathLike[str], state: SAEFState) -> dict[st
     return extra
 
 
-def _way(strategy: object, ranks_a_node: int) -> str:
-    """What a rank's own state is for, besides the number of ranks."""
-    return f"exchange={strategy!r}" + (f" among nodes of {ranks_a_node} ranks" if ranks_a_node > 1 else "")
+def _way(strategy: object, ranks_a_node: int, joint: bool) -> str:
+    """What a rank's own state is for, besides the number of ranks. joint: whether a node has DTensors, say FSDP2's."""
+    of = "FSDP2's shards" if joint else "a part of each parameter"
+    return f"exchange={strategy!r}" + (f" among nodes of {ranks_a_node} ranks, with {of}" if ranks_a_node > 1 else "")
 
 
 def _together(state: SAEFState, work: Callable[[], str], of_rank_0: bool = False) -> list[str]:

@@ -43,6 +43,7 @@ try:
     from deepspeed.runtime.config import DeepSpeedConfig
     from deepspeed.runtime.engine import DeepSpeedEngine
     from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION
+    from deepspeed.utils import groups
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f"saef.integrations.deepspeed needs DeepSpeed: pip install 'saef[deepspeed]' ({error})"
@@ -283,6 +284,12 @@ def _check_engine(engine: DeepSpeedEngine, client_optimizer: Any) -> None:
         )
     if isinstance(engine.mpu, Nodes) and not engine.zero_optimization_stage():
         raise ValueError("at ZeRO stage 0 node_size alone says what a node is, in the JSON: leave mpu=Nodes(...) out")
+    if engine.mpu is None and isinstance(groups.mpu, Nodes):
+        raise ValueError(
+            "DeepSpeed still holds the mpu of an engine that this process has made before, and would take that node "
+            "for all ranks (in engines without saef, too): set deepspeed.utils.groups.mpu = None when that engine is "
+            "destroyed"
+        )
     found = {
         "a PipelineModule": engine.pipeline_parallelism,
         "mixture-of-experts layers": engine.has_moe_layers,

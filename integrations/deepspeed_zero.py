@@ -91,6 +91,7 @@ class Shards(nn.Module):
         super().__init__()
         self._zero: Any = engine.optimizer
         mesh = engine.mpu.mesh
+        _check_shards(engine, dist.get_process_group_ranks(mesh.get_group(1)))
         found: dict[int, Shard] = {}
         for i, group in enumerate(self._zero.fp16_groups):
             flat, at = self._zero.fp32_partitioned_groups_flat[i].detach(), 0
@@ -150,6 +151,11 @@ class Shards(nn.Module):
     def step(self) -> None:
         """In the place of ZeRO's own."""
         zero = self._zero
+        if not self.state.engine.under_way:
+            raise RuntimeError(
+                "engine.step() without a training forward at x_half and its backward: run the forward through the "
+                "engine, engine(x), not through engine.module, and engine.backward(loss) after it"
+            )
         for ours, theirs in zip(self.optimizer.param_groups, zero.param_groups, strict=True):
             ours.update({key: value for key, value in theirs.items() if key != "params"})
         for x, _, group, number in self._shards.values():
@@ -161,6 +167,18 @@ class Shards(nn.Module):
         self.optimizer.zero_grad()
         self.show()
         zero.overflow = self.state.skipped_in_a_row > 0
+
+
+def _check_shards(engine: DeepSpeedEngine, node: Sequence[int]) -> None:
+    """Raise ValueError if a parameter was sharded before, over other ranks than the node's: by zero.Init."""
+    for name, p in engine.module.named_parameters():
+        ranks = dist.get_process_group_ranks(p.ds_process_group)
+        if ranks != node:
+            raise ValueError(
+                f"parameter {name} was sharded over ranks {ranks}, and the node has {node}: zero.Init takes the ranks "
+                "from data_parallel_group alone, so give it nodes.get_data_parallel_group() of nodes = Nodes(...), and "
+                "deepspeed.initialize mpu=nodes"
+            )
 
 
 class Shard(NamedTuple):
@@ -190,6 +208,7 @@ def attach(engine: DeepSpeedEngine, shards: Shards) -> None:
     engine.register_forward_hook(shards.after_forward)
     engine.module.register_state_dict_pre_hook(lambda *_: shards.rest())
     zero.saef, zero.step = shards.state, lambda closure=None: shards.step()
+    zero._global_grad_norm = None  # of a step that is not ZeRO's; it would say 0
 
 
 @contextmanager

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import suppress
 from functools import partial, wraps
 from itertools import islice
 from types import FunctionType, ModuleType
@@ -41,11 +43,13 @@ class Steps(Protocol):
     zeroing: before zero_grad().
     before_step, after_step: around `optimizer.step()`.
     before_other_step: before the step of any other optimizer.
-    ahead: whether the parameters are x_half.
+    ahead: whether the parameters are x_half. number: of that one, or of the last.
     """
 
     @property
     def ahead(self) -> bool: ...
+    @property
+    def number(self) -> int: ...
     def begin(self) -> int | None: ...
     def enter(self, number: int) -> None: ...
     def over(self) -> None: ...
@@ -87,14 +91,16 @@ class Attachment:
         self._scales = getattr(optimizer, "_step_supports_amp_scaling", False)  # fused ones do
         optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
         opaque = partial(torch.compiler.disable, reason=OPAQUE)
-        self._leave, self._over, self._enter = map(opaque, (steps.leave, steps.over, self._before_backward))
+        self._leave, self._over = map(opaque, (steps.leave, steps.over))
+        self._enter, self._enter_kept = map(opaque, (self._before_backward, self._before_kept))
         self._handles: list[RemovableHandle] = [
             optimizer.register_step_pre_hook(opaque(steps.before_step)),
             optimizer.register_step_post_hook(opaque(steps.after_step)),
             model.register_forward_pre_hook(_Hook(opaque(self.before_forward)), prepend=bool(reduced)),
             model.register_forward_hook(_Hook(opaque(self._after_forward))),
-            *(p.register_post_accumulate_grad_hook(opaque(steps.reduced)) for p in reduced),
         ]
+        self._reduced = [(p, p.register_post_accumulate_grad_hook(opaque(steps.reduced))) for p in reduced]
+        self._handles += [handle for _, handle in self._reduced]
         modules, self._trained = [model], _trained_by(model)
         if (inner := self._trained) is not model:
             modules.append(inner)  # what DDP wraps; users evaluate and save it directly
@@ -121,9 +127,15 @@ class Attachment:
         return bool(self._handles)
 
     def come_last(self) -> None:
-        """Whatever other hooks are to see before the step (gradients, above all), they see before this one hides it."""
+        """Whatever other hooks are to see before the step (gradients, above all), they see before this one hides it.
+
+        And what they make of FSDP2's gradients is done before these are sent.
+        """
         hooks: Any = self._optimizer._optimizer_step_pre_hooks
         hooks.move_to_end(self._handles[0].id)
+        for p, handle in self._reduced:
+            hooks = p._post_accumulate_grad_hooks
+            hooks.move_to_end(handle.id)
 
     def come_first_after(self) -> None:
         """Whatever other hooks are to see or change after the step, they find when this one has shown it."""
@@ -172,7 +184,7 @@ class Attachment:
         """Have the backward of a forward's output tell when it begins: the gradient of an output is its first."""
         if torch.is_grad_enabled():
             for tensor in tensors_in(output):
-                self._watch_one(tensor)
+                self._watch_one(tensor, self._enter)
 
     def watch_kept(self) -> None:
         """The same of what the forward left in the model's attributes: an auxiliary loss, say.
@@ -182,15 +194,20 @@ class Attachment:
         for tensor in _kept_in(self._trained):
             if (earlier := self._kept.get(tensor)) is not None:
                 earlier.remove()
-            if (handle := self._watch_one(tensor)) is not None:
+            if (handle := self._watch_one(tensor, self._enter_kept)) is not None:
                 self._kept[tensor] = handle
 
-    def _watch_one(self, tensor: Tensor) -> RemovableHandle | None:
+    def _watch_one(self, tensor: Tensor, tell: Callable[[int, Tensor], None]) -> RemovableHandle | None:
         if not tensor.requires_grad or self._number is None:
             return None
-        handle: RemovableHandle = tensor.register_hook(partial(self._enter, self._number))
+        handle: RemovableHandle = tensor.register_hook(partial(tell, self._number))
         _come_first(tensor, handle)
         return handle
+
+    def _before_kept(self, number: int, gradient: Tensor) -> None:
+        """What is there for several steps may have nothing to do with this model, or be refused by autograd itself."""
+        if number == self._steps.number:
+            self._before_backward(number, gradient)
 
     def _before_backward(self, number: int, gradient: Tensor) -> None:
         if self.attached:
@@ -256,14 +273,14 @@ def _come_first(tensor: Tensor, handle: RemovableHandle) -> None:
 
 def tensors_in(output: Any) -> Iterator[Tensor]:
     """The tensors in what a forward returned: in collections and objects, as deep as they are."""
-    waiting, seen = [output], set[int]()
+    waiting, seen = deque([output]), set[int]()
     while waiting and len(seen) < MOST_LOOKED_AT:
-        one = waiting.pop()
+        one = waiting.popleft()  # the nearest first
         if isinstance(one, Tensor):
             yield one
         elif id(one) not in seen and not isinstance(one, ATOMS):
             seen.add(id(one))
-            waiting += _inside(one)
+            waiting.extend(value for value in _inside(one) if not isinstance(value, ATOMS))
 
 
 def _inside(one: Any) -> Iterable[Any]:
@@ -273,7 +290,13 @@ def _inside(one: Any) -> Iterable[Any]:
         return one
     slots = [getattr(kind, "__slots__", ()) for kind in type(one).__mro__]
     names = [name for few in slots for name in ((few,) if isinstance(few, str) else few)]
-    return [*getattr(one, "__dict__", {}).values(), *(getattr(one, name, None) for name in names)]
+    found: list[Any] = []
+    with suppress(Exception):  # here and below: whatever a __getattr__ may raise for what is not there
+        found += vars(one).values()
+    for name in names:
+        with suppress(Exception):
+            found.append(getattr(one, name))
+    return found
 
 
 def _kept_in(model: nn.Module) -> Iterator[Tensor]:
@@ -286,8 +309,9 @@ def _kept_in(model: nn.Module) -> Iterator[Tensor]:
             elif not isinstance(value, list | tuple):
                 value = (value,)
             for one in islice(value, MOST_KEPT):
-                if isinstance(one, Tensor) and one.grad_fn is not None:
-                    yield one
+                with suppress(RuntimeError):  # a view whose base was written to: it has no backward
+                    if isinstance(one, Tensor) and one.grad_fn is not None:
+                        yield one
 
 
 @final

@@ -53,10 +53,13 @@ class Audit:
         """The next step is to be compared: weights were loaded."""
         self._compared_at = None
 
+    @property
+    def new(self) -> bool:
+        """Whether nothing was compared since the state was made, or weights were loaded."""
+        return self._compared_at is None
+
     def due(self, step: int) -> bool:
         """Whether step t is to be compared: the same on all ranks."""
-        if self._compared_at is None:
-            return True
         return self._every is not None and step % self._every == 0 and self._compared_at != step
 
     def run(self, step: int, settings: Mapping[str, Any], weights: Weights, node: Node) -> None:
@@ -70,6 +73,6 @@ class Audit:
             f"the ranks differ at step {step}: all must start from the same weights or checkpoint, give the optimizer "
             "the same settings and change parameters alike; if they did, they have diverged: load the last checkpoint"
         )
-        new = self._compared_at is None
-        compare(fields, node.everyone, weights.device, heading, AFTER_A_CHANGE if new else f"the audit of step {step}")
+        what = AFTER_A_CHANGE if self.new else f"the audit of step {step}"
+        compare(fields, node.everyone, weights.device, heading, what)
         self._compared_at = step

@@ -268,8 +268,8 @@ class Engine:
         weights.absorb(looked=not changes)
         averaged = slice(0, 0)
         if not self.sending.begun:
-            if self._audit.due(memory.steps):
-                self._audit.run(memory.steps, self.form.settings(self._optimizer), weights, self.node)
+            if self._audit.new:
+                self._compare()
             self._kept.follow(self._optimizer)
             self.committed = []
             averaged = self._averaging.make(memory.steps, memory.e)
@@ -387,6 +387,11 @@ class Engine:
         return self.weights.ahead
 
     @property
+    def number(self) -> int:
+        """Of the present x_half, or of the last."""
+        return self.weights.number
+
+    @property
     def attached(self) -> bool:
         """False after `detach`."""
         return self._attachment.attached
@@ -483,9 +488,14 @@ class Engine:
         if bad:
             self._skip(bad)
         else:
+            if self._audit.due(self.memory.steps):  # here all ranks are, whatever else they do
+                self._compare()
             self.form.check_sent(prepared)
             with self.clock.span("apply"):
                 self._commit()
+
+    def _compare(self) -> None:
+        self._audit.run(self.memory.steps, self.form.settings(self._optimizer), self.weights, self.node)
 
     def skip_bad(self) -> bool:
         """Skip what was exchanged, as ranks do that call step(), if a number in it is not finite. Whether it was so."""

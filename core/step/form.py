@@ -21,7 +21,7 @@ from .local_rule import LocalRule
 from .loss_scale import LossScale
 from .memory import Memory
 from .optimizer_state import Saved
-from .prepared import Prepared
+from .prepared import Marks, Prepared
 from .sending import Sending
 from .weights import Weights, held
 
@@ -178,16 +178,11 @@ DROPPED = (
     "a step that is dropped after its backward, by zero_grad() without step(): p.grad, and so its norm, is each rank's "
     "own here, and what is decided by it must be all-reduced first"
 )
-AGAIN = "a second backward before step()"
 
 
 @final
 class GradientForm(Form):
     """D = e + eta u, u by the rule from the gradient."""
-
-    def __init__(self, host: Host) -> None:
-        super().__init__(host)
-        self._met: Prepared | None = None  # what was exchanged and not taken, and the ranks have met about
 
     def settings(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         host = self._host
@@ -200,14 +195,17 @@ class GradientForm(Form):
         return False
 
     def forward_again(self) -> None:
-        """Other ranks may have taken that step: then x would be another there, from now on and without a word."""
-        prepared = self._host.sending.prepared
-        if prepared is self._met or not prepared.exchanged(self._host.weights):
+        """Other ranks may have taken that step: then x would be another there, from now on and without a word.
+
+        A gradient of zeros alone is none that was dropped, so it must have been written to.
+        """
+        prepared, weights = self._host.sending.prepared, self._host.weights
+        if prepared.met or not prepared.exchanged(weights) or self._has_gradients():
             return
-        self._met = prepared
-        dropped = not self._has_gradients()
-        if not (dropped and self._host.skip_bad()):
-            self._host.node.everyone.meet(DROPPED if dropped else AGAIN)
+        if prepared.gradients.differ(Marks.of(weights.parameters)):
+            prepared.met = True
+            if not self._host.skip_bad():
+                self._host.node.everyone.meet(DROPPED)
 
     def exchange(
         self, parameters: Sequence[Tensor], views: Sequence[Tensor], flat: Tensor, last: bool

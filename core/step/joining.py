@@ -91,6 +91,8 @@ class Joining(NamedTuple):
 
 def _check_nodes(model: nn.Module, mesh: DeviceMesh, device: torch.device) -> None:
     """Raise ValueError on what nodes cannot do."""
+    if device.type == "meta":
+        raise ValueError("the parameters are on meta: call to_empty() and load the weights before SAEFState is created")
     if mesh.device_type != device.type:
         raise ValueError(f"mesh is of {mesh.device_type} devices, and the parameters are on {device}")
     group = getattr(model, "process_group", None)

@@ -56,10 +56,15 @@ class Kept:
 
     def _saved(self, optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
         state = {
-            key: {n: self._rule.saved(n, v) if n in self._names else v for n, v in of.items()}
+            key: {n: self._whole(self._rule.saved(n, v)) if n in self._names else v for n, v in of.items()}
             for key, of in saved["state"].items()
         }
         return {**saved, "state": state}
+
+    @staticmethod
+    def _whole(v: Any) -> Any:
+        """Of a DTensor a copy: torch.save and deepcopy take none that begins in the middle of a vector."""
+        return v.clone() if isinstance(v, Tensor) and held(v) is not v else v
 
     def show(self, optimizer: torch.optim.Optimizer) -> None:
         """The optimizer's state is what the memory holds."""

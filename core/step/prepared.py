@@ -95,6 +95,7 @@ class Prepared:
     update: Update | None = None
     norms: list[float] = field(default_factory=list)
     gradients: Marks = Marks([], [], None)  # noqa: RUF009 - nobody changes that one
+    met: bool = False  # whether the ranks have met about a backward that was exchanged, and that no step has taken
 
     def fix(self, update: Update) -> Update:
         """From now on the messages are made with this."""
@@ -202,8 +203,9 @@ def changed(names: Sequence[str]) -> RuntimeError:
     return RuntimeError(
         f"gradients of {list(names[:5])} were changed between backward() and optimizer.step(), when they had been "
         "compressed and sent already: to clip, give SAEFState max_grad_norm (or SAEFCallback, attach(), a Trainer); to "
-        "mask or scale, do it before they are sent, in p.register_hook(); to leave a parameter out, set lr=0 in its "
-        "group, or requires_grad_(False); to drop the step, zero_grad() on all ranks instead of step()"
+        "mask or scale, do it before they are sent, in p.register_hook() (of FSDP2's parameters in "
+        "p.register_post_accumulate_grad_hook()); to leave a parameter out, set lr=0 in its group, or "
+        "requires_grad_(False); to drop the step, zero_grad() on all ranks instead of step()"
     )
 
 

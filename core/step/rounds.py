@@ -56,7 +56,8 @@ class Rounds(Form):
 
     def settings(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         own = {*self._own, STEP}
-        return {"optimizer": [{k: v for k, v in s.items() if k not in own} for s in settings_of(optimizer)]}
+        every = enumerate(settings_of(optimizer))  # each by itself: one that it sets on some ranks only is its own
+        return {f"optimizer, group {i}, {k}": v for i, s in every for k, v in s.items() if k not in own}
 
     def begin(self, optimizer: torch.optim.Optimizer) -> None:
         """X is x_half: a round begins, or goes on where a checkpoint had it."""

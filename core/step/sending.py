@@ -19,6 +19,8 @@ from .parts import Parts
 from .prepared import Bucket, Prepared
 from .weights import Weights
 
+AGAIN = "a second backward before step()"
+
 
 class Since(NamedTuple):
     """What has changed since DDP made its buckets.
@@ -64,7 +66,7 @@ class Sending:
     ) -> None:
         self._weights, self._transport, self._memory = context.weights, context.transport, memory
         self._rule, self._loss_scale, self._algorithm = rule, loss_scale, algorithm
-        self._clips = context.clips
+        self._clips, self._everyone = context.clips, context.node.everyone
         whole = isinstance(self._weights, Parts)
         self._plans = Plans(
             context.placement,
@@ -159,6 +161,8 @@ class Sending:
         pieces, views = self._plans.find(parameters, views, flat)
         # Of a second backward before the step the gradients contain the first's, so what is prepared is made anew.
         if not self.prepared.buckets or any(self.prepared.contains(piece.parameters) for piece in pieces):
+            if self._rule.rule.of_gradients and not self.prepared.met and self.prepared.exchanged(self._weights):
+                self._everyone.meet(AGAIN)  # if others have taken the first one's step, x is another there
             self.prepared = Prepared(hyper=self._rule.read_scaled(self._memory.steps))
         buckets = []
         for indices, among, plan in pieces:

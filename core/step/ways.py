@@ -72,7 +72,7 @@ class Copying(Weights):
 
     def _differs(self) -> Tensor:
         both = zip(self.held, self.views, strict=True)
-        return torch.stack([(p != x.to(p.dtype)).any() for p, x in both]).any()
+        return torch.stack([((p != x.to(p.dtype)) & ~(p.isnan() & x.isnan())).any() for p, x in both]).any()
 
     def _derive(self, e: Tensor, averaged: slice) -> None:
         self._cut_errors(e)  # x_half is made when it is shown

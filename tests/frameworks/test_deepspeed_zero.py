@@ -203,3 +203,57 @@ def test_what_zero_within_nodes_cannot_honour_is_refused(ranks: RankPool) -> Non
         assert "Nodes(size)), with the node_size of the JSON, 4" in said["another size"]
         assert "local_steps=1" in said["local steps"]
         assert "DistributedSampler over all ranks" in said["a loader"]
+
+
+def sharded_before(group: Any, how: str) -> Any:
+    """A model that zero.Init has sharded; the weights after a step, or what is said."""
+    nodes = Nodes(2)
+    config = json_config(Setup({"lr": 0.05, "node_size": 2}, [{}], torch.float32, 1, ZERO))
+    of = {"data_parallel_group": nodes.get_data_parallel_group()} if how == "nodes" else {"mpu": nodes}
+    with deepspeed.zero.Init(config_dict_or_path=config, **(of if how != "all" else {})):
+        net = make_net(torch.float32)
+    try:
+        engine = initialize(model=net, model_parameters=net.parameters(), mpu=nodes, config=config)[0]
+    except ValueError as error:
+        return str(error)
+    steps(engine, range(2), torch.float32)
+    assert engine.get_global_grad_norm() is None  # 0 would be a lie
+    return weights(engine)
+
+
+def test_a_model_that_was_sharded_before_has_its_nodes_ranks(ranks: RankPool) -> None:
+    first, *others = ranks.run(sharded_before, "nodes")
+    assert all(torch.equal(first, x) for x in others)
+    for how in ("all", "mpu"):
+        for said in ranks.run(sharded_before, how):
+            assert "was sharded over ranks [0, 1, 2, 3]" in said and "data_parallel_group" in said
+
+
+def past_the_engine(group: Any) -> str:
+    engine, _ = begin(SIGN, {})
+    x, y = batch(dist.get_rank(), 0, torch.float32)
+    F.mse_loss(engine.module(x), y).backward()
+    with pytest.raises(RuntimeError) as caught:
+        engine.step()
+    return str(caught.value)
+
+
+def test_a_forward_past_the_engine_is_refused(ranks: RankPool) -> None:
+    assert all("run the forward through the engine, engine(x)" in said for said in ranks.run(past_the_engine))
+
+
+def another_engine(group: Any) -> str:
+    """What DeepSpeed keeps of the nodes would make them the whole job."""
+    begin(SIGN, {})[0].destroy()
+    plain = json_config(Setup({}, [{}], torch.float32, 1, {}))
+    with pytest.raises(ValueError, match=r"deepspeed.utils.groups.mpu = None") as caught:
+        initialize(model=(net := make_net(torch.float32)), model_parameters=net.parameters(), config=plain)
+    deepspeed.utils.groups.mpu = None
+    net = make_net(torch.float32)
+    engine = initialize(model=net, model_parameters=net.parameters(), config=plain)[0]
+    assert engine.optimizer.saef.engine.transport.size == 4
+    return str(caught.value)
+
+
+def test_what_deepspeed_keeps_of_an_earlier_engine_is_seen(ranks: RankPool) -> None:
+    assert all("an engine that this process has made before" in said for said in ranks.run(another_engine))

@@ -1,5 +1,6 @@
 """Nodes of several ranks, each node a worker, against the reference with as many workers."""
 
+import copy
 import io
 import os
 import re
@@ -20,6 +21,7 @@ from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import saef
@@ -331,6 +333,27 @@ def test_other_numbers_of_nodes_go_on_from_the_same_x_tilde(pool: RankPool, tmp_
                 torch.testing.assert_close(found, before, rtol=0, atol=1e-12)
 
 
+def crossing(group: Any, folder: str, how: str, other: str) -> tuple[Tensor, Tensor, str]:
+    """(x~ before, x~ after, what loading the rank form says) where as many ranks have other parts of the parameters."""
+    model, optimizer, state = make(group, ADAM, 2, how)
+    go_on(model, optimizer, ADAM, dist.get_rank(group), range(6))
+    saef.save_checkpoint(folder, state)
+    own, before = state.state_dict(), x_tilde(state)
+    _, _, state = make(group, ADAM, 2, other)
+    with pytest.raises(ValueError) as caught:
+        state.load_state_dict(own)
+    saef.load_checkpoint(folder, state)
+    return before, x_tilde(state), str(caught.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "other"), [("fsdp", "ddp"), ("ddp", "fsdp")])
+def test_as_many_ranks_with_other_parts_take_the_means(pool: RankPool, tmp_path: Path, how: str, other: str) -> None:
+    for before, after, said in pool.run(crossing, str(tmp_path), how, other):
+        torch.testing.assert_close(after, before, rtol=0, atol=1e-12)
+        assert "the ranks of a node had other parts of the parameters" in said and "consolidated form" in said
+
+
 @contextmanager
 def pool_of_two() -> Iterator[RankPool]:
     """A mesh makes process groups, which all ranks of the job must come to."""
@@ -440,6 +463,54 @@ def kept(group: Any) -> None:
 
 def test_momentum_is_in_the_optimizers_state(pool: RankPool) -> None:
     pool.run(kept)
+
+
+def written(group: Any, job: Job, how: str) -> None:
+    """torch takes no DTensor that begins in the middle of a vector."""
+    model, optimizer, state = make(group, job, 2, how)
+    go_on(model, optimizer, job, dist.get_rank(group), range(3))
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    for saved in (torch.load(file, weights_only=False), copy.deepcopy(optimizer.state_dict())):
+        of = [entry for entries in saved["state"].values() for entry in entries.values() if isinstance(entry, DTensor)]
+        assert len(of) == (2 if job.optimizer == "AdamW" else 1) * len([*model.parameters()])
+    before = state.m.clone()
+    optimizer.load_state_dict(saved)
+    go_on(model, optimizer, job, dist.get_rank(group), range(3, 4))
+    assert not torch.equal(state.m, before)
+
+
+@pytest.mark.parametrize("job", ["sign", "adamw"])
+def test_the_optimizers_state_can_be_written(pool: RankPool, job: str) -> None:
+    pool.run(written, JOB if job == "sign" else ADAM, "fsdp")
+
+
+def halved(group: Any, before: bool) -> Tensor:
+    """Hooks that change FSDP's gradients, registered before the state or after it."""
+    net = shard(make_net(), mesh := mesh_of(2, 2))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+
+    def halve(p: Tensor) -> None:
+        assert p.grad is not None
+        p.grad.mul_(0.5)
+
+    def register() -> None:
+        for p in net.parameters():
+            p.register_post_accumulate_grad_hook(halve)
+
+    if before:
+        register()
+    saef.SAEFState(net, optimizer, mesh=mesh, compressor=saef.TopK(0.3))
+    if not before:
+        register()
+    go_on(net, optimizer, JOB, dist.get_rank(group), range(4))
+    return torch.cat([held(p).detach().reshape(-1) for p in net.parameters()])
+
+
+def test_hooks_on_gradients_count_whenever_they_were_registered(pool: RankPool) -> None:
+    for a, b in zip(*(pool.run(halved, before) for before in (True, False)), strict=True):
+        assert torch.equal(a, b)
 
 
 # ---- DDP's -----------------------------------------------------------------------------------------------------------

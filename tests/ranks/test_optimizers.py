@@ -310,3 +310,60 @@ def sparse(group: dist.ProcessGroup) -> str:
 
 def test_sparse_gradients_are_not_clipped(pool: RankPool) -> None:
     assert pool.run(sparse, ranks=2) == ["ok"] * 2
+
+
+class Counts(torch.optim.SGD):
+    """Sets one of its group's settings where something has happened, which on another rank has not."""
+
+    def __init__(self, parameters: Any, marks: bool) -> None:
+        super().__init__(parameters, lr=0.05)
+        self.marks = marks
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        if self.marks:
+            self.param_groups[0]["marked"] = self.param_groups[0].get("marked", 0) + 1
+        return super().step(closure)
+
+
+def audited(group: dist.ProcessGroup, odd_lr: bool) -> str:
+    rank = dist.get_rank(group)
+    _, model, optimizer, state = made(
+        group, lambda p: Counts(p, marks=rank == 1), saef.Identity(), local_steps=2, audit_every=1
+    )
+    optimizer.param_groups[0]["lr"] = 0.06 if odd_lr and rank == 1 else 0.05
+    try:
+        for t in range(8):
+            backward(group, model, optimizer, t)
+            optimizer.step()
+    except ValueError as error:
+        return str(error)
+    assert state.steps == 4
+    return ""
+
+
+def test_audits_leave_out_what_an_optimizer_sets_itself(pool: RankPool) -> None:
+    assert pool.run(audited, False, ranks=2) == [""] * 2
+    assert all(
+        "optimizer, group 0, lr: rank 0 has 0.05, rank 1 has 0.06" in s for s in pool.run(audited, True, ranks=2)
+    )
+
+
+def with_nan(group: dist.ProcessGroup, dtype: torch.dtype) -> str:
+    """An unused parameter that is none of numbers, in every round."""
+    net = make_net(dtype)
+    net.unused = nn.Parameter(torch.full((3,), float("nan"), dtype=dtype))
+    model = DDP(net, process_group=group, find_unused_parameters=True)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    state = saef.SAEFState(model, optimizer, local_steps=2, max_consecutive_skips=None)
+    model.register_comm_hook(state, saef_hook)
+    for t in range(4):
+        optimizer.zero_grad()
+        x, y = batch(dist.get_rank(group), t, dtype)
+        F.mse_loss(model(x), y).backward()
+        optimizer.step()
+    return f"{state.steps} {state.skipped}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_parameter_that_is_no_number_is_not_taken_for_a_change(pool: RankPool, dtype: torch.dtype) -> None:
+    assert pool.run(with_nan, dtype, ranks=2) == ["0 2"] * 2

@@ -478,6 +478,17 @@ class Single(Slots):
     __slots__ = "more"
 
 
+class Raises:
+    __slots__ = ("unset", "value")
+    value: Tensor
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+    def __getattr__(self, name: str) -> Any:
+        raise KeyError(name)
+
+
 OUTPUTS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] = {
     "distribution": (lambda y: Normal(y, 1.0), lambda out: out.mean),
     "of distributions": (lambda y: Independent(Normal(y, 1.0), 1), lambda out: out.base_dist.loc),
@@ -489,6 +500,9 @@ OUTPUTS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] = {
     "slots of a base": (Single, lambda out: out.value),
     "objects in objects": (lambda y: SimpleNamespace(a=SimpleNamespace(b=[Slots(y)])), lambda out: out.a.b[0].value),
     "a circle": (lambda y: circle(y), lambda out: out.inner["back"].inner["value"]),
+    "much else": (lambda y: {"boxes": [[(i, i)] for i in range(12_000)], "y": y}, lambda out: out["y"]),
+    "much else, after it": (lambda y: (y, [[(i,)] for i in range(12_000)]), lambda out: out[0]),
+    "a slot that raises": (lambda y: Raises(y), lambda out: out.value),
     "dictionary's attributes": (lambda y: OrderedDict(a={1: (y, None)}), lambda out: out["a"][1][0]),
 }
 
@@ -528,6 +542,38 @@ def returned(group: dist.ProcessGroup, kind: str, compressor: Any) -> Tensor:
 @pytest.mark.parametrize("kind", OUTPUTS)
 def test_tensors_are_found_wherever_a_forward_returns_them(pool: RankPool, kind: str) -> None:
     ours, plain = (pool.run(returned, kind, c, ranks=2) for c in (saef.Identity(), None))
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def kept_for_long(group: dist.ProcessGroup, kind: str, compressor: Any) -> Tensor:
+    """Attributes with graphs of other networks, or with none that a backward could go through."""
+    net, rank = make_net(), dist.get_rank(group)
+    model = DDP(net, process_group=group)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    if compressor is not None:
+        model.register_comm_hook(saef.SAEFState(model, optimizer, compressor=compressor), saef_hook)
+    prototype = torch.full((1,), 0.3, dtype=torch.float64, requires_grad=True).exp()
+    for t in range(4):
+        x, y = batch(rank, t)
+        loss = F.mse_loss(model(x), y)
+        if kind == "another's":
+            net.kept = prototype
+            loss = loss * prototype.sum()
+        else:
+            base = (x * net[0].weight[0]).clone()
+            net.kept, _ = base[:2].unbind(0)
+            base.mul_(2)
+        net.state_dict()
+        loss.backward(retain_graph=True)
+        optimizer.step()
+        optimizer.zero_grad()
+    return flat(net)
+
+
+@pytest.mark.parametrize("kind", ["another's", "a view whose base was written to"])
+def test_attributes_that_have_nothing_to_do_with_a_step(pool: RankPool, kind: str) -> None:
+    ours, plain = (pool.run(kept_for_long, kind, c, ranks=2) for c in (saef.Identity(), None))
     for a, b in zip(ours, plain, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
