@@ -194,9 +194,10 @@ def rate(bits_per_s: float) -> str:
 
 
 def table(advice: Advice) -> str:
+    of = "" if advice.dtype == "float32" else f" of {advice.dtype}"
     hidden = "hidden behind the backward where it fits" if advice.overlap else "not hidden: no cores to spare"
     lines = [
-        f"{advice.workers} ranks, {advice.device}; {advice.parameters:,} parameters of {advice.dtype}, "
+        f"{advice.workers} ranks, {advice.device}; {advice.parameters:,} parameters{of}, "
         f"{advice.compute_s * 1e3:.1f} ms a step without exchange",
         f"network: {rate(advice.link_bits_per_s)} a rank, {advice.latency_s * 1e3:.3g} ms for the shortest all-reduce; "
         f"exchanges are {hidden}",

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
 import re
 import shutil
 from collections import Counter, OrderedDict
@@ -345,7 +344,7 @@ def _read(path: Path, **options: Any) -> dict[str, Any]:
         return found
     except Exception as error:  # of many kinds, and few of them say which file
         what = "If it is damaged"
-        if isinstance(error, pickle.UnpicklingError) and "unsupported global" in str(error).lower():
+        if "unsupported global" in str(error).lower():
             what = (
                 "It has objects that weights_only=True does not load, as an older version of saef or another program "
                 "writes them. If you trust it, name them to torch.serialization.add_safe_globals(); else"

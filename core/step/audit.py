@@ -60,6 +60,8 @@ class Audit:
 
     def due(self, step: int) -> bool:
         """Whether step t is to be compared: the same on all ranks."""
+        if self.new:
+            return True
         return self._every is not None and step % self._every == 0 and self._compared_at != step
 
     def run(self, step: int, settings: Mapping[str, Any], weights: Weights, node: Node) -> None:

@@ -488,7 +488,7 @@ class Engine:
         if bad:
             self._skip(bad)
         else:
-            if self._audit.due(self.memory.steps):  # here all ranks are, whatever else they do
+            if not self._audit.new and self._audit.due(self.memory.steps):  # here all ranks are, whatever else they do
                 self._compare()
             self.form.check_sent(prepared)
             with self.clock.span("apply"):
