@@ -158,48 +158,14 @@ def load_checkpoint(folder: str | os.PathLike[str], state: SAEFState) -> dict[st
         OSError: if this rank cannot read it, or its file alone is missing, naming the file; if `folder` is none.
         RuntimeError: if another rank failed in one of these ways.
     """
-    root = Path(folder)
-
-    def newest() -> str:
-        found = _checkpoints(root)
-        if _exists(root / COMPLETE) or (not found and _has(root, "rank-*-of-*.pt")):
-            raise ValueError(
-                f"{root} is a single checkpoint, as save_checkpoint() returns it: give the folder that it lies in, "
-                f"{root.parent}, of which the newest complete one is loaded"
-            )
-        return next((p.name for p in reversed(found) if _exists(p / COMPLETE)), "")
-
-    transport = state.engine.node.everyone
+    root, transport = Path(folder), state.engine.node.everyone
     transport.meet("saef.load_checkpoint()")
-    (name,) = _together(state, newest, of_rank_0=True)
+    (name,) = _together(state, lambda: _newest(root), of_rank_0=True)
     if not name:
         return None
     path = root / name
-    size, here = transport.size, _way(state.strategy, state.engine.node.size, state.weights.joint)
-    own, whole = path / f"rank-{transport.rank}-of-{size}.pt", path / "consolidated.pt"
-
-    def misfit() -> str:
-        """Why this rank's own state is not to be loaded, if it is not."""
-        if not _exists(path / COMPLETE):
-            raise FileNotFoundError(f"{path} is not here: the folder must be the same for all ranks")
-        if not _exists(own):
-            if _has(path, files := f"rank-*-of-{size}.pt"):
-                instead = f"delete all {files} there, to load its consolidated form, or " if _exists(whole) else ""
-                raise FileNotFoundError(
-                    f"{own} is missing, while other ranks' files are there: copy it, too (to go on bit for bit start "
-                    f"as many ranks as wrote it, with the files of all), or {instead}move {path} away, to load the "
-                    "checkpoint before it"
-                )
-            return f"has no files of {size} ranks (another number wrote it, or they were deleted)"
-        saved = _read(own, mmap=True)["saef"]
-        there = _way(saved.get("strategy"), saved.get("ranks_a_node", 1), is_joint(saved))
-        if there != here:
-            return f"was written with {there}, and here it is {here}"
-        names, ours = [*saved.get("parameters", ())], state.weights.names
-        moved = names != ours and {*names} == {*ours} and state.e_server.numel()
-        return "has its server errors in another order of the parameters" if moved else ""
-
-    why = next(filter(None, _together(state, misfit)), "")
+    own, whole = path / f"rank-{transport.rank}-of-{transport.size}.pt", path / "consolidated.pt"
+    why = next(filter(None, _together(state, lambda: _misfit(state, own, whole))), "")
     extra: dict[str, Any] = {}
 
     def load() -> str:
@@ -216,6 +182,41 @@ def load_checkpoint(folder: str | os.PathLike[str], state: SAEFState) -> dict[st
     if why and transport.rank == 0:
         logger.warning("loaded the consolidated form of %s, as it %s: errors and momenta are means", path, why)
     return extra
+
+
+def _newest(root: Path) -> str:
+    """The name of the newest complete checkpoint, or nothing."""
+    found = _checkpoints(root)
+    if _exists(root / COMPLETE) or (not found and _has(root, "rank-*-of-*.pt")):
+        raise ValueError(
+            f"{root} is a single checkpoint, as save_checkpoint() returns it: give the folder that it lies in, "
+            f"{root.parent}, of which the newest complete one is loaded"
+        )
+    return next((p.name for p in reversed(found) if _exists(p / COMPLETE)), "")
+
+
+def _misfit(state: SAEFState, own: Path, whole: Path) -> str:
+    """Why this rank's own state is not to be loaded, if it is not. own, whole: files of one checkpoint."""
+    path, size = own.parent, state.engine.node.everyone.size
+    if not _exists(path / COMPLETE):
+        raise FileNotFoundError(f"{path} is not here: the folder must be the same for all ranks")
+    if not _exists(own):
+        if _has(path, files := f"rank-*-of-{size}.pt"):
+            instead = f"delete all {files} there, to load its consolidated form, or " if _exists(whole) else ""
+            raise FileNotFoundError(
+                f"{own} is missing, while other ranks' files are there: copy it, too (to go on bit for bit start "
+                f"as many ranks as wrote it, with the files of all), or {instead}move {path} away, to load the "
+                "checkpoint before it"
+            )
+        return f"has no files of {size} ranks (another number wrote it, or they were deleted)"
+    saved = _read(own, mmap=True)["saef"]
+    here = _way(state.strategy, state.engine.node.size, state.weights.joint)
+    there = _way(saved.get("strategy"), saved.get("ranks_a_node", 1), is_joint(saved))
+    if there != here:
+        return f"was written with {there}, and here it is {here}"
+    names, ours = [*saved.get("parameters", ())], state.weights.names
+    moved = names != ours and {*names} == {*ours} and state.e_server.numel()
+    return "has its server errors in another order of the parameters" if moved else ""
 
 
 def _way(strategy: object, ranks_a_node: int, joint: bool) -> str:

@@ -29,7 +29,7 @@ import saef
 from saef.comm.node import Node
 from saef.comm.torch_transport import TorchTransport
 from saef.step.arguments import Agreed
-from saef.step.attachment import tensors_in
+from saef.step.outputs import tensors_in
 
 # What of ZeRO's optimizer is used here is none of DeepSpeed's interface: 0.19.8 has it.
 

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, MutableMapping, Sequence
 from functools import partial, wraps
-from itertools import islice
-from types import FunctionType, ModuleType
 from typing import Any, Protocol, final
 from weakref import WeakKeyDictionary, WeakSet, ref
 
@@ -19,15 +15,12 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .outputs import kept_in, tensors_in
+
 OPAQUE = (
     "saef exchanges the parameters' values here. With fullgraph=True compile the network that is wrapped, not the "
     "wrapper or the step, and evaluate it before a training forward or after its backward, not in between"
 )
-
-_EVERY = frozenset(vars(nn.Module()))  # the attributes that all modules have
-MOST_KEPT = 1000  # of a list; a longer one is data
-ATOMS = (str, bytes, int, float, complex, type(None), type, nn.Module, torch.optim.Optimizer, FunctionType, ModuleType)
-MOST_LOOKED_AT = 10_000  # objects in an output; one that has more is no output alone
 
 # The newest attachment of each model.
 _newest: WeakKeyDictionary[nn.Module, ref[Attachment]] = WeakKeyDictionary()
@@ -191,7 +184,7 @@ class Attachment:
 
         Only where the parameters become x before that backward; else the output's is not needed either.
         """
-        for tensor in _kept_in(self._trained):
+        for tensor in kept_in(self._trained):
             if (earlier := self._kept.get(tensor)) is not None:
                 earlier.remove()
             if (handle := self._watch_one(tensor, self._enter_kept)) is not None:
@@ -269,49 +262,6 @@ def _come_first(tensor: Tensor, handle: RemovableHandle) -> None:
     hooks: Any = tensor._backward_hooks
     for number in [number for number in hooks if number != handle.id]:
         hooks[number] = hooks.pop(number)
-
-
-def tensors_in(output: Any) -> Iterator[Tensor]:
-    """The tensors in what a forward returned: in collections and objects, as deep as they are."""
-    waiting, seen = deque([output]), set[int]()
-    while waiting and len(seen) < MOST_LOOKED_AT:
-        one = waiting.popleft()  # the nearest first
-        if isinstance(one, Tensor):
-            yield one
-        elif id(one) not in seen and not isinstance(one, ATOMS):
-            seen.add(id(one))
-            waiting.extend(value for value in _inside(one) if not isinstance(value, ATOMS))
-
-
-def _inside(one: Any) -> Iterable[Any]:
-    if isinstance(one, Mapping):
-        return one.values()
-    if isinstance(one, list | tuple | set | frozenset):
-        return one
-    slots = [getattr(kind, "__slots__", ()) for kind in type(one).__mro__]
-    names = [name for few in slots for name in ((few,) if isinstance(few, str) else few)]
-    found: list[Any] = []
-    with suppress(Exception):  # here and below: whatever a __getattr__ may raise for what is not there
-        found += vars(one).values()
-    for name in names:
-        with suppress(Exception):
-            found.append(getattr(one, name))
-    return found
-
-
-def _kept_in(model: nn.Module) -> Iterator[Tensor]:
-    """The tensors with a graph in the attributes of a model's modules, lists and dictionaries of them among these."""
-    for module in model.modules():
-        for name in vars(module).keys() - _EVERY:
-            value = vars(module)[name]
-            if isinstance(value, Mapping):
-                value = value.values()
-            elif not isinstance(value, list | tuple):
-                value = (value,)
-            for one in islice(value, MOST_KEPT):
-                with suppress(RuntimeError):  # a view whose base was written to: it has no backward
-                    if isinstance(one, Tensor) and one.grad_fn is not None:
-                        yield one
 
 
 @final

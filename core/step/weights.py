@@ -77,9 +77,7 @@ class Weights(ABC):
         self._versions: list[int] = []  # of x, in a window
         self._places: list[int] = []  # where x_half lies, in a window
         self._spot = SpotCheck(self.shown)
-        self._rewritten = torch.zeros(
-            (), dtype=torch.bool, device=self.device
-        )  # since x_half was made: see `untouched`
+        self._rewritten = torch.zeros((), dtype=torch.bool, device=self.device)  # what `untouched` has found
         self._e: Tensor | None = None  # the errors, and as they are cut
         self._errors: list[Tensor] = []
 
